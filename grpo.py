@@ -1,0 +1,221 @@
+"""GRPO and SFT as pure functions: advantages, tree packs, token log-probs, losses.
+
+In:  rewards, token ids, hidden states. Out: one scalar loss to differentiate, and statistics that add up over parts.
+
+    A_i     = (r_i - mean(r_1..r_G)) / (std(r_1..r_G) + 1e-6)                       advantages, eq. 4 (arXiv 2505.00024)
+    π(t)    = softmax(logits / temperature)[t]                                      always the tempered distribution
+    ρ       = exp(log π - log π_old)                                                per token
+    k3      = exp(d) - d - 1,  d = log π_ref - log π                                KL(π ‖ π_ref), always >= 0
+    loss    = Σ_tokens( -min(ρ A, clip(ρ, 1-ε_low, 1+ε_high) A) + β k3 ) / denominator              eq. 3, negated
+
+Where this differs from the paper's code: the denominator is the number of reply tokens of the whole optimizer update
+(its mini-batch, all ranks, groups without spread included), known before the first backward. The paper's code takes
+the mean within each micro-batch, which makes the gradient depend on how sequences happen to be packed. And a group's
+prompt is computed once: a pack is a run of trees, each a prompt followed by its replies (arXiv 2506.05433).
+
+Axes: P prompts, G rollouts a prompt, T packed tokens, L reply tokens that carry loss (the stop token included), D width,
+V vocabulary rows, C one chunk of L.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+CHUNK_LOGITS = 2**25  # logits that exist at once, 128 MiB in fp32
+MAX_LOG_RATIO = 20.0  # exp(20) = 4.9e8: past it a ratio is an accident, and exp would overflow fp32 soon after
+
+
+def group_advantages(rewards_PG, normalize="std"):
+    """Advantage of each rollout within its group (eq. 4): float [P, G] in, float [P, G] out.
+
+    normalize "std" divides by the unbiased standard deviation plus 1e-6 (the paper); "none" only subtracts the mean
+    (arXiv 2503.20783). A group without spread, or with a reward that is not finite, teaches nothing: exactly zero.
+    ValueError for groups of one, whose advantage would always be zero.
+    """
+    if rewards_PG.dim() != 2 or rewards_PG.shape[1] < 2:
+        raise ValueError(f"rewards of shape {list(rewards_PG.shape)}: a group needs at least two rollouts [P, G >= 2]")
+    if normalize not in ("std", "none"):
+        raise ValueError(f"normalize is {normalize!r}; choose 'std' or 'none'")
+    rewards_PG = rewards_PG if rewards_PG.is_floating_point() else rewards_PG.float()
+    adv_PG = rewards_PG - rewards_PG.mean(1, keepdim=True)
+    if normalize == "std":
+        adv_PG = adv_PG / (rewards_PG.std(1, keepdim=True) + 1e-6)
+    # Rounding leaves a mean a little off equal rewards, and dividing by 1e-6 would make a signal of it.
+    spread_P1 = (rewards_PG != rewards_PG[:, :1]).any(1, keepdim=True) & rewards_PG.isfinite().all(1, keepdim=True)
+    return torch.where(spread_P1, adv_PG, 0.0)
+
+
+@dataclass
+class Pack:
+    """One micro-batch: a run of trees. All tensors are int64.
+
+    tokens_T, positions_T: what the model's forward takes; groups: what `shared_prefix_attention` takes;
+    predictor_L: index into T of the hidden state that predicts reply token l; targets_L: the id it should predict;
+    reply_L: which reply token l belongs to, counted over all replies in their order.
+    """
+
+    tokens_T: torch.Tensor
+    positions_T: torch.Tensor
+    groups: list
+    predictor_L: torch.Tensor
+    targets_L: torch.Tensor
+    reply_L: torch.Tensor
+
+    def to(self, device):
+        tensors = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
+        return Pack(groups=self.groups, **tensors)
+
+
+def pack(prompts_P, replies_P_G, first_reply=0):
+    """Pack groups as trees: each prompt once, then its replies, whose positions go on from the prompt's end.
+
+    prompts_P: lists of ids; replies_P_G: for each prompt, any number of lists of ids. The first token of *every*
+    reply is predicted by the prompt's last position, so `predictor_L` is not a shift by one. `reply_L` counts from
+    `first_reply`.
+    """
+    tokens, positions, groups, predictor, targets, reply_of = [], [], [], [], [], []
+    reply_index = first_reply
+    for prompt, replies in zip(prompts_P, replies_P_G, strict=True):
+        assert len(prompt) > 0 and all(len(reply) > 0 for reply in replies), "an empty prompt or reply"
+        tokens += prompt
+        positions += range(len(prompt))
+        last_of_prompt = len(tokens) - 1
+        for reply in replies:
+            predictor += [last_of_prompt, *range(len(tokens), len(tokens) + len(reply) - 1)]
+            targets += reply
+            reply_of += [reply_index] * len(reply)
+            tokens += reply
+            positions += range(len(prompt), len(prompt) + len(reply))
+            reply_index += 1
+        groups.append((len(prompt), [len(reply) for reply in replies]))
+    as_ids = [torch.tensor(x, dtype=torch.int64) for x in (tokens, positions, predictor, targets, reply_of)]
+    return Pack(as_ids[0], as_ids[1], groups, *as_ids[2:])
+
+
+def pack_micro_batches(prompts_P, replies_P_G, max_tokens):
+    """Cut groups into packs of at most `max_tokens` tokens, in order; `reply_L` counts over all of them.
+
+    A group that is longer than that is cut into parts that each repeat the prompt. ValueError where one prompt with
+    one reply is already too long.
+    """
+    packs, prompts, replies, size, first, index = [], [], [], 0, 0, 0
+    for prompt, group in zip(prompts_P, replies_P_G, strict=True):
+        whole = len(prompt) + sum(map(len, group))
+        starts_group = True
+        for reply in group:
+            if len(prompt) + len(reply) > max_tokens:
+                raise ValueError(f"a prompt of {len(prompt)} and a reply of {len(reply)} tokens exceed the "
+                                 f"{max_tokens} tokens of a micro-batch; raise train.micro_batch_tokens")
+            needed = len(reply) + (len(prompt) if starts_group else 0)
+            # A group that would fit a pack of its own is not cut only because the current pack is nearly full.
+            wanted = whole if starts_group and whole <= max_tokens else needed
+            if prompts and size + wanted > max_tokens:
+                packs.append(pack(prompts, replies, first))
+                prompts, replies, size, first, starts_group = [], [], 0, index, True
+            if starts_group:
+                prompts.append(prompt)
+                replies.append([])
+                size += len(prompt)
+                starts_group = False
+            replies[-1].append(reply)
+            size += len(reply)
+            index += 1
+    if prompts:
+        packs.append(pack(prompts, replies, first))
+    return packs
+
+
+def token_logprobs(hidden_LD, weight_VD, targets_L, temperature, vocab_size=None, kernel="auto"):
+    """Log-probability of each target under softmax(hidden · weightᵀ / temperature), and that softmax's entropy.
+
+    hidden_LD, weight_VD: floats of one dtype; targets_L: int64 below `vocab_size`; temperature > 0; vocab_size: ids
+    that have a token: the rows beyond (Qwen pads its vocabulary) take no part. Returns logp_L <= 0, in nats, with
+    gradients for hidden and weight, and entropy_L, in nats, without; both at least fp32.
+    kernel: "auto" or "reference", which are the same until a fused kernel stands below the reference.
+    """
+    if kernel not in ("auto", "reference"):
+        raise ValueError(f"kernel is {kernel!r}; only 'auto' and 'reference' exist")
+    return token_logprobs_reference(hidden_LD, weight_VD, targets_L, temperature, vocab_size)
+
+
+def token_logprobs_reference(hidden_LD, weight_VD, targets_L, temperature, vocab_size=None, kernel="reference"):
+    """The definition of `token_logprobs`, in plain PyTorch and in chunks of tokens.
+
+    The [L, V] logits never exist at once, in backward neither: each chunk is recomputed there.
+    """
+    weight_VD = weight_VD[:vocab_size]
+
+    def chunk_logprobs(hidden_CD, weight_VD, targets_C):
+        logits_CV = hidden_CD @ weight_VD.T
+        logits_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32)) / temperature
+        # log_softmax subtracts the maximum first and so cannot round to a positive log-probability.
+        logp_CV = F.log_softmax(logits_CV, -1)
+        entropy_C = -(logp_CV.detach().exp() * logp_CV.detach()).sum(-1)
+        return logp_CV.gather(1, targets_C[:, None])[:, 0], entropy_C
+
+    size = max(1, CHUNK_LOGITS // len(weight_VD))
+    if len(targets_L) <= size:
+        return chunk_logprobs(hidden_LD, weight_VD, targets_L)
+    chunks = [checkpoint(chunk_logprobs, hidden_CD, weight_VD, targets_C, use_reentrant=False)
+              for hidden_CD, targets_C in zip(hidden_LD.split(size), targets_L.split(size), strict=True)]
+    return tuple(torch.cat(parts) for parts in zip(*chunks, strict=True))
+
+
+def grpo_loss(logp_L, old_logp_L, ref_logp_L, adv_L, *, clip_low, clip_high, kl_coef, denominator):
+    """The clipped policy-gradient loss with a KL penalty (eq. 3) of one part of an optimizer update.
+
+    logp_L: log-probs of the policy, with gradient; old_logp_L: of the policy that sampled; ref_logp_L: of the
+    reference model, or None without one (then kl_coef must be 0); adv_L: each token's advantage, that of its reply;
+    denominator: reply tokens of the whole update. Returns (loss, stats): losses of parts add up to the loss of the
+    whole, and `merge_stats` adds up stats. In stats, all detached: `loss` is the number that was differentiated,
+    `tokens` and `*_sum` are sums over tokens, `*_max` and `*_min` extremes.
+    """
+    assert denominator > 0, "an optimizer update without reply tokens"
+    assert ref_logp_L is not None or kl_coef == 0, "a KL penalty needs a reference model"
+    old_logp_L = old_logp_L.detach()
+    log_ratio_L = logp_L - old_logp_L
+    ratio_L = log_ratio_L.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    # eq. 3: the lower of the plain and the clipped objective
+    plain_L, clipped_L = ratio_L * adv_L, ratio_L.clamp(1 - clip_low, 1 + clip_high) * adv_L
+    loss_L = -torch.minimum(plain_L, clipped_L)
+    kl_L = torch.zeros_like(logp_L)
+    if ref_logp_L is not None:
+        d_L = (ref_logp_L.detach() - logp_L).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+        # k3; expm1 keeps the digits that exp(d) - 1 loses near zero
+        kl_L = torch.expm1(d_L) - d_L
+    if kl_coef:
+        loss_L = loss_L + kl_coef * kl_L
+    loss = loss_L.sum() / denominator
+
+    with torch.no_grad():
+        clipped_off_L = clipped_L < plain_L
+        stats = {
+            "loss": loss.detach(),
+            "tokens": torch.tensor(float(len(logp_L))),
+            "kl_sum": kl_L.sum(),
+            "ratio_sum": ratio_L.sum(),
+            "ratio_max": extreme(ratio_L, torch.max, 1.0),
+            "ratio_min": extreme(ratio_L, torch.min, 1.0),
+            "clip_low_sum": (clipped_off_L & (adv_L < 0)).float().sum(),
+            "clip_high_sum": (clipped_off_L & (adv_L > 0)).float().sum(),
+            "log_ratio_abs_max": extreme(log_ratio_L.abs(), torch.max, 0.0),
+        }
+    return loss, {name: value.detach() for name, value in stats.items()}
+
+
+def extreme(x_L, function, empty):
+    return function(x_L) if len(x_L) else x_L.new_tensor(empty)
+
+
+def merge_stats(parts):
+    """Stats of a whole from those of its parts: `*_max` by maximum, `*_min` by minimum, the others by sum."""
+    merge = {"max": max, "min": min}
+    return {name: merge.get(name.rpartition("_")[2], sum)(part[name] for part in parts) for name in parts[0]}
+
+
+def sft_loss(logp_L, denominator):
+    """Supervised fine-tuning: the negative log-likelihood of the target reply's tokens over `denominator`."""
+    assert denominator > 0, "an optimizer update without reply tokens"
+    return -logp_L.sum() / denominator

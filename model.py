@@ -1,0 +1,356 @@
+"""Qwen2.5: configuration, forward pass, Hugging Face weights in and out.
+
+In:  packed tokens of any number of sequences, one after the other, never padded.
+Out: the hidden state of every token after the final norm; the caller multiplies the rows it needs by `head_weight()`.
+
+    x   = embed(token)
+    x  += o_proj(attend(rope(q_proj(norm x)), rope(k_proj(norm x)), v_proj(norm x)))        for every layer
+    x  += down_proj(silu(gate_proj(norm x)) * up_proj(norm x))
+    out = norm(x)
+
+Which token sees which is not the model's business: `forward` is given one function `attend(layer, q_THE, k_TKE, v_TKE) ->
+o_THE`, and packing, the shared prefix of a group and the key/value cache of the sampler are three such functions. The
+architecture is that of Qwen2 (arXiv 2407.10671): RMSNorm, rotary positions, grouped-query attention with a bias on q, k
+and v only, SwiGLU, a head that may be tied to the embedding. Parameter names are those of the Hugging Face checkpoints
+without their leading "model.".
+
+Axes: T packed tokens, D width, H query heads, K key/value heads, E head size, V vocabulary rows.
+"""
+
+import itertools
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of a Qwen2.5 model, under the names of its config.json. `head_dim` is E, in elements."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1e6
+    tie_word_embeddings: bool = False
+    max_position_embeddings: int = 32768
+    initializer_range: float = 0.02
+
+    def __post_init__(self):
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(f"num_attention_heads {self.num_attention_heads} is not a multiple of "
+                             f"num_key_value_heads {self.num_key_value_heads}")
+
+    @classmethod
+    def from_hf(cls, path):
+        """Read `config.json` of a local folder or hub name. ValueError where it is not a plain Qwen2."""
+        file = resolve(path) / "config.json"
+        raw = read_json(file)
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        for key, found, wanted in (("model_type", raw.get("model_type"), "qwen2"),
+                                   ("hidden_act", raw.get("hidden_act", "silu"), "silu"),
+                                   ("use_sliding_window", raw.get("use_sliding_window", False), False),
+                                   ("rope type", rope.get("rope_type", rope.get("type", "default")), "default")):
+            if found != wanted:
+                raise ValueError(f"{file}: {key} is {found!r}, but this module is Qwen2 with {wanted!r}")
+        values = {key: raw[key] for key in cls.__dataclass_fields__ if key in raw}
+        if "rope_theta" in rope:
+            values["rope_theta"] = rope["rope_theta"]
+        if values.get("head_dim") is None and "hidden_size" in raw and "num_attention_heads" in raw:
+            values["head_dim"] = raw["hidden_size"] // raw["num_attention_heads"]
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise ValueError(f"{file}: {str(error).split('__init__() ')[-1]}; is this a Qwen2.5 config?") from None
+
+    def to_hf(self):
+        """The dictionary that `transformers` and vLLM read as config.json."""
+        return {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu",
+                "use_sliding_window": False, "attention_dropout": 0.0, **asdict(self)}
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) * weight over the last axis, in fp32 whatever the input (arXiv 1910.07467)."""
+
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x):
+        y = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * y.to(x.dtype)
+
+
+def rope_tables(positions_T, head_dim, theta):
+    """cos and sin of position · theta^(-2i/E) for i < E/2: two fp32 tensors [T, 1, E/2] (arXiv 2104.09864)."""
+    exponent = torch.arange(0, head_dim, 2, device=positions_T.device, dtype=torch.float32) / head_dim
+    angle = positions_T[:, None, None].float() / theta**exponent
+    return angle.cos(), angle.sin()
+
+
+def rotate(x_THE, cos, sin):
+    """Rotate element i of each head together with element i + E/2, the pairing of the published weights."""
+    a, b = x_THE.chunk(2, -1)
+    cos, sin = cos.to(x_THE.dtype), sin.to(x_THE.dtype)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        D, H, K, E = (config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+        self.head_dim = E
+        self.q_proj = nn.Linear(D, H * E, bias=True)
+        self.k_proj = nn.Linear(D, K * E, bias=True)
+        self.v_proj = nn.Linear(D, K * E, bias=True)
+        self.o_proj = nn.Linear(H * E, D, bias=False)
+
+    def forward(self, x_TD, cos, sin, layer, attend):
+        T, E = len(x_TD), self.head_dim
+        q_THE = rotate(self.q_proj(x_TD).view(T, -1, E), cos, sin)
+        k_TKE = rotate(self.k_proj(x_TD).view(T, -1, E), cos, sin)
+        v_TKE = self.v_proj(x_TD).view(T, -1, E)
+        return self.o_proj(attend(layer, q_THE, k_TKE, v_TKE).reshape(T, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x_TD):
+        return self.down_proj(F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x_TD, cos, sin, layer, attend):
+        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), cos, sin, layer, attend)
+        return x_TD + self.mlp(self.post_attention_layernorm(x_TD))
+
+
+class Qwen2(nn.Module):
+    """Qwen2.5 as one module; `Qwen2(config).init_weights(seed)` gives random weights, `load_hf` trained ones."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(self, tokens_T, positions_T, attend):
+        """Hidden states [T, D] of the packed tokens after the final norm.
+
+        tokens_T: int64 ids; positions_T: int64 position of each token in its own sequence;
+        attend(layer, q_THE, k_TKE, v_TKE) -> o_THE: decides what each token sees (layer counts from 0).
+        """
+        x_TD = self.embed_tokens(tokens_T)
+        cos, sin = rope_tables(positions_T, self.config.head_dim, self.config.rope_theta)
+        for layer, block in enumerate(self.layers):
+            x_TD = block(x_TD, cos, sin, layer, attend)
+        return self.norm(x_TD)
+
+    def head_weight(self):
+        """weight_VD with logits = hidden_LD @ weight_VD.T: the embedding itself where the config ties them."""
+        return self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    @torch.no_grad()
+    def init_weights(self, seed):
+        """Matrices from N(0, initializer_range²), biases 0, norms 1, as a pure function of `seed`; returns self."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                noise = torch.randn(parameter.shape, generator=generator) * self.config.initializer_range
+                parameter.copy_(noise)
+            else:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+        return self
+
+
+# What a token sees: the two `attend` functions of training. Plain PyTorch, one sequence at a time.
+
+
+def sdpa(q_THE, k_SKE, v_SKE, mask=None, causal=False):
+    """Softmax attention of T queries over S keys with grouped heads; mask [T, S], True where visible. -> o_THE"""
+    share = q_THE.shape[1] // k_SKE.shape[1]
+    k_SHE = k_SKE.repeat_interleave(share, 1)
+    v_SHE = v_SKE.repeat_interleave(share, 1)
+    q_1HTE, k_1HSE, v_1HSE = (x.transpose(0, 1)[None] for x in (q_THE, k_SHE, v_SHE))
+    o_1HTE = F.scaled_dot_product_attention(q_1HTE, k_1HSE, v_1HSE, attn_mask=mask, is_causal=causal)
+    return o_1HTE[0].transpose(0, 1)
+
+
+def packed_attention(cu_seqlens):
+    """attend: causal within each sequence of a pack. cu_seqlens: the n+1 boundaries 0, …, T of its n sequences."""
+    bounds = [int(bound) for bound in cu_seqlens]
+    lengths = [end - start for start, end in itertools.pairwise(bounds)]
+    assert bounds[0] == 0 and all(length >= 0 for length in lengths), bounds
+
+    def attend(layer, q_THE, k_TKE, v_TKE):
+        assert len(q_THE) == bounds[-1], f"{len(q_THE)} tokens in a pack of {bounds[-1]}"
+        parts = zip(q_THE.split(lengths), k_TKE.split(lengths), v_TKE.split(lengths), strict=True)
+        return torch.cat([sdpa(q, k, v, causal=True) for q, k, v in parts])
+
+    return attend
+
+
+def shared_prefix_attention(groups):
+    """attend: each group is a tree, its prompt once and then its replies (Prefix Grouper, arXiv 2506.05433).
+
+    groups: for each group (prompt length, [reply lengths]), in the order of the pack. A prompt is causal within
+    itself; a reply sees the whole prompt and, causally, itself, but no other reply. Equal to `packed_attention` on
+    prompt + reply for every reply, with the prompt computed once.
+    """
+    lengths = [length for prompt, replies in groups for length in (prompt, *replies)]
+    total = sum(lengths)
+
+    def attend(layer, q_THE, k_TKE, v_TKE):
+        assert len(q_THE) == total, f"{len(q_THE)} tokens in a pack of {total}"
+        parts = zip(q_THE.split(lengths), k_TKE.split(lengths), v_TKE.split(lengths), strict=True)
+        out = []
+        for P, replies in groups:
+            q_prompt, k_prompt, v_prompt = next(parts)
+            out.append(sdpa(q_prompt, k_prompt, v_prompt, causal=True))
+            for R in replies:
+                q, k, v = next(parts)
+                visible = torch.ones(R, P + R, dtype=torch.bool, device=q.device).tril(P)
+                out.append(sdpa(q, torch.cat((k_prompt, k)), torch.cat((v_prompt, v)), visible))
+        return torch.cat(out)
+
+    return attend
+
+
+# Hugging Face folders.
+
+
+def resolve(path):
+    """The local folder of a model: `path` itself where it is one, else the hub's snapshot of that name."""
+    if os.path.isdir(path):
+        return Path(path)
+    from huggingface_hub import snapshot_download
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "merges.txt"]))
+    except (ValueError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{path}: neither a local folder nor a model that the hub gave ({reason})") from None
+
+
+def read_json(file):
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file}: not a readable JSON file ({error}); is the model folder complete?") from None
+
+
+def write_json(file, value):
+    aside = file.with_name(file.name + ".tmp")
+    aside.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    os.replace(aside, file)
+
+
+def hf_name(name):
+    """The name of a parameter in a Hugging Face checkpoint."""
+    return name if name.startswith("lm_head.") else "model." + name
+
+
+def read_weights(folder):
+    """{name: tensor} of a checkpoint: its model.safetensors, or every shard that its index names."""
+    index = folder / "model.safetensors.index.json"
+    names = {"model.safetensors"}
+    if index.exists():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise ValueError(f"{index}: no \"weight_map\" from tensor names to file names")
+        names = set(weight_map.values())
+    weights = {}
+    for name in sorted(names):
+        if name != os.path.basename(name) or name in ("", ".", ".."):
+            raise ValueError(f"{index}: names {name!r}, a file outside the folder; refused")
+        try:
+            weights.update(load_file(folder / name))
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{folder / name}: no readable weights ({error}); is the download complete?") from None
+    return weights
+
+
+def load_hf(path, device="cpu", dtype=torch.float32):
+    """The model in a Hugging Face folder or under a hub name, its tensors cast to `dtype` on `device`.
+
+    ValueError, naming the folder and the tensor, where one is missing, unknown or of another shape. A tied model's
+    copy of its head is accepted where it equals the embedding.
+    """
+    folder = resolve(path)
+    with torch.device("meta"):
+        model = Qwen2(ModelConfig.from_hf(folder))
+    weights = read_weights(folder)
+    if model.config.tie_word_embeddings and "lm_head.weight" in weights:
+        if not torch.equal(weights.pop("lm_head.weight"), weights.get("model.embed_tokens.weight", torch.empty(0))):
+            raise ValueError(f"{folder}: config.json ties the head to the embedding, but lm_head.weight differs")
+    state = {}
+    for name, parameter in model.named_parameters():
+        tensor = weights.pop(hf_name(name), None)
+        if tensor is None:
+            raise ValueError(f"{folder}: the checkpoint lacks {hf_name(name)!r}, which its config.json asks for")
+        if tensor.shape != parameter.shape:
+            raise ValueError(f"{folder}: {hf_name(name)!r} has shape {list(tensor.shape)}, but its config.json "
+                             f"makes it {list(parameter.shape)}")
+        state[name] = tensor.to(device, dtype)
+    if weights:
+        raise ValueError(f"{folder}: the checkpoint holds {min(weights)!r}, which Qwen2 as in its config.json lacks")
+    model.load_state_dict(state, assign=True)
+    return model
+
+
+def save_hf(model, path, max_shard_bytes=5_000_000_000):
+    """Write config.json and safetensors that `transformers`, vLLM and `load_hf` read, in the parameters' own dtype.
+
+    More than `max_shard_bytes` of weights become numbered shards with an index. Every file is written aside and
+    renamed, the config last.
+    """
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    shards, size = [{}], 0
+    for name, parameter in model.named_parameters():
+        if shards[-1] and size + parameter.nbytes > max_shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][hf_name(name)] = parameter.detach().cpu().contiguous()
+        size += parameter.nbytes
+    weight_map = {}
+    for i, shard in enumerate(shards, 1):
+        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+        save_file(shard, folder / (file + ".tmp"), metadata={"format": "pt"})
+        os.replace(folder / (file + ".tmp"), folder / file)
+        weight_map |= dict.fromkeys(shard, file)
+    index = folder / "model.safetensors.index.json"
+    if len(shards) > 1:
+        total = sum(parameter.nbytes for parameter in model.parameters())
+        write_json(index, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    else:
+        index.unlink(missing_ok=True)
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    write_json(folder / "config.json", {**model.config.to_hf(), "torch_dtype": dtype})
