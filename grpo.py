@@ -1,20 +1,22 @@
 """GRPO and SFT as pure functions: advantages, tree packs, token log-probs, losses.
 
-In:  rewards, token ids, hidden states. Out: one scalar loss to differentiate, and statistics that add up over parts.
+In:  rewards, token ids, hidden states. Out: one scalar loss to differentiate, and statistics that add up
+over parts.
 
-    A_i     = (r_i - mean(r_1..r_G)) / (std(r_1..r_G) + 1e-6)                       advantages, eq. 4 (arXiv 2505.00024)
-    π(t)    = softmax(logits / temperature)[t]                                      always the tempered distribution
-    ρ       = exp(log π - log π_old)                                                per token
-    k3      = exp(d) - d - 1,  d = log π_ref - log π                                KL(π ‖ π_ref), always >= 0
-    loss    = Σ_tokens( -min(ρ A, clip(ρ, 1-ε_low, 1+ε_high) A) + β k3 ) / denominator              eq. 3, negated
+    A_i  = (r_i - mean(r_1..r_G)) / (std(r_1..r_G) + 1e-6)           advantages, eq. 4 (arXiv 2505.00024)
+    π(t) = softmax(logits / temperature)[t]                          always the tempered distribution
+    ρ    = exp(log π - log π_old)                                    per token
+    k3   = exp(d) - d - 1,  d = log π_ref - log π                    KL(π ‖ π_ref), never negative
+    loss = Σ_tokens( -min(ρ A, clip(ρ, 1-ε_low, 1+ε_high) A) + β k3 ) / denominator       eq. 3, negated
 
-Where this differs from the paper's code: the denominator is the number of reply tokens of the whole optimizer update
-(its mini-batch, all ranks, groups without spread included), known before the first backward. The paper's code takes
-the mean within each micro-batch, which makes the gradient depend on how sequences happen to be packed. And a group's
-prompt is computed once: a pack is a run of trees, each a prompt followed by its replies (arXiv 2506.05433).
+Where this differs from the paper's code: the denominator is the number of reply tokens of the whole
+optimizer update (its mini-batch, all ranks, groups without spread included), known before the first
+backward. The paper's code takes the mean within each micro-batch, which makes the gradient depend on how
+sequences happen to be packed. And a group's prompt is computed once: a pack is a run of trees, each a
+prompt followed by its replies (arXiv 2506.05433).
 
-Axes: P prompts, G rollouts a prompt, T packed tokens, L reply tokens that carry loss (the stop token included), D width,
-V vocabulary rows, C one chunk of L.
+Axes: P prompts, G rollouts a prompt, T packed tokens, L reply tokens that carry loss (the stop token
+included), D width, V vocabulary rows, C one chunk of L.
 """
 
 from dataclasses import dataclass
@@ -24,18 +26,18 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 CHUNK_LOGITS = 2**25  # logits that exist at once, 128 MiB in fp32
-MAX_LOG_RATIO = 20.0  # exp(20) = 4.9e8: past it a ratio is an accident, and exp would overflow fp32 soon after
+MAX_LOG_RATIO = 20.0  # exp(20) = 4.9e8: a ratio past it is an accident, and exp overflows fp32 at 88
 
 
 def group_advantages(rewards_PG, normalize="std"):
     """Advantage of each rollout within its group (eq. 4): float [P, G] in, float [P, G] out.
 
-    normalize "std" divides by the unbiased standard deviation plus 1e-6 (the paper); "none" only subtracts the mean
-    (arXiv 2503.20783). A group without spread, or with a reward that is not finite, teaches nothing: exactly zero.
-    ValueError for groups of one, whose advantage would always be zero.
+    normalize "std" divides by the unbiased standard deviation plus 1e-6 (the paper); "none" only subtracts
+    the mean (arXiv 2503.20783). A group without spread, or with a reward that is not finite, teaches
+    nothing: exactly zero. ValueError for groups of one, whose advantage would always be zero.
     """
     if rewards_PG.dim() != 2 or rewards_PG.shape[1] < 2:
-        raise ValueError(f"rewards of shape {list(rewards_PG.shape)}: a group needs at least two rollouts [P, G >= 2]")
+        raise ValueError(f"rewards of shape {list(rewards_PG.shape)}: expected [P, G] with G >= 2 rollouts")
     if normalize not in ("std", "none"):
         raise ValueError(f"normalize is {normalize!r}; choose 'std' or 'none'")
     rewards_PG = rewards_PG if rewards_PG.is_floating_point() else rewards_PG.float()
@@ -43,8 +45,8 @@ def group_advantages(rewards_PG, normalize="std"):
     if normalize == "std":
         adv_PG = adv_PG / (rewards_PG.std(1, keepdim=True) + 1e-6)
     # Rounding leaves a mean a little off equal rewards, and dividing by 1e-6 would make a signal of it.
-    spread_P1 = (rewards_PG != rewards_PG[:, :1]).any(1, keepdim=True) & rewards_PG.isfinite().all(1, keepdim=True)
-    return torch.where(spread_P1, adv_PG, 0.0)
+    spread_P = (rewards_PG != rewards_PG[:, :1]).any(1) & rewards_PG.isfinite().all(1)
+    return torch.where(spread_P[:, None], adv_PG, 0.0)
 
 
 @dataclass
@@ -52,8 +54,8 @@ class Pack:
     """One micro-batch: a run of trees. All tensors are int64.
 
     tokens_T, positions_T: what the model's forward takes; groups: what `shared_prefix_attention` takes;
-    predictor_L: index into T of the hidden state that predicts reply token l; targets_L: the id it should predict;
-    reply_L: which reply token l belongs to, counted over all replies in their order.
+    predictor_L: index into T of the hidden state that predicts reply token l; targets_L: the id it should
+    predict; reply_L: which reply token l belongs to, counted over all replies in their order.
     """
 
     tokens_T: torch.Tensor
@@ -71,9 +73,9 @@ class Pack:
 def pack(prompts_P, replies_P_G, first_reply=0):
     """Pack groups as trees: each prompt once, then its replies, whose positions go on from the prompt's end.
 
-    prompts_P: lists of ids; replies_P_G: for each prompt, any number of lists of ids. The first token of *every*
-    reply is predicted by the prompt's last position, so `predictor_L` is not a shift by one. `reply_L` counts from
-    `first_reply`.
+    prompts_P: lists of ids; replies_P_G: for each prompt, any number of lists of ids. The first token of
+    *every* reply is predicted by the prompt's last position, so `predictor_L` is not a shift by one.
+    `reply_L` counts from `first_reply`.
     """
     tokens, positions, groups, predictor, targets, reply_of = [], [], [], [], [], []
     reply_index = first_reply
@@ -97,8 +99,8 @@ def pack(prompts_P, replies_P_G, first_reply=0):
 def pack_micro_batches(prompts_P, replies_P_G, max_tokens):
     """Cut groups into packs of at most `max_tokens` tokens, in order; `reply_L` counts over all of them.
 
-    A group that is longer than that is cut into parts that each repeat the prompt. ValueError where one prompt with
-    one reply is already too long.
+    A group that is longer than that is cut into parts that each repeat the prompt. ValueError where one
+    prompt with one reply is already too long.
     """
     packs, prompts, replies, size, first, index = [], [], [], 0, 0, 0
     for prompt, group in zip(prompts_P, replies_P_G, strict=True):
@@ -109,7 +111,7 @@ def pack_micro_batches(prompts_P, replies_P_G, max_tokens):
                 raise ValueError(f"a prompt of {len(prompt)} and a reply of {len(reply)} tokens exceed the "
                                  f"{max_tokens} tokens of a micro-batch; raise train.micro_batch_tokens")
             needed = len(reply) + (len(prompt) if starts_group else 0)
-            # A group that would fit a pack of its own is not cut only because the current pack is nearly full.
+            # A group that fits a pack of its own is not cut only because the current pack is nearly full.
             wanted = whole if starts_group and whole <= max_tokens else needed
             if prompts and size + wanted > max_tokens:
                 packs.append(pack(prompts, replies, first))
@@ -128,19 +130,21 @@ def pack_micro_batches(prompts_P, replies_P_G, max_tokens):
 
 
 def token_logprobs(hidden_LD, weight_VD, targets_L, temperature, vocab_size=None, kernel="auto"):
-    """Log-probability of each target under softmax(hidden · weightᵀ / temperature), and that softmax's entropy.
+    """Log-probability of each target under softmax(hidden · weightᵀ / temperature), and that softmax's
+    entropy.
 
-    hidden_LD, weight_VD: floats of one dtype; targets_L: int64 below `vocab_size`; temperature > 0; vocab_size: ids
-    that have a token: the rows beyond (Qwen pads its vocabulary) take no part. Returns logp_L <= 0, in nats, with
-    gradients for hidden and weight, and entropy_L, in nats, without; both at least fp32.
-    kernel: "auto" or "reference", which are the same until a fused kernel stands below the reference.
+    hidden_LD, weight_VD: floats of one dtype; targets_L: int64 below `vocab_size`; temperature > 0;
+    vocab_size: ids that have a token: the rows beyond (Qwen pads its vocabulary) take no part. Returns
+    logp_L <= 0, in nats, with gradients for hidden and weight, and entropy_L, in nats, without; both at
+    least fp32. kernel: "auto" or "reference", which are the same until a fused kernel stands below the
+    reference.
     """
     if kernel not in ("auto", "reference"):
         raise ValueError(f"kernel is {kernel!r}; only 'auto' and 'reference' exist")
     return token_logprobs_reference(hidden_LD, weight_VD, targets_L, temperature, vocab_size)
 
 
-def token_logprobs_reference(hidden_LD, weight_VD, targets_L, temperature, vocab_size=None, kernel="reference"):
+def token_logprobs_reference(hidden_LD, weight_VD, targets_L, temperature, vocab_size=None, kernel="auto"):
     """The definition of `token_logprobs`, in plain PyTorch and in chunks of tokens.
 
     The [L, V] logits never exist at once, in backward neither: each chunk is recomputed there.
@@ -166,11 +170,11 @@ def token_logprobs_reference(hidden_LD, weight_VD, targets_L, temperature, vocab
 def grpo_loss(logp_L, old_logp_L, ref_logp_L, adv_L, *, clip_low, clip_high, kl_coef, denominator):
     """The clipped policy-gradient loss with a KL penalty (eq. 3) of one part of an optimizer update.
 
-    logp_L: log-probs of the policy, with gradient; old_logp_L: of the policy that sampled; ref_logp_L: of the
-    reference model, or None without one (then kl_coef must be 0); adv_L: each token's advantage, that of its reply;
-    denominator: reply tokens of the whole update. Returns (loss, stats): losses of parts add up to the loss of the
-    whole, and `merge_stats` adds up stats. In stats, all detached: `loss` is the number that was differentiated,
-    `tokens` and `*_sum` are sums over tokens, `*_max` and `*_min` extremes.
+    logp_L: log-probs of the policy, with gradient; old_logp_L: of the policy that sampled; ref_logp_L: of
+    the reference model, or None without one (then kl_coef must be 0); adv_L: each token's advantage, that
+    of its reply; denominator: reply tokens of the whole update. Returns (loss, stats): losses of parts add
+    up to the loss of the whole, and `merge_stats` adds up stats. In stats, all detached: `loss` is the
+    number that was differentiated, `tokens` and `*_sum` are sums over tokens, `*_max` and `*_min` extremes.
     """
     assert denominator > 0, "an optimizer update without reply tokens"
     assert ref_logp_L is not None or kl_coef == 0, "a KL penalty needs a reference model"

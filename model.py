@@ -1,18 +1,18 @@
 """Qwen2.5: configuration, forward pass, Hugging Face weights in and out.
 
-In:  packed tokens of any number of sequences, one after the other, never padded.
-Out: the hidden state of every token after the final norm; the caller multiplies the rows it needs by `head_weight()`.
+In:  packed tokens of any number of sequences, one after the other, never padded. Out: the hidden state of
+every token after the final norm; the caller multiplies the rows it needs by `head_weight()`.
 
     x   = embed(token)
     x  += o_proj(attend(rope(q_proj(norm x)), rope(k_proj(norm x)), v_proj(norm x)))        for every layer
     x  += down_proj(silu(gate_proj(norm x)) * up_proj(norm x))
     out = norm(x)
 
-Which token sees which is not the model's business: `forward` is given one function `attend(layer, q_THE, k_TKE, v_TKE) ->
-o_THE`, and packing, the shared prefix of a group and the key/value cache of the sampler are three such functions. The
-architecture is that of Qwen2 (arXiv 2407.10671): RMSNorm, rotary positions, grouped-query attention with a bias on q, k
-and v only, SwiGLU, a head that may be tied to the embedding. Parameter names are those of the Hugging Face checkpoints
-without their leading "model.".
+Which token sees which is not the model's business: `forward` is given one function `attend(layer, q_THE,
+k_TKE, v_TKE) -> o_THE`, and packing, the shared prefix of a group and the key/value cache of the sampler
+are three such functions. The architecture is that of Qwen2 (arXiv 2407.10671): RMSNorm, rotary positions,
+grouped-query attention with a bias on q, k and v only, SwiGLU, a head that may be tied to the embedding.
+Parameter names are those of the Hugging Face checkpoints without their leading "model.".
 
 Axes: T packed tokens, D width, H query heads, K key/value heads, E head size, V vocabulary rows.
 """
@@ -58,10 +58,11 @@ class ModelConfig:
         file = resolve(path) / "config.json"
         raw = read_json(file)
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
         for key, found, wanted in (("model_type", raw.get("model_type"), "qwen2"),
                                    ("hidden_act", raw.get("hidden_act", "silu"), "silu"),
                                    ("use_sliding_window", raw.get("use_sliding_window", False), False),
-                                   ("rope type", rope.get("rope_type", rope.get("type", "default")), "default")):
+                                   ("rope type", rope_type, "default")):
             if found != wanted:
                 raise ValueError(f"{file}: {key} is {found!r}, but this module is Qwen2 with {wanted!r}")
         values = {key: raw[key] for key in cls.__dataclass_fields__ if key in raw}
@@ -72,7 +73,8 @@ class ModelConfig:
         try:
             return cls(**values)
         except TypeError as error:
-            raise ValueError(f"{file}: {str(error).split('__init__() ')[-1]}; is this a Qwen2.5 config?") from None
+            reason = str(error).split("__init__() ")[-1]
+            raise ValueError(f"{file}: {reason}; is this a Qwen2.5 config?") from None
 
     def to_hf(self):
         """The dictionary that `transformers` and vLLM read as config.json."""
@@ -81,7 +83,7 @@ class ModelConfig:
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + eps) * weight over the last axis, in fp32 whatever the input (arXiv 1910.07467)."""
+    """x / sqrt(mean(x²) + eps) * weight over the last axis, at least in fp32 (arXiv 1910.07467)."""
 
     def __init__(self, size, eps):
         super().__init__()
@@ -95,7 +97,7 @@ class RMSNorm(nn.Module):
 
 
 def rope_tables(positions_T, head_dim, theta):
-    """cos and sin of position · theta^(-2i/E) for i < E/2: two fp32 tensors [T, 1, E/2] (arXiv 2104.09864)."""
+    """cos and sin of position / theta^(2i/E) for i < E/2: two fp32 [T, 1, E/2] (arXiv 2104.09864)."""
     exponent = torch.arange(0, head_dim, 2, device=positions_T.device, dtype=torch.float32) / head_dim
     angle = positions_T[:, None, None].float() / theta**exponent
     return angle.cos(), angle.sin()
@@ -111,7 +113,8 @@ def rotate(x_THE, cos, sin):
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        D, H, K, E = (config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+        D, E = config.hidden_size, config.head_dim
+        H, K = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = E
         self.q_proj = nn.Linear(D, H * E, bias=True)
         self.k_proj = nn.Linear(D, K * E, bias=True)
@@ -151,7 +154,7 @@ class Block(nn.Module):
 
 
 class Qwen2(nn.Module):
-    """Qwen2.5 as one module; `Qwen2(config).init_weights(seed)` gives random weights, `load_hf` trained ones."""
+    """Qwen2.5 as one module; `Qwen2(config).init_weights(seed)` is random, `load_hf` trained."""
 
     def __init__(self, config):
         super().__init__()
@@ -175,17 +178,17 @@ class Qwen2(nn.Module):
         return self.norm(x_TD)
 
     def head_weight(self):
-        """weight_VD with logits = hidden_LD @ weight_VD.T: the embedding itself where the config ties them."""
+        """weight_VD with logits = hidden_LD @ weight_VD.T: the embedding itself where they are tied."""
         return self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
     @torch.no_grad()
     def init_weights(self, seed):
-        """Matrices from N(0, initializer_range²), biases 0, norms 1, as a pure function of `seed`; returns self."""
+        """Matrices from N(0, initializer_range²), biases 0, norms 1; a function of `seed` only. -> self"""
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
-                noise = torch.randn(parameter.shape, generator=generator) * self.config.initializer_range
-                parameter.copy_(noise)
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.copy_(noise * self.config.initializer_range)
             else:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
         return self
@@ -195,7 +198,7 @@ class Qwen2(nn.Module):
 
 
 def sdpa(q_THE, k_SKE, v_SKE, mask=None, causal=False):
-    """Softmax attention of T queries over S keys with grouped heads; mask [T, S], True where visible. -> o_THE"""
+    """Softmax attention of T queries over S keys with grouped heads; mask [T, S]: True is visible"""
     share = q_THE.shape[1] // k_SKE.shape[1]
     k_SHE = k_SKE.repeat_interleave(share, 1)
     v_SHE = v_SKE.repeat_interleave(share, 1)
@@ -205,7 +208,7 @@ def sdpa(q_THE, k_SKE, v_SKE, mask=None, causal=False):
 
 
 def packed_attention(cu_seqlens):
-    """attend: causal within each sequence of a pack. cu_seqlens: the n+1 boundaries 0, …, T of its n sequences."""
+    """attend: causal within each sequence of a pack. cu_seqlens: the boundaries 0, …, T of its sequences."""
     bounds = [int(bound) for bound in cu_seqlens]
     lengths = [end - start for start, end in itertools.pairwise(bounds)]
     assert bounds[0] == 0 and all(length >= 0 for length in lengths), bounds
@@ -221,9 +224,9 @@ def packed_attention(cu_seqlens):
 def shared_prefix_attention(groups):
     """attend: each group is a tree, its prompt once and then its replies (Prefix Grouper, arXiv 2506.05433).
 
-    groups: for each group (prompt length, [reply lengths]), in the order of the pack. A prompt is causal within
-    itself; a reply sees the whole prompt and, causally, itself, but no other reply. Equal to `packed_attention` on
-    prompt + reply for every reply, with the prompt computed once.
+    groups: for each group (prompt length, [reply lengths]), in the order of the pack. A prompt is causal
+    within itself; a reply sees the whole prompt and, causally, itself, but no other reply. Equal to
+    `packed_attention` on prompt + reply for every reply, with the prompt computed once.
     """
     lengths = [length for prompt, replies in groups for length in (prompt, *replies)]
     total = sum(lengths)
@@ -256,14 +259,14 @@ def resolve(path):
         return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "merges.txt"]))
     except (ValueError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{path}: neither a local folder nor a model that the hub gave ({reason})") from None
+        raise ValueError(f"{path}: no local folder, and the hub gave no such model ({reason})") from None
 
 
 def read_json(file):
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{file}: not a readable JSON file ({error}); is the model folder complete?") from None
+        raise ValueError(f"{file}: not a readable JSON file ({error}); is the folder complete?") from None
 
 
 def write_json(file, value):
@@ -293,43 +296,44 @@ def read_weights(folder):
         try:
             weights.update(load_file(folder / name))
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{folder / name}: no readable weights ({error}); is the download complete?") from None
+            raise ValueError(f"{folder / name}: no readable weights ({error}); is it all there?") from None
     return weights
 
 
 def load_hf(path, device="cpu", dtype=torch.float32):
     """The model in a Hugging Face folder or under a hub name, its tensors cast to `dtype` on `device`.
 
-    ValueError, naming the folder and the tensor, where one is missing, unknown or of another shape. A tied model's
-    copy of its head is accepted where it equals the embedding.
+    ValueError, naming the folder and the tensor, where one is missing, unknown or of another shape. A tied
+    model's copy of its head is accepted where it equals the embedding.
     """
     folder = resolve(path)
     with torch.device("meta"):
         model = Qwen2(ModelConfig.from_hf(folder))
     weights = read_weights(folder)
-    if model.config.tie_word_embeddings and "lm_head.weight" in weights:
-        if not torch.equal(weights.pop("lm_head.weight"), weights.get("model.embed_tokens.weight", torch.empty(0))):
-            raise ValueError(f"{folder}: config.json ties the head to the embedding, but lm_head.weight differs")
+    copy = weights.pop("lm_head.weight", None) if model.config.tie_word_embeddings else None
+    if copy is not None and not torch.equal(copy, weights.get("model.embed_tokens.weight", torch.empty(0))):
+        raise ValueError(f"{folder}: config.json ties the head to the embedding, but lm_head.weight differs")
     state = {}
     for name, parameter in model.named_parameters():
         tensor = weights.pop(hf_name(name), None)
         if tensor is None:
-            raise ValueError(f"{folder}: the checkpoint lacks {hf_name(name)!r}, which its config.json asks for")
+            raise ValueError(f"{folder}: no tensor {hf_name(name)!r}, which its config.json asks for")
         if tensor.shape != parameter.shape:
-            raise ValueError(f"{folder}: {hf_name(name)!r} has shape {list(tensor.shape)}, but its config.json "
-                             f"makes it {list(parameter.shape)}")
+            raise ValueError(f"{folder}: {hf_name(name)!r} has shape {list(tensor.shape)}, but config.json "
+                             f"asks for {list(parameter.shape)}")
         state[name] = tensor.to(device, dtype)
     if weights:
-        raise ValueError(f"{folder}: the checkpoint holds {min(weights)!r}, which Qwen2 as in its config.json lacks")
+        raise ValueError(f"{folder}: holds {min(weights)!r}, which the model of its config.json has not")
     model.load_state_dict(state, assign=True)
     return model
 
 
 def save_hf(model, path, max_shard_bytes=5_000_000_000):
-    """Write config.json and safetensors that `transformers`, vLLM and `load_hf` read, in the parameters' own dtype.
+    """Write config.json and safetensors that `transformers`, vLLM and `load_hf` read, in the parameters'
+    own dtype.
 
-    More than `max_shard_bytes` of weights become numbered shards with an index. Every file is written aside and
-    renamed, the config last.
+    More than `max_shard_bytes` of weights become numbered shards with an index. Every file is written aside
+    and renamed, the config last.
     """
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,17 +1,20 @@
-"""Sampling replies: key/value cache, decode attention, token sampling, `generate`, and a command line to try a model.
+"""Sampling replies: key/value cache, decode attention, token sampling, `generate`, and a command line to
+try a model.
 
-In:  a model, prompts as token ids, one seed a prompt. Out: n rollouts a prompt, with the sampled ids and the log-prob
-of each under the distribution it was drawn from. Ids go on to training as they are; text is for the reward and people.
+In:  a model, prompts as token ids, one seed a prompt. Out: n rollouts a prompt, with the sampled ids and
+the log-prob of each under the distribution it was drawn from. Ids go on to training as they are; text is
+for the reward and people.
 
     token  ~ softmax(logits / temperature)          drawn by inverting its cumulative sum at u
     u      = hash(seed of the prompt, number of the sample, position in the reply) / 2^53
 
-The noise is a pure function of those three numbers, so a reply depends neither on its batch mates nor on their order.
-Each prompt is computed once for its n replies, and its keys and values are copied to their rows. Rows are aligned at
-their last token, so that every row of a batch writes the same cache slot; a mask hides what lies left of a prompt.
+The noise is a pure function of those three numbers, so a reply depends neither on its batch mates nor on
+their order. Each prompt is computed once for its n replies, and its keys and values are copied to their
+rows. Rows are aligned at their last token, so that every row of a batch writes the same cache slot; a mask
+hides what lies left of a prompt.
 
-Axes: P prompts, T packed tokens, B rows being decoded, D width, H query heads, K key/value heads, E head size,
-S cache slots, V vocabulary rows.
+Axes: P prompts, T packed tokens, B rows being decoded, D width, H query heads, K key/value heads, E head
+size, S cache slots, V vocabulary rows.
 """
 
 import argparse
@@ -29,7 +32,7 @@ GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit number: 2
 
 @dataclass
 class Rollout:
-    """One sampled reply: `ids` with the stop id where it `finished`, and the tempered log-prob of each, in nats."""
+    """One sampled reply: `ids`, with the stop id where it `finished`, and each one's log-prob in nats."""
 
     prompt_ids: list
     ids: list = field(default_factory=list)
@@ -68,9 +71,10 @@ def uniform(key_B, position):
 def sample_tokens(logits_BV, temperature, u_B, top_p=1.0):
     """Draw one token a row by inverse CDF. Returns (ids_B, logp_B).
 
-    temperature 0 takes the most likely token. logp_B is the token's log-prob under the whole tempered softmax (at
-    temperature 0: the plain one), in nats. top_p < 1 draws from the smallest set of tokens that holds that much
-    probability (arXiv 1904.09751); its log-probs are not those of the truncated distribution: for inference only.
+    temperature 0 takes the most likely token. logp_B is the token's log-prob under the whole tempered
+    softmax (at temperature 0: the plain one), in nats. top_p < 1 draws from the smallest set of tokens that
+    holds that much probability (arXiv 1904.09751); its log-probs are not those of the truncated
+    distribution: for inference only.
     """
     logp_BV = torch.log_softmax(logits_BV.float() / (temperature or 1.0), -1)
     if temperature == 0:
@@ -92,9 +96,11 @@ def sample_tokens(logits_BV, temperature, u_B, top_p=1.0):
 
 
 class Cache:
-    """Keys and values of B rows aligned at slot `end`: of row b, slots end - length_b … end - 1 are its tokens.
+    """Keys and values of B rows aligned at slot `end`: of row b, slots end - length_b … end - 1 are its
+    tokens.
 
-    Stored as one [B·K, S, E] tensor a layer, so that a batched product reads any run of slots without copying it.
+    Stored as one [B·K, S, E] tensor a layer, so that a batched product reads any run of slots without
+    copying it.
     """
 
     def __init__(self, prompts_B, rows_of_prompt):
@@ -104,7 +110,7 @@ class Cache:
         self.keys, self.values, self.mask_B1S = [], [], None
 
     def prefill_attend(self, bounds, room):
-        """attend for the packed prompts: causal attention that also copies their keys and values to their rows."""
+        """attend for the packed prompts: causal, and copies their keys and values to their rows."""
         attend_packed = packed_attention(bounds)
 
         def attend(layer, q_THE, k_TKE, v_TKE):
@@ -127,12 +133,12 @@ class Cache:
         self.mask_B1S = mask_BS.repeat_interleave(K, 0)[:, None].to(self.keys[0])
 
     def attend(self, layer, q_BHE, k_BKE, v_BKE):
-        """attend for one new token a row, which becomes slot `end - 1` (`advance` comes before the forward)."""
+        """attend for one new token a row, which becomes slot `end - 1`; `advance` made room for it."""
         (B, H, E), K = q_BHE.shape, k_BKE.shape[1]
         keys, values, end = self.keys[layer], self.values[layer], self.end
         keys[:, end - 1] = k_BKE.reshape(B * K, E)
         values[:, end - 1] = v_BKE.reshape(B * K, E)
-        # The H/K query heads of one key/value head are the rows of one product: keys and values are read once.
+        # The H/K query heads of a key/value head are rows of one product: keys and values are read once.
         q = q_BHE.reshape(B * K, H // K, E)
         scores = torch.baddbmm(self.mask_B1S[:, :, :end], q, keys[:, :end].transpose(1, 2), alpha=E**-0.5)
         return torch.bmm(scores.softmax(-1).to(values.dtype), values[:, :end]).view(B, H, E)
@@ -168,27 +174,28 @@ def generate(model, prompts, n, *, max_new_tokens, temperature, stop_ids, seeds_
              batch_size=256, progress=None, on_token=None):
     """Sample n replies to each prompt: len(prompts)·n rollouts, prompt-major.
 
-    prompts: lists of ids; max_new_tokens: tokens a reply, the stop id included; temperature: 0 is greedy; stop_ids:
-    ids that end a reply; seeds_P: one integer a prompt; top_p: for inference only (see `sample_tokens`);
-    vocab_size: ids that have a token, others are never drawn; batch_size: rows decoded at once; progress: the name
-    of a progress bar, shown on a terminal; on_token(row, id): called for every token. ValueError where a prompt is
-    empty or does not leave room for a reply.
+    prompts: lists of ids; max_new_tokens: tokens a reply, the stop id included; temperature: 0 is greedy;
+    stop_ids: ids that end a reply; seeds_P: one integer a prompt; top_p: for inference only (see
+    `sample_tokens`); vocab_size: ids that have a token, others are never drawn; batch_size: rows decoded at
+    once; progress: the name of a progress bar, shown on a terminal; on_token(row, id): called for every
+    token. ValueError where a prompt is empty or does not leave room for a reply.
     """
     limit = model.config.max_position_embeddings
     for i, prompt in enumerate(prompts):
         if not 0 < len(prompt) <= limit - max_new_tokens:
-            raise ValueError(f"prompt {i} has {len(prompt)} tokens; with max_new_tokens {max_new_tokens} the model's "
-                             f"{limit} positions leave room for 1 to {limit - max_new_tokens}")
+            raise ValueError(f"prompt {i} has {len(prompt)} tokens; with max_new_tokens {max_new_tokens} the "
+                             f"model's {limit} positions leave room for 1 to {limit - max_new_tokens}")
     rollouts = [Rollout(prompt) for prompt in prompts for _ in range(n)]
     key_N = fold(torch.as_tensor(seeds_P, dtype=torch.int64)[:, None], torch.arange(n)).flatten()
     # Prompts of like length share a batch, so that few slots are empty.
     order = sorted(range(len(rollouts)), key=lambda i: len(rollouts[i].prompt_ids))
-    bar = tqdm(total=len(rollouts), desc=progress, disable=None if progress else True, leave=False, unit="reply")
+    hidden = None if progress else True  # None: shown on a terminal only
+    bar = tqdm(total=len(rollouts), desc=progress, disable=hidden, leave=False, unit="reply")
     for start in range(0, len(order), batch_size):
         rows = order[start:start + batch_size]
-        decode_batch(model, rollouts, rows, key_N[rows], max_new_tokens=max_new_tokens, temperature=temperature,
-                     stop_ids=frozenset(stop_ids), top_p=top_p, vocab_size=vocab_size, n=n, bar=bar,
-                     on_token=on_token)
+        decode_batch(model, rollouts, rows, n, key_N[rows], max_new_tokens=max_new_tokens,
+                     temperature=temperature, stop_ids=frozenset(stop_ids), top_p=top_p,
+                     vocab_size=vocab_size, bar=bar, on_token=on_token)
     bar.close()
     return rollouts
 
@@ -214,9 +221,9 @@ def prefill(model, rollouts, rows, n, room):
     return hidden_TD[last_B.to(device)], cache
 
 
-def decode_batch(model, rollouts, rows, key_B, *, max_new_tokens, temperature, stop_ids, top_p, vocab_size, n, bar,
-                 on_token):
-    """Fill `rollouts[row]` for every row of one batch: prefill, then one token a row and step until all have ended."""
+def decode_batch(model, rollouts, rows, n, key_B, *, max_new_tokens, temperature, stop_ids, top_p, vocab_size,
+                 bar, on_token):
+    """Fill `rollouts[row]` for every row of one batch: prefill, then a token a row until all have ended."""
     weight_VD = model.head_weight()[:vocab_size]
     hidden_BD, cache = prefill(model, rollouts, rows, n, room=min(max_new_tokens, 256))
     device = hidden_BD.device
@@ -255,7 +262,7 @@ def main(argv=None):
     from data import Chat, Example
     from reward import parse_reply
 
-    parser = argparse.ArgumentParser(description="Ask a model for a tool call: streams its reply, prints the calls.")
+    parser = argparse.ArgumentParser(description="Ask a model: streams its reply, prints the tool calls.")
     parser.add_argument("model", help="folder in the Hugging Face layout, or a hub name")
     parser.add_argument("query", help="what the user says")
     parser.add_argument("--tools", required=True, help="JSON file: a list of tool schemas")
@@ -284,7 +291,8 @@ def main(argv=None):
 
         rollout, = generate(model, [chat.encode_prompt(example)], 1, max_new_tokens=args.max_new_tokens,
                             temperature=args.temperature, stop_ids=chat.stop_ids, top_p=args.top_p,
-                            seeds_P=prompt_seeds(args.seed, 0, 0, 1), vocab_size=chat.vocab_size, on_token=show)
+                            vocab_size=chat.vocab_size, seeds_P=prompt_seeds(args.seed, 0, 0, 1),
+                            on_token=show)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

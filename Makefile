@@ -1,0 +1,108 @@
+# make demo      GRPO from assets/tiny on two CPU cores, then held-out accuracy before and after
+# make base      how assets/tiny is made: tokenizer, synthetic data, SFT from random weights
+# make test      the tests (PYTEST_ARGS="-k grpo -x" goes to pytest)
+# make check     ruff, then the tests
+# make mutants   plants known faults in the code and sees the tests catch each one
+#
+# Each target sets up .venv by itself, from Python 3.10 or newer, pip and make. Variables:
+#   PYTHON=python3.12   the interpreter .venv is made from
+#   PIP_ARGS="..."      goes to the `pip install` of the runtime packages. Another build of torch, here that
+#                       for CPUs, in the version that requirements.lock pins:
+#                         make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+#   LOCK=               ignores requirements.lock, as another version of torch (2.11 or newer) asks for:
+#                         make demo LOCK= PIP_ARGS="torch==2.11.0"
+# They count when something is installed: the first time, and after a change of pyproject.toml or the lock, so
+# export those you need for good. To choose again: rm -rf .venv
+
+PYTHON ?= python3
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+LOCK := requirements.lock
+
+VENV := .venv
+PY := $(VENV)/bin/python
+RUNTIME := $(VENV)/.runtime-installed
+DEV := $(VENV)/.dev-installed
+PIP_INSTALL := $(PY) -m pip install --disable-pip-version-check $(addprefix -c ,$(LOCK))
+
+.PHONY: help demo base test check mutants
+
+help:
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
+
+demo: $(RUNTIME) runs/data/demo_train.jsonl runs/data/demo_heldout.jsonl
+	$(PY) train.py configs/demo.yaml
+
+base: $(RUNTIME)
+	$(PY) tools/make_base.py
+
+test: $(DEV)
+	$(PY) -m pytest -q tests $(PYTEST_ARGS)
+
+check: $(DEV)
+	$(PY) -m ruff check .
+	$(PY) -m pytest -q tests $(PYTEST_ARGS)
+
+mutants: $(DEV)
+	$(PY) tests/mutants.py
+
+# Written beside and renamed, so that an interrupted run leaves no half of a data set behind.
+runs/data/demo_train.jsonl: data.py $(wildcard assets/synthetic.json) | $(RUNTIME)
+	@mkdir -p $(@D)
+	$(PY) data.py synthetic 4000 $(@D)/unfinished_$(@F) --split train --seed 0
+	@mv $(@D)/unfinished_$(@F) $@
+
+runs/data/demo_heldout.jsonl: data.py $(wildcard assets/synthetic.json) | $(RUNTIME)
+	@mkdir -p $(@D)
+	$(PY) data.py synthetic 400 $(@D)/unfinished_$(@F) --split heldout --seed 0
+	@mv $(@D)/unfinished_$(@F) $@
+
+# The packages come from pyproject.toml, so that each is named in one place; the scripts run from this folder
+# and nanon1 itself need not be installed. Python 3.10 reads TOML with the parser that pip carries.
+define REQUIREMENTS
+import sys
+from importlib import import_module
+toml = import_module("tomllib" if sys.version_info >= (3, 11) else "pip._vendor.tomli")
+with open("pyproject.toml", "rb") as file:
+    project = toml.load(file)["project"]
+extra = sys.argv[1]
+print(*(project["optional-dependencies"][extra] if extra else project["dependencies"]), sep="\n")
+endef
+export REQUIREMENTS
+
+# Each stamp is touched last: what was interrupted is not taken as done, but done again.
+$(RUNTIME): $(VENV)/.made pyproject.toml $(LOCK)
+	@$(PY) -c "$$REQUIREMENTS" "" >$(VENV)/runtime.txt
+	$(PIP_INSTALL) $(PIP_ARGS) -r $(VENV)/runtime.txt
+	@touch $@
+
+$(DEV): $(RUNTIME)
+	@$(PY) -c "$$REQUIREMENTS" dev >$(VENV)/dev.txt
+	$(PIP_INSTALL) -r $(VENV)/dev.txt
+	@touch $@
+
+# A .venv whose interpreter has gone, as after an upgrade of the system's Python, is made anew. Debian and
+# Ubuntu keep venv's copy of pip in a package of its own; without it the pip of PYTHON installs the first one.
+$(VENV)/.made: $(shell test -x $(PY) || echo no-interpreter)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
+	    echo "error: PYTHON=$(PYTHON) is missing or older than 3.10: name a newer one, as in" \
+	         "make test PYTHON=python3.12" >&2; \
+	    exit 2; \
+	}
+	@rm -rf $(VENV)
+	@echo "making $(VENV) from $(PYTHON)"
+	@$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || { \
+	    rm -rf $(VENV) && \
+	    $(PYTHON) -m venv --without-pip $(VENV) >/dev/null 2>&1 && \
+	    $(PYTHON) -m pip install --quiet pip --target \
+	        "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"; \
+	} || { \
+	    echo "error: PYTHON=$(PYTHON) makes no virtual environment: install its venv module" \
+	         "(Debian, Ubuntu: apt-get install python3-venv) and run make again" >&2; \
+	    rm -rf $(VENV); \
+	    exit 2; \
+	}
+	@touch $@
+
+.PHONY: no-interpreter
+no-interpreter:

@@ -1,0 +1,233 @@
+"""Every knob of train.py with its unit and source, and a strict loader.
+
+In:  a command line; defaults < YAML file < --section.key=value. Out: a frozen Config. An unknown key, a
+value of another type or an impossible one is a ValueError of one line that names the key, what is wrong and
+what is right.
+
+"Paper" is arXiv 2505.00024, Table 6; "code" its released training script. Defaults are theirs where they
+have one.
+"""
+
+import dataclasses
+import difflib
+import functools
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    path: str = ""  # Hugging Face folder or hub name: the policy at step 0 and the KL reference
+    precision: str = "auto"  # of matrix products: bf16 (autocast) | fp32 | auto: bf16 on a GPU, fp32 on a CPU
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    train: str = ""  # JSON lines of examples, as data.py writes them
+    heldout: str | None = None  # JSON lines of held-out examples; null: cut from train by heldout_fraction
+    heldout_fraction: float = 0.1  # share of train that is held out (code: 10 %, shuffled; here seeded)
+    system_prompt: str | None = None  # text file with {tools}; null: the project's own wording
+    max_prompt_tokens: int = 4096  # longer prompts are dropped and counted, never cut (paper)
+    max_dropped_share: float = 0.05  # more than this share dropped stops the run
+
+
+@dataclass(frozen=True)
+class RolloutSettings:
+    n: int = 5  # replies a prompt: the group size G (paper)
+    temperature: float = 0.7  # of sampling, and of every log-prob in training (paper)
+    top_p: float = 1.0  # must be 1: training scores the whole softmax (paper)
+    max_new_tokens: int = 8192  # tokens a reply, stop token included (paper)
+    batch_size: int = 256  # rows decoded at once: bounds the memory of the key/value cache
+
+
+@dataclass(frozen=True)
+class GrpoSettings:
+    reward: str = "binary"  # scheme of reward.score (paper: binary)
+    normalize: str = "std"  # advantages: std (eq. 4) | none (centred only)
+    clip_low: float = 0.2  # ratio clipped below 1 - clip_low (code)
+    clip_high: float = 0.2  # ratio clipped above 1 + clip_high (code)
+    kl_coef: float = 1e-3  # weight of KL(policy, reference); 0: no reference model (paper)
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    epochs: float = 7.0  # passes over the training set (paper); used where steps is null
+    steps: int | None = None  # steps of the run; null: from epochs
+    prompts_per_step: int = 1024  # prompts (grpo) or examples (sft) a step (paper)
+    updates_per_step: int = 4  # mini-batches a step, one optimizer update each (code: 256 prompts an update)
+    micro_batch_tokens: int = 30720  # packed tokens of one forward and backward: bounds memory (code)
+    lr: float = 1e-6  # peak learning rate of AdamW (paper)
+    schedule: str = "constant"  # constant (paper) | cosine, down to a tenth of lr
+    warmup: float = 0.0  # share of all steps in which lr rises linearly (paper: none)
+    weight_decay: float = 0.01  # decoupled, on matrices only
+    beta2: float = 0.999  # decay of AdamW's second moment; the first is 0.9
+    grad_clip: float = 1.0  # largest norm of the gradient (code)
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    every: int = 10  # steps between evaluations; also before the first and after the last (paper)
+    examples: int = 500  # held-out examples an evaluation, the first of the set
+    max_new_tokens: int = 2048  # tokens a reply
+
+
+@dataclass(frozen=True)
+class LogSettings:
+    rollouts_every: int = 10  # steps between files of rollouts
+    tracker: str = "none"  # none | tensorboard | wandb
+
+
+@dataclass(frozen=True)
+class CheckpointSettings:
+    every: int = 10  # steps between checkpoints, with one after the last step (paper)
+    keep: int | None = None  # newest checkpoints kept; null: all
+
+
+@dataclass(frozen=True)
+class Config:
+    stage: str = "grpo"  # grpo | sft
+    seed: int = 0  # of data order and sampling noise
+    out: str = ""  # run folder, created
+    resume: bool = False  # go on from the newest checkpoint in `out`
+    model: ModelSettings = field(default_factory=ModelSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    rollout: RolloutSettings = field(default_factory=RolloutSettings)
+    grpo: GrpoSettings = field(default_factory=GrpoSettings)
+    train: TrainSettings = field(default_factory=TrainSettings)
+    eval: EvalSettings = field(default_factory=EvalSettings)
+    log: LogSettings = field(default_factory=LogSettings)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+
+
+def load_config(argv):
+    """The Config of a command line: at most one YAML file and any number of --section.key=value.
+
+    ValueError for a file that is missing or not YAML, an unknown key (with the nearest known one), a value of
+    another type, or one that cannot work.
+    """
+    values = {}
+    files = [word for word in argv if not word.startswith("--")]
+    if len(files) > 1:
+        raise ValueError(f"two configuration files ({', '.join(files)}); give one")
+    for file in files:
+        for key, value in read_yaml(file):
+            values[key] = (value, f"{file}: {key}")
+    for word in argv:
+        if word.startswith("--"):
+            key, equals, text = word[2:].partition("=")
+            if not equals:
+                raise ValueError(f"{word}: expected --section.key=value")
+            values[key] = (parse_yaml(text, word), f"--{key}")
+    known = dict(leaves(Config))
+    for key, (_, where) in values.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1, 0.5)
+            near = near or [k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]]
+            raise ValueError(f"{where}: unknown key" + (f"; did you mean {near[0]}?" if near else ""))
+    config = build(Config, "", {key: coerce(*value, known[key]) for key, value in values.items()})
+    check(config)
+    return config
+
+
+def read_yaml(file):
+    """(dotted key, value) pairs of a YAML file."""
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"{file}: cannot be read ({error.strerror})") from None
+    tree = parse_yaml(text, file) or {}
+    if not isinstance(tree, dict):
+        raise ValueError(f"{file}: expected sections with keys, not {type(tree).__name__}")
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from ((f"{name}.{key}", leaf) for key, leaf in value.items())
+        else:
+            yield str(name), value
+
+
+def parse_yaml(text, where):
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{where}: not valid YAML ({' '.join(str(error).split())})") from None
+
+
+def leaves(cls, prefix=""):
+    """(dotted key, type) of every knob."""
+    for name, kind in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(kind):
+            yield from leaves(kind, f"{prefix}{name}.")
+        else:
+            yield prefix + name, kind
+
+
+def coerce(value, where, kind):
+    """`value` as `kind`. A float may be a whole number, or 1e-6, which YAML 1.1 reads as text."""
+    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if value is None and type(None) in options:
+        return None
+    wanted = options[0]
+    if wanted is float and isinstance(value, int | str) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if type(value) is not wanted:
+        names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+        null = " or null" if type(None) in options else ""
+        raise ValueError(f"{where} is {value!r}; expected {names[wanted]}{null}")
+    return value
+
+
+def build(cls, prefix, values):
+    arguments = {}
+    for name, kind in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(kind):
+            arguments[name] = build(kind, f"{prefix}{name}.", values)
+        elif prefix + name in values:
+            arguments[name] = values[prefix + name]
+    return cls(**arguments)
+
+
+def check(config):
+    """ValueError for values that cannot work, each with what would."""
+    values = {key: functools.reduce(getattr, key.split("."), config) for key, _ in leaves(Config)}
+    choices = {"stage": ("grpo", "sft"), "model.precision": ("auto", "bf16", "fp32"),
+               "grpo.reward": ("binary", "binary_no_reasoning", "partial_format", "partial_format_names",
+                               "official"),
+               "grpo.normalize": ("std", "none"), "train.schedule": ("constant", "cosine"),
+               "log.tracker": ("none", "tensorboard", "wandb")}
+    required = ("out", "model.path", "data.train")
+    may_be_zero = ("seed", "grpo.kl_coef", "train.weight_decay")
+    shares = ("data.max_dropped_share", "data.heldout_fraction", "train.warmup", "train.beta2")
+    for key, value in values.items():
+        if key in required and not value:
+            raise ValueError(f"{key} is not set; give it in the YAML file or as --{key}=…")
+        if key in choices and value not in choices[key]:
+            raise ValueError(f"{key} is {value!r}; choose one of {', '.join(choices[key])}")
+        if value is None or isinstance(value, bool | str):
+            continue
+        if key in shares and not 0 <= value < 1:
+            raise ValueError(f"{key} is {value}; it is a share, from 0 to below 1")
+        if not (0 < value < float("inf") or value == 0 and key in shares + may_be_zero):
+            raise ValueError(f"{key} is {value}; it must be {'0 or ' if key in may_be_zero else ''}above 0")
+    c, r, t = config, config.rollout, config.train
+    longest = c.data.max_prompt_tokens + r.max_new_tokens
+    rules = (
+        (r.n < 2, f"rollout.n is {r.n}; a group needs at least 2 replies to compare"),
+        (r.top_p != 1, f"rollout.top_p is {r.top_p}; it must be 1: training scores the whole softmax"),
+        (t.prompts_per_step % t.updates_per_step, f"train.updates_per_step is {t.updates_per_step}; it must "
+                                                  f"divide train.prompts_per_step, {t.prompts_per_step}"),
+        (t.micro_batch_tokens < longest,
+         f"train.micro_batch_tokens is {t.micro_batch_tokens}; it must hold the longest prompt and reply: "
+         f"data.max_prompt_tokens + rollout.max_new_tokens = {longest}"),
+        (c.data.heldout is None and not c.data.heldout_fraction,
+         "data.heldout is null and data.heldout_fraction 0: nothing to evaluate on; set one"),
+    )
+    for broken, message in rules:
+        if broken:
+            raise ValueError(message)

@@ -1,0 +1,632 @@
+r"""Examples: where they come from, how they are written for the model, the order in which they are seen.
+
+In:  ToolACE and xLAM files as published, our own jsonl, or the procedural set `synthetic`.
+Out: `Example`s; `Chat` turns one into ids; `Batches` deals them out.
+
+One step of learning is one decision: each call turn of a conversation is an example, what came before is its
+context, with earlier call turns as `<tool_call>[{"name": …, "arguments": {…}}]</tool_call>`. An answer that
+would not score 1 when written in the reply format never becomes an example. The chat format is Qwen2.5's:
+
+    <|im_start|>ROLE\nCONTENT<|im_end|>\n                            the model goes on from <|im_start|>assistant\n
+    <|im_start|>user\n<tool_response>\nCONTENT\n</tool_response><|im_end|>\n       a run of results is one block
+
+Where we differ from the paper's code (arXiv 2505.00024): roles are mapped, so that raw ToolACE yields its calls;
+these are parsed, not cut at the first ")"; earlier calls are JSON, once encoded; the split has a seed; drops are
+counted by reason; no prompt is truncated; the system prompt, assets/system_prompt.txt, is in our own words.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import re
+import string
+import sys
+import zlib
+from collections import Counter
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from itertools import groupby
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from reward import CALL, END_CALL, format_calls, format_reply, score
+
+ASSETS = Path(__file__).parent / "assets"
+
+
+@dataclass(frozen=True)
+class Example:
+    """One decision. `source` is the category it is counted under, `tools` are schemas as they stand in the data,
+    `messages` are {"role": user|assistant|tool|system, "content"}, less the system prompt that lists the tools,
+    `answer` holds the right calls ([]: no tool fits), `reasoning` is what a supervised reply thinks first."""
+
+    id: str
+    source: str
+    tools: list[dict]
+    messages: list[dict]
+    answer: list[dict]
+    reasoning: str | None = None
+
+
+# ---- files
+
+
+def read_jsonl(path):
+    """Our own format -> examples. ValueError, naming file and line, for a line that is not a good example."""
+    examples = []
+    for place, record in _records(path):
+        try:
+            examples.append(Example(**record))
+            problem = _problem(examples[-1])
+        except TypeError as error:
+            problem = f"{error} (the keys are {', '.join(Example.__annotations__)})"
+        if problem:
+            raise ValueError(f"{place}: {problem}; correct or remove this line")
+    return examples
+
+
+def write_jsonl(path, examples):
+    """Write examples, one a line, whole or not at all: written aside, then renamed."""
+    aside = Path(f"{path}.tmp")
+    try:
+        with open(aside, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(vars(example), ensure_ascii=False) + "\n" for example in examples)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def read_xlam(path):
+    """xlam-function-calling-60k: columns id, query, tools, answers, the last two as JSON in a string.
+
+    -> (examples, report), report {"raw": records, "without_calls": records, "kept": examples, "dropped":
+    {reason: count}, "dropped_ids": {reason: ids}}. ValueError, naming the record, where a column is missing.
+    """
+    return _read_raw(path, "xlam", ("query", "tools", "answers"), _xlam_outcomes)
+
+
+def read_toolace(path):
+    """ToolACE: {"system", "conversations": [{"from", "value"}…]}, tools in the system text -> as read_xlam.
+
+    Each call turn `[Name(arg=value, …), …]` is an example or is dropped under a reason; the turns after a dropped
+    one still count. A record whose tools, or one of whose roles, cannot be read is dropped whole.
+    """
+    return _read_raw(path, "toolace", ("system", "conversations"), _toolace_outcomes)
+
+
+def _read_raw(path, prefix, columns, outcomes_of):
+    """Apply outcomes_of(id, record) -> [(id, example or reason why there is none)…] to every record."""
+    kept, dropped, without_calls, records = [], {}, 0, _records(path)
+    for number, (place, record) in enumerate(records):
+        missing = [column for column in columns if column not in record]
+        if missing:
+            raise ValueError(f"{place}: no {', '.join(missing)}, only {', '.join(record)}; another format?")
+        outcomes = outcomes_of(f"{prefix}/{record.get('id', number)}", record)
+        without_calls += not outcomes
+        for id, outcome in outcomes:
+            if isinstance(outcome, Example):
+                kept.append(outcome)
+            else:
+                dropped.setdefault(outcome, []).append(id)
+    return kept, {"raw": len(records), "without_calls": without_calls, "kept": len(kept), "dropped_ids": dropped,
+                  "dropped": {reason: len(ids) for reason, ids in dropped.items()}}
+
+
+def _xlam_outcomes(id, record):
+    try:
+        tools, answer = (json.loads(value) if isinstance(value, str) else value
+                         for value in (record["tools"], record["answers"]))
+    except ValueError:
+        return [(id, "tools or answers are not JSON")]
+    example = Example(id, "xlam", tools, [{"role": "user", "content": record["query"]}], answer)
+    return [(id, _problem(example) or example)]
+
+
+def _toolace_outcomes(id, record):
+    roles = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "tool": "tool",
+             "observation": "tool", "function": "tool"}
+    tools, reason = _find_tools(str(record["system"]))
+    for turn in record["conversations"]:
+        if turn.get("from") not in roles or not isinstance(turn.get("value"), str):
+            reason = f"a turn that is not text of a known role, but of {turn.get('from')!r}"
+    if reason:
+        return [(id, reason)]
+    offered = {tool["name"].strip(): tool["name"] for tool in tools}
+    outcomes, messages = [], []
+    for number, turn in enumerate(record["conversations"]):
+        role, content = roles[turn["from"]], turn["value"]
+        calls, outcome = _read_call_turn(content, offered) if role == "assistant" else (None, None)
+        if calls:
+            content = format_calls(calls)
+            source = "toolace_multi" if len(messages) >= 2 else "toolace_single"
+            outcome = Example(f"{id}/{number}", source, tools, list(messages), calls)
+            outcome = _problem(outcome) or outcome
+        if outcome:
+            outcomes.append((f"{id}/{number}", outcome))
+        messages.append({"role": role, "content": content})
+    return outcomes
+
+
+def _find_tools(system):
+    """(tools, None): the first JSON list of objects that have a name and parameters; or (None, reason)."""
+    reason = "no tool list in the system text"
+    for start in re.finditer(r"\[\s*\{", system):
+        try:
+            tools, _ = json.JSONDecoder().raw_decode(system, start.start())
+        except ValueError:
+            reason = "the tool list in the system text is not JSON"
+            continue
+        if all(isinstance(t, dict) and isinstance(t.get("name"), str) and "parameters" in t for t in tools):
+            return tools, None
+    return None, reason
+
+
+def _read_call_turn(text, offered):
+    """(calls, None) of a call turn, (None, reason) of one that cannot be read, (None, None) of other text.
+
+    Text may begin with "[" too: it counts as a broken call only where an offered name and "(" follow, or where
+    `name(key=` or `name()` does and it ends with "]".
+    """
+    try:
+        calls = parse_calls(text)
+    except ValueError as error:
+        text = text.strip()
+        broken = any(re.match(rf"\[\s*{re.escape(name)}\s*\(", text) for name in offered) or (
+            text.endswith("]") and re.match(r"""\[[^][="]+\(\s*(\)|[^\s=()"',]+\s*=)""", text))
+        return None, f"call does not parse: {error}" if broken else None
+    return [{**call, "name": offered.get(call["name"], call["name"])} for call in calls], None
+
+
+def _records(path):
+    """[(place, object)…] of a .jsonl file, or of a .json file that is one list; place is for messages."""
+    text = _read_text(path)
+    if text.lstrip().startswith("["):
+        records = [(f"{path}: record {k}", record) for k, record in enumerate(_read_json(text, path))]
+    else:
+        # Only "\n" ends a line: splitlines would also cut at marks that JSON strings may hold, such as U+2028.
+        lines = [(f"{path}:{k}", line) for k, line in enumerate(text.split("\n"), 1) if line.strip()]
+        records = [(place, _read_json(line, place)) for place, line in lines]
+    for place, record in records:
+        if not isinstance(record, dict):
+            raise ValueError(f"{place}: a {type(record).__name__} where an object is expected")
+    return records
+
+
+def _read_text(path):
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read as UTF-8 text ({error}); is the name right?") from None
+
+
+def _read_json(text, place):
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{place}: not JSON ({error}); is the file complete?") from None
+
+
+def _problem(example):
+    """Why this example cannot be learnt from, or None."""
+    def lacks(value, *keys):
+        return not isinstance(value, list) or not all(
+            isinstance(item, dict) and all(isinstance(item.get(key), str) for key in keys) for item in value)
+
+    if lacks(example.tools, "name"):
+        return "tools are not a list of objects with a name"
+    if not example.messages or lacks(example.messages, "role", "content") or not {
+            message["role"] for message in example.messages} <= {"user", "assistant", "tool", "system"}:
+        return "messages are not a list of {role, content} with known roles and text, at least one"
+    try:
+        json.dumps(vars(example), ensure_ascii=False, allow_nan=False).encode()
+        verdict = score(format_reply(example.answer, example.reasoning or ""), example.answer)
+    except ValueError as error:
+        return f"holds what cannot be written or answered: {error}"
+    if verdict.reward < 1:
+        return f"answer cannot score 1: {verdict.error}"
+    names = {tool["name"] for tool in example.tools}
+    return None if names >= {call["name"] for call in example.answer} else "call of a tool that is not offered"
+
+
+# ---- calls as ToolACE writes them
+
+# A name ends at the first "(" which ")" and the end of a call, or "parameter=", follow: it may hold brackets.
+_NAME = re.compile(r"""\s*([^="]+?)\s*\((?=\s*(?:\)\s*[],]|[^\s=,()"'][^=,()"']*=))""")
+_PARAMETER = re.compile(r"""\s*([^\s=,()"'][^=,()"']*?)\s*=""")
+_TOKEN = re.compile(r"""(?s)\s*("(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|[][(){},:]|[^][(){},:\s"']+)""")
+_JSON = {"True": "true", "False": "false", "None": "null", "(": "[", ")": "]"}
+_ESCAPES = {'"': '\\"', "\\'": "'", "\\\n": ""}
+
+
+def parse_calls(text):
+    """Read `[Name(key=value, …), Name(…)]` -> [{"name", "arguments"}…], at least one call.
+
+    Values are literals of Python or JSON; a tuple is read as a list. ValueError for any other text.
+    The text is rewritten as JSON token by token, so that the JSON reader judges its structure.
+    """
+    text, parts, depth, at = text.strip(), [], 0, 0
+    while at < len(text):
+        begins_call = depth == 1 and parts[-1] in ("[", ",")
+        name = _NAME.match(text, at) if begins_call else None
+        parameter = _PARAMETER.match(text, at) if depth == 2 else None
+        token = name or parameter or _TOKEN.match(text, at)
+        if not token or begins_call and not name or not parts and token[1] != "[":
+            raise ValueError("not a list of name(parameter=value, …)")
+        mark, at = token[1], token.end()
+        if name:
+            parts.append(f'{{"name": {json.dumps(mark)}, "arguments": {{')
+        elif parameter:
+            parts.append(f"{json.dumps(mark)}: ")
+        elif mark[0] in "\"'":
+            parts.append(_json_string(mark[1:-1]))
+        else:
+            parts.append("}}" if depth == 2 and mark == ")" else _JSON.get(mark, mark))
+        if not parameter:
+            depth += bool(name) + (mark in ("[", "(", "{")) - (mark in ("]", ")", "}"))
+    try:
+        return json.loads("".join(parts), object_pairs_hook=_unique, strict=False)
+    except (ValueError, RecursionError):
+        raise ValueError("a value is no literal, a key stands twice or a bracket is open") from None
+
+
+def _unique(pairs):
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError
+    return dict(pairs)
+
+
+def _json_string(body):
+    """The inside of a Python string literal as a JSON string; escapes that neither knows are plain text."""
+    def piece(match):
+        as_it_is = match[0] if (match[2] or "u") in '"\\/bfnrtu' else "\\" + match[0]
+        return f"\\u00{match[1]}" if match[1] else _ESCAPES.get(match[0], as_it_is)
+
+    return '"' + re.sub(r'\\x([0-9a-fA-F]{2})|\\(.)|"', piece, body, flags=re.DOTALL) + '"'
+
+
+# ---- synthetic tool calling
+
+SPLITS = ("train", "heldout")
+
+
+def synthetic(n, seed, split):
+    """n examples of procedural tool calling; example k is a pure function of (seed, split, k).
+
+    Six in ten ask for one call, a quarter for two, the rest for a tool that is not offered (answer []). Two to four
+    tools are offered; half the time a wrong one shares a parameter's name. assets/synthetic.json has the tools, the
+    ways to ask for each, phrases for true and false, and frames that make a query of one or two requests ({A} is
+    {a} with a capital). Open values (made-up words, times, numbers) are divided between the splits, "train" and
+    "heldout", by a checksum of their text; every tool has one, and no wording holds a digit or a made-up word: so
+    no query can be in both.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split {split!r}: choose one of {', '.join(SPLITS)}")
+    wordings = _read_text(ASSETS / "synthetic.json")
+    world = json.loads(wordings)
+
+    def is_allowed(value):
+        return zlib.crc32(value.encode()) % 2 == (split != "train") and value.lower() not in wordings
+
+    return [_synthetic_example(world, is_allowed, f"{split}/{seed}/{number}") for number in range(n)]
+
+
+def synthetic_reasoning(calls):
+    """The line of reasoning that goes with these calls: which tools, with which parameters."""
+    plans = (f"{call['name']} with {', '.join(call['arguments'])}" for call in calls)
+    return "; ".join(plans) + "." if calls else "No tool fits."
+
+
+def _synthetic_example(world, is_allowed, key):
+    rng = random.Random(key)
+    kind = rng.choices(("single", "two_calls", "no_tool"), (60, 25, 15))[0]
+    asked = [rng.choice(world["tools"]) for _ in range(1 + (kind == "two_calls"))]
+    answer, requests = [], []
+    for entry in asked:
+        properties = entry["tool"]["parameters"]["properties"]
+        values = {name: _value(rng, name, schema, is_allowed) for name, schema in properties.items()}
+        said = {name: entry["phrases"][name][not value] if isinstance(value, bool) else value
+                for name, value in values.items()}
+        answer.append({"name": entry["tool"]["name"], "arguments": values})
+        requests.append(rng.choice(entry["requests"]).format(**said))
+    frame = rng.choice(world["two" if kind == "two_calls" else "one"])
+    query = frame.format(a=requests[0], A=requests[0][0].upper() + requests[0][1:], b=requests[-1])
+
+    def parameters(entry):
+        return entry["tool"]["parameters"]["properties"].keys()
+
+    wrong = [entry for entry in world["tools"] if entry not in asked]
+    rng.shuffle(wrong)
+    if rng.random() < 0.5:
+        wrong.sort(key=lambda entry: not parameters(entry) & parameters(asked[0]))
+    offered = [entry for entry in world["tools"] if entry in asked and kind != "no_tool"]
+    offered += wrong[: rng.choices((2, 3, 4), (50, 35, 15))[0] - len(offered)]
+    rng.shuffle(offered)
+    answer = [] if kind == "no_tool" else answer
+    return Example(f"synthetic/{key}", f"synthetic_{kind}", [entry["tool"] for entry in offered],
+                   [{"role": "user", "content": query}], answer, synthetic_reasoning(answer))
+
+
+def _value(rng, name, schema, is_allowed):
+    """A value of a parameter; one of an open set is drawn until it is allowed in the split."""
+    if schema["type"] == "boolean":
+        return rng.random() < 0.5
+    if "enum" in schema:
+        return rng.choice(schema["enum"])
+    while True:
+        if schema["type"] == "integer":
+            value = rng.randrange(2, 100)
+        elif schema["type"] == "number":
+            value = rng.randrange(1, 100) + rng.randrange(1, 10) / 10
+        elif name == "time":
+            value = f"{rng.randrange(1, 13)}:{rng.randrange(60):02d}"
+        else:
+            syllables = (rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") + rng.choice(("", "", *"lnrx"))
+                         for _ in range(rng.choice((2, 2, 3))))
+            value = "".join(syllables).capitalize()
+        if is_allowed(str(value)):
+            return value
+
+
+# ---- augmenting, after Hammer (arXiv 2410.04587)
+
+
+def make_irrelevant(examples, share, seed):
+    """Take the right tools away from a share (0 to 1) of the examples, whose answer is then []; the others stay.
+
+    Drawn among those with another tool to offer; their source then ends in "_irrelevant".
+    """
+    result, wanted = list(examples), round(share * len(examples))
+    for i in _permutation(len(examples), f"irrelevant/{seed}"):
+        right = {call["name"] for call in examples[i].answer}
+        others = [tool for tool in examples[i].tools if tool["name"] not in right]
+        if wanted and right and others:
+            wanted -= 1
+            result[i] = replace(examples[i], id=f"{examples[i].id}/irrelevant", tools=others, answer=[],
+                                source=f"{examples[i].source}_irrelevant", reasoning=None)
+    return result
+
+
+def mask_names(examples, share, seed):
+    """Rename functions and parameters in a share (0 to 1) of the examples to random strings, everywhere but in
+    prose. Text defaults change too, save those that a call uses: whether it has them from the schema is unknown."""
+    result = list(examples)
+    for i in _permutation(len(examples), f"mask/{seed}")[: round(share * len(examples))]:
+        result[i] = _masked(examples[i], random.Random(f"mask/{seed}/{i}"))
+    return result
+
+
+def _masked(example, rng):
+    earlier = [json.loads(message["content"][len(CALL) : -len(END_CALL)])
+               if message["role"] == "assistant" and message["content"].startswith(CALL) else []
+               for message in example.messages]
+    used = {(call["name"], key, str(value))
+            for call in sum(earlier, example.answer) for key, value in call["arguments"].items()}
+    new = {}  # (function,), (function, parameter) or (function, parameter, "default") -> random string
+
+    def rename(*key):
+        letters = rng.choices(string.ascii_letters + string.digits, k=rng.randrange(6, 13))
+        return new.setdefault(key, "".join(letters))
+
+    def mask_tool(tool):
+        name, schema = tool["name"], tool.get("parameters") or {}
+        nested, properties = isinstance(schema.get("properties"), dict), {}
+        for key, value in (schema["properties"] if nested else schema).items():
+            if isinstance(value, dict):
+                default = value.get("default")
+                if isinstance(default, str) and default and (name, key, default) not in used:
+                    value = {**value, "default": rename(name, key, "default")}
+                key = rename(name, key)
+            properties[key] = value
+        if nested:
+            required = [new.get((name, key), key) for key in schema.get("required") or []]
+            properties = {**schema, "properties": properties, "required": required}
+        return {**tool, "name": rename(name), "parameters": properties}
+
+    def mask_call(call):
+        name, arguments = call["name"], call["arguments"]
+        return {"name": new.get((name,), name),
+                "arguments": {new.get((name, key), key): value for key, value in arguments.items()}}
+
+    tools, messages = [mask_tool(tool) for tool in example.tools], []
+    for message, calls in zip(example.messages, earlier, strict=True):
+        content = format_calls([mask_call(call) for call in calls]) if calls else message["content"]
+        for tool, masked in zip(example.tools, tools, strict=True) if message["role"] == "tool" else ():
+            content = content.replace(f'"name": {json.dumps(tool["name"])}', f'"name": "{masked["name"]}"')
+        messages.append({**message, "content": content})
+    return replace(example, id=f"{example.id}/masked", tools=tools, messages=messages, reasoning=None,
+                   answer=[mask_call(call) for call in example.answer])
+
+
+# ---- text and ids
+
+
+class Chat:
+    """A tokenizer and Qwen2.5's chat format.
+
+    path is a hub name, or a folder with tokenizer.json and any of tokenizer_config.json, config.json and
+    generation_config.json; system_prompt is a text file that holds {tools} once, None being SYSTEM_PROMPT.
+    stop_ids: every end of sequence that these files name, and <|im_end|>, which ends a turn in this chat format.
+    vocab_size: the ids that have a token; a model may have more rows, which must never be sampled.
+    """
+
+    DEFAULT_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+    FILES = ("tokenizer.json", "tokenizer_config.json", "config.json", "generation_config.json")
+
+    def __init__(self, path, system_prompt=None):
+        files = [_tokenizer_folder(path, self.FILES) / name for name in self.FILES]
+        self.tokenizer = Tokenizer.from_str(json.dumps(_read_json(_read_text(files[0]), files[0])))
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        self.vocab_size = max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+        named, *configs = (_read_json(_read_text(file), file) if file.exists() else {} for file in files[1:])
+        eos = named.get("eos_token") or ""
+        ends = ["<|im_end|>", eos["content"] if isinstance(eos, dict) else eos]
+        stops = [self.tokenizer.token_to_id(end) for end in ends]
+        for ids in (config.get("eos_token_id") for config in configs):
+            stops += ids if isinstance(ids, list) else [ids]
+        stops = [stop for stop in stops if stop is not None]
+        if not stops:
+            raise ValueError(f"{files[1]}: no end of sequence; name it there as eos_token")
+        self.stop_ids, self._end_of_turn = frozenset(stops), stops[0]
+
+        text = SYSTEM_PROMPT if system_prompt is None else _read_text(system_prompt)
+        if text.count("{tools}") != 1:
+            raise ValueError(f"{system_prompt}: {{tools}} stands there {text.count('{tools}')} times, must once")
+        self._before_tools, self._after_tools = text.split("{tools}")
+
+    def render(self, messages, add_generation_prompt):
+        """The text of a conversation [{"role", "content"}…], as Qwen2.5's own template gives it."""
+        if messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self.DEFAULT_SYSTEM}, *messages]
+        text = ""
+        for role, run in groupby(messages, key=lambda message: message["role"]):
+            contents = [message["content"] for message in run]
+            if role == "tool":
+                results = (f"\n<tool_response>\n{content}\n</tool_response>" for content in contents)
+                text += f"<|im_start|>user{''.join(results)}<|im_end|>\n"
+            else:
+                text += "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for content in contents)
+        return text + ("<|im_start|>assistant\n" if add_generation_prompt else "")
+
+    def encode(self, text):
+        """Ids of a text; a marker such as <|im_end|> in it becomes its token."""
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_prompt(self, example):
+        """Ids up to where the reply begins: tools and system text of the example, conversation. Never cut."""
+        lines = [json.dumps({"type": "function", "function": tool}, ensure_ascii=False)
+                 for tool in example.tools]
+        system, messages = self._before_tools + "\n".join(lines) + self._after_tools, example.messages
+        if messages[0]["role"] == "system":
+            system, messages = f"{system}\n\n{messages[0]['content']}", messages[1:]
+        return self.encode(self.render([{"role": "system", "content": system}, *messages], True))
+
+    def encode_reply(self, example):
+        """Ids of the right reply: reasoning (empty if None), calls, stop token."""
+        return [*self.encode(format_reply(example.answer, example.reasoning or "")), self._end_of_turn]
+
+    def decode(self, ids):
+        """Text of ids, special tokens kept; an id without a token gives nothing."""
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def _tokenizer_folder(path, files):
+    if os.path.isdir(path):
+        return Path(path)
+    from huggingface_hub import snapshot_download
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=list(files)))
+    except (ValueError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{path}: neither a local folder nor a model that the hub gave ({reason})") from None
+
+
+# ---- order
+
+
+@lru_cache(maxsize=2)
+def _permutation(n, key):
+    order = list(range(n))
+    random.Random(key).shuffle(order)
+    return tuple(order)
+
+
+def split_examples(examples, fraction, seed):
+    """(train, heldout): a fraction (0 to 1) of the examples, drawn by seed, is held out; both keep their order."""
+    held = set(_permutation(len(examples), f"split/{seed}")[: round(fraction * len(examples))])
+    return [examples[i] for i in range(len(examples)) if i not in held], [examples[i] for i in sorted(held)]
+
+
+def filter_by_prompt_tokens(examples, chat, max_prompt_tokens, max_dropped_share):
+    """(kept, dropped count): leaves out the examples with longer prompts, as a cut prompt would lack tools.
+
+    ValueError where more than a share (0 to 1) of the examples would go.
+    """
+    kept = [example for example in examples if len(chat.encode_prompt(example)) <= max_prompt_tokens]
+    dropped = len(examples) - len(kept)
+    if dropped > max_dropped_share * len(examples):
+        raise ValueError(
+            f"{dropped} of {len(examples)} prompts ({dropped / len(examples):.1%}) have more than "
+            f"{max_prompt_tokens} tokens, but only {max_dropped_share:.1%} may be dropped; raise either limit")
+    return kept, dropped
+
+
+class Batches:
+    """Endless batches of exactly `size` examples, shuffled anew each epoch: example k is a function of (seed, k).
+
+    cursor: examples dealt out so far (given to a new object, it goes on from there); epoch: the same in passes over
+    the data; fingerprint: hex digest of the examples in their order, which a resumed run must find again.
+    """
+
+    def __init__(self, examples, size, seed, cursor=0):
+        if not 1 <= size <= len(examples):
+            raise ValueError(f"batches of {size} from {len(examples)} examples; choose a size from 1 to that")
+        self.examples, self.size, self.seed, self.cursor = examples, size, seed, cursor
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        n, numbers = len(self.examples), range(self.cursor, self.cursor + self.size)
+        self.cursor += self.size
+        return [self.examples[_permutation(n, f"batches/{self.seed}/{k // n}")[k % n]] for k in numbers]
+
+    @property
+    def epoch(self):
+        return self.cursor / len(self.examples)
+
+    @cached_property
+    def fingerprint(self):
+        lines = (json.dumps(vars(example)) for example in self.examples)
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+# ---- command line
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="data.py", description="Make training files, one example a line.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    convert = commands.add_parser("convert", help="convert a published set, counting what is dropped and why")
+    convert.add_argument("format", choices=("toolace", "xlam"))
+    convert.add_argument("raw", help=".json (one list) or .jsonl")
+    convert.add_argument("--irrelevant", type=float, default=0, metavar="SHARE", help="as in the paper: 0.15")
+    convert.add_argument("--mask", type=float, default=0, metavar="SHARE", help="as in the paper: 0.67")
+    made = commands.add_parser("synthetic", help="procedural tool calling")
+    made.add_argument("n", type=int)
+    made.add_argument("--split", choices=SPLITS, default="train")
+    for command in (convert, made):
+        command.add_argument("out", help="the .jsonl file to write")
+        command.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    try:
+        examples = _convert(args) if args.command == "convert" else synthetic(args.n, args.seed, args.split)
+        write_jsonl(args.out, examples)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for source, count in sorted(Counter(example.source for example in examples).items()):
+        print(f"{count:8d} {source}")
+    print(f"{len(examples):8d} written to {args.out}")
+    return 0
+
+
+def _convert(args):
+    for share in (args.irrelevant, args.mask):
+        if not 0 <= share <= 1:
+            raise ValueError(f"{share}: --irrelevant and --mask are shares between 0 and 1")
+    examples, report = {"toolace": read_toolace, "xlam": read_xlam}[args.format](args.raw)
+    print(f"{report['raw']:8d} raw records, {report['without_calls']} of them without a call")
+    for reason, ids in report["dropped_ids"].items():
+        print(f"{len(ids):8d} dropped: {reason}: {' '.join(ids)}")
+    if not examples:
+        raise ValueError(f"{args.raw}: no example in it can be used; is it a {args.format} file?")
+    return mask_names(make_irrelevant(examples, args.irrelevant, args.seed), args.mask, args.seed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,490 @@
+"""Training: GRPO or supervised fine-tuning of a Qwen2.5 model on tool calls. One process, one YAML file.
+
+    repeat for every step:
+        examples_P   the next batch of prompts                                        data.Batches
+        rollouts_N   n replies to each, sampled from the policy                       sample.generate
+        rewards_PG   1 where format and calls are right, else 0                       reward.score
+        adv_PG       (reward - group mean) / group std                   (eq. 4)      grpo.group_advantages
+        for every mini-batch of prompts:
+            logp_L   log-probs of the replies' tokens under the policy                grpo.token_logprobs
+            loss     -min(ratio A, clip(ratio) A) + beta KL              (eq. 3)      grpo.grpo_loss
+            AdamW    on the gradient, clipped to a norm
+
+In:  a config (configs/schema.py), a model folder, examples as JSON lines. Out: a run folder with config.yaml,
+git_revision.txt, metrics.jsonl, rollouts/, evals/ and checkpoints/, each of which is a Hugging Face folder.
+
+Where this differs from the paper's code: see grpo.py for the denominator. The old log-probs of the first
+mini-batch are its own, detached: nothing has been updated yet. Without a KL term, groups whose rewards are
+all equal have a gradient of exactly zero, so they are left out of the passes; they stay in the denominator.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+
+from configs.schema import load_config
+from data import Batches, Chat, filter_by_prompt_tokens, read_jsonl, split_examples
+from eval import evaluate, table, write_json
+from grpo import (
+    Pack,
+    group_advantages,
+    grpo_loss,
+    merge_stats,
+    pack_micro_batches,
+    sft_loss,
+    token_logprobs,
+)
+from model import load_hf, resolve, save_hf, shared_prefix_attention
+from reward import score
+from sample import generate, prompt_seeds
+
+MAX_SKIPPED = 3  # updates in a row without a finite gradient before the run stops
+
+
+def main(argv=None):
+    try:
+        train(load_config(sys.argv[1:] if argv is None else argv))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def train(c):
+    """Set up, then the loop of either stage. The only function that knows the config, `c`."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("WORLD_SIZE is above 1, but training is one process so far; start without torchrun")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    bf16 = c.model.precision == "bf16" or (c.model.precision == "auto" and device == "cuda")
+    autocast = torch.autocast(device, torch.bfloat16) if bf16 else contextlib.nullcontext()
+
+    chat = Chat(c.model.path, c.data.system_prompt)
+    train_set, heldout = read_examples(c.data.train, c.data.heldout, c.data.heldout_fraction, c.seed, chat,
+                                       c.data.max_prompt_tokens, c.data.max_dropped_share)
+    heldout = heldout[:c.eval.examples]
+    batches = Batches(train_set, c.train.prompts_per_step, c.seed)
+    steps = c.train.steps or math.ceil(c.train.epochs * len(train_set) / c.train.prompts_per_step)
+
+    run = Run(c.out, dataclasses.asdict(c), c.resume, c.log.tracker)
+    start = run.newest_checkpoint()
+    model = load_hf(run.checkpoint(start) if start else c.model.path, device)
+    with_reference = c.stage == "grpo" and c.grpo.kl_coef > 0
+    reference = load_hf(c.model.path, device).requires_grad_(False) if with_reference else None
+    optimizer = make_optimizer(model, c.train.weight_decay, c.train.beta2)
+    if start:
+        batches.cursor = run.restore(start, optimizer, batches.fingerprint)
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    print(f"{c.stage} of {c.model.path}: {millions:.1f}M parameters on {device} in {'bf16' if bf16 else 'fp32'}, "
+          f"{len(train_set)} examples, {len(heldout)} held out, {steps} steps, in {run.folder}", flush=True)
+
+    for step in range(start, steps + 1):
+        if step > start or not start:
+            if step % c.eval.every == 0 or step == steps:
+                with autocast:
+                    rows, replies = evaluate(model, chat, heldout, max_new_tokens=c.eval.max_new_tokens,
+                                             batch_size=c.rollout.batch_size, progress="evaluating")
+                run.log_evaluation(step, rows, replies)
+            if step and (step % c.checkpoint.every == 0 or step == steps):
+                run.save_checkpoint(step, model, optimizer, batches, c.model.path, c.checkpoint.keep)
+        if step == steps:
+            break
+        began = time.perf_counter()
+        examples_P = next(batches)
+        lr = learning_rate(step, steps, c.train.lr, c.train.schedule, c.train.warmup)
+        set_learning_rate(optimizer, lr)
+        if c.stage == "grpo":
+            with autocast:
+                rollouts_N = generate(
+                    model, [chat.encode_prompt(example) for example in examples_P], c.rollout.n,
+                    max_new_tokens=c.rollout.max_new_tokens, temperature=c.rollout.temperature,
+                    stop_ids=chat.stop_ids, vocab_size=chat.vocab_size, batch_size=c.rollout.batch_size,
+                    seeds_P=prompt_seeds(c.seed, step, 0, len(examples_P)), progress="rollout")
+            verdicts_N = score_rollouts(rollouts_N, examples_P, chat, c.grpo.reward)
+            rewards_PG = torch.tensor([verdict.reward for verdict in verdicts_N]).view(-1, c.rollout.n)
+            adv_PG = group_advantages(rewards_PG, c.grpo.normalize)
+            sampled = time.perf_counter()
+            metrics = grpo_updates(
+                model, reference, optimizer, rollouts_N, adv_PG, temperature=c.rollout.temperature,
+                vocab_size=chat.vocab_size, updates=c.train.updates_per_step, kl_coef=c.grpo.kl_coef,
+                clip_low=c.grpo.clip_low, clip_high=c.grpo.clip_high, grad_clip=c.train.grad_clip,
+                micro_batch_tokens=c.train.micro_batch_tokens, autocast=autocast)
+            metrics |= rollout_metrics(rollouts_N, verdicts_N, rewards_PG)
+            metrics |= {"time/rollout_s": sampled - began, "time/update_s": time.perf_counter() - sampled}
+            if (step + 1) % c.log.rollouts_every == 0 or step == 0:
+                run.save_rollouts(step + 1, examples_P, rollouts_N, verdicts_N, adv_PG, chat)
+        else:
+            metrics = sft_updates(
+                model, optimizer, [chat.encode_prompt(example) for example in examples_P],
+                [chat.encode_reply(example) for example in examples_P], vocab_size=chat.vocab_size,
+                updates=c.train.updates_per_step, grad_clip=c.train.grad_clip,
+                micro_batch_tokens=c.train.micro_batch_tokens, autocast=autocast)
+        metrics |= {"lr": lr, "epoch": batches.epoch, "time/step_s": time.perf_counter() - began}
+        metrics["tokens_per_s"] = metrics["tokens"] / metrics["time/step_s"]
+        run.log_step(step + 1, steps, metrics)
+    run.print_summary()
+
+
+def read_examples(train, heldout, heldout_fraction, seed, chat, max_prompt_tokens, max_dropped_share):
+    """(training examples, held-out examples), with prompts that are too long dropped, counted and told."""
+    train_set = read_jsonl(train)
+    if heldout is None:
+        train_set, heldout_set = split_examples(train_set, heldout_fraction, seed)
+    else:
+        heldout_set = read_jsonl(heldout)
+    kept = []
+    for name, examples in (("training", train_set), ("held-out", heldout_set)):
+        examples, dropped = filter_by_prompt_tokens(examples, chat, max_prompt_tokens, max_dropped_share)
+        if dropped:
+            print(f"dropped {dropped} {name} examples: prompts of more than {max_prompt_tokens} tokens")
+        if not examples:
+            raise ValueError(f"{train if name == 'training' else heldout or train}: no {name} examples")
+        kept.append(examples)
+    return kept
+
+
+def score_rollouts(rollouts_N, examples_P, chat, scheme):
+    """The verdict of every rollout; rollout i belongs to example i // n."""
+    n = len(rollouts_N) // len(examples_P)
+    return [score(chat.decode(rollout.ids), examples_P[i // n].answer, scheme)
+            for i, rollout in enumerate(rollouts_N)]
+
+
+# Optimizer updates.
+
+
+def make_optimizer(model, weight_decay, beta2):
+    """AdamW on fp32 weights; weight decay on matrices only."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, betas=(0.9, beta2))
+
+
+def learning_rate(step, steps, peak, schedule, warmup):
+    """The rate of step `step` of `steps`: linear warm-up, then constant, or a cosine to a tenth of `peak`."""
+    warmup_steps = int(warmup * steps)
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    if schedule == "constant":
+        return peak
+    done = (step - warmup_steps) / max(1, steps - warmup_steps)
+    return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def set_learning_rate(optimizer, lr):
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def logprobs_of_pack(model, pack, temperature, vocab_size, autocast):
+    """(logp_L, entropy_L) of the reply tokens of a pack. Only their hidden states reach the head."""
+    with autocast:
+        hidden_TD = model(pack.tokens_T, pack.positions_T, shared_prefix_attention(pack.groups))
+        return token_logprobs(hidden_TD[pack.predictor_L], model.head_weight(), pack.targets_L, temperature,
+                              vocab_size)
+
+
+def apply_update(optimizer, grad_clip):
+    """Clip the gradient's norm and step. Returns (norm, 1 where it was not finite: update skipped)."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip)
+    skipped = not torch.isfinite(norm)
+    if not skipped:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm.item(), int(skipped)
+
+
+@dataclass
+class MicroBatch:
+    """One pack with what its loss needs, a number for each of its L reply tokens."""
+
+    pack: Pack
+    adv_L: torch.Tensor
+    sampled_logp_L: torch.Tensor
+    old_logp_L: torch.Tensor | None = None
+    ref_logp_L: torch.Tensor | None = None
+
+
+def make_micro_batches(rollouts_N, adv_PG, live_P, micro_batch_tokens, device):
+    """The micro-batches of the groups `live_P`, in order."""
+    n = adv_PG.shape[1]
+    groups_P = [rollouts_N[p * n:(p + 1) * n] for p in live_P]
+    packs = pack_micro_batches([group[0].prompt_ids for group in groups_P],
+                               [[rollout.ids for rollout in group] for group in groups_P], micro_batch_tokens)
+    adv_N = adv_PG[live_P].flatten()
+    sampled = [logp for group in groups_P for rollout in group for logp in rollout.logp]
+    sizes = [len(pack.targets_L) for pack in packs]
+    return [MicroBatch(pack.to(device), adv_N[pack.reply_L].to(device), logp_L.to(device))
+            for pack, logp_L in zip(packs, torch.tensor(sampled).split(sizes), strict=True)]
+
+
+def grpo_updates(model, reference, optimizer, rollouts_N, adv_PG, *, temperature, vocab_size, updates,
+                 kl_coef, clip_low, clip_high, grad_clip, micro_batch_tokens, autocast):
+    """The optimizer updates of one step: `updates` mini-batches of whole groups, in order. Returns metrics.
+
+    Packs are built once and serve the old, the reference and the new log-probs. Each loss is a sum over its
+    tokens divided by the reply tokens of its whole mini-batch, so micro-batches do not change the gradient.
+    """
+    P, n = adv_PG.shape
+    device = model.embed_tokens.weight.device
+    mini_batches, denominators = [], []
+    for first in range(0, P, P // updates):
+        prompts = range(first, first + P // updates)
+        live_P = [p for p in prompts if kl_coef or adv_PG[p].any()]
+        mini_batches.append(make_micro_batches(rollouts_N, adv_PG, live_P, micro_batch_tokens, device))
+        denominators.append(sum(len(rollouts_N[i].ids) for i in range(prompts.start * n, prompts.stop * n)))
+    passes = {"temperature": temperature, "vocab_size": vocab_size, "autocast": autocast}
+    with torch.no_grad():
+        for i, micro_batches in enumerate(mini_batches):
+            for part in micro_batches:
+                if i > 0:
+                    part.old_logp_L, _ = logprobs_of_pack(model, part.pack, **passes)
+                if reference is not None:
+                    part.ref_logp_L, _ = logprobs_of_pack(reference, part.pack, **passes)
+
+    all_stats, first_stats, norms, skipped = [], [], [], 0
+    for i, (micro_batches, denominator) in enumerate(zip(mini_batches, denominators, strict=True)):
+        for part in micro_batches:
+            logp_L, entropy_L = logprobs_of_pack(model, part.pack, **passes)
+            old_logp_L = logp_L.detach() if part.old_logp_L is None else part.old_logp_L
+            loss, stats = grpo_loss(logp_L, old_logp_L, part.ref_logp_L, part.adv_L, clip_low=clip_low,
+                                    clip_high=clip_high, kl_coef=kl_coef, denominator=denominator)
+            loss.backward()
+            diff_L = (old_logp_L - part.sampled_logp_L).abs()
+            stats |= {"entropy_sum": entropy_L.sum(), "diff_sum": diff_L.sum(), "diff_max": diff_L.max()}
+            all_stats.append(stats)
+            first_stats += [stats] if i == 0 else []
+        if micro_batches:
+            norm, skip = apply_update(optimizer, grad_clip)
+            norms.append(norm)
+            skipped += skip
+    tokens = sum(len(r.ids) for r in rollouts_N) + sum(len(r.prompt_ids) for r in rollouts_N[::n])
+    return {"tokens": tokens, **update_metrics(all_stats, first_stats, norms, skipped, updates, reference)}
+
+
+def update_metrics(all_stats, first_stats, norms, skipped, updates, reference):
+    """Means over the trained tokens of one step. Without a live group there is nothing but zeros to tell."""
+    metrics = {"loss": 0.0, "grad_norm": 0.0, "updates": len(norms), "skipped_updates": skipped}
+    if not all_stats:
+        return metrics
+    total = {name: float(value) for name, value in merge_stats(all_stats).items()}
+    mean = {name: total[name + "_sum"] / total["tokens"]
+            for name in ("ratio", "clip_low", "clip_high", "kl", "entropy", "diff")}
+    metrics |= {
+        "loss": total["loss"] / updates, "grad_norm": sum(norms) / len(norms), "entropy": mean["entropy"],
+        "ratio/mean": mean["ratio"], "ratio/max": total["ratio_max"], "ratio/min": total["ratio_min"],
+        "ratio/log_abs_max": total["log_ratio_abs_max"],
+        "ratio/clip_low": mean["clip_low"], "ratio/clip_high": mean["clip_high"],
+        "sampling/logp_diff_mean": mean["diff"], "sampling/logp_diff_max": total["diff_max"],
+    }
+    if reference is not None:
+        metrics["kl"] = mean["kl"]
+    if first_stats:
+        first = merge_stats(first_stats)
+        metrics["ratio/dev_first"] = float(max(first["ratio_max"] - 1, 1 - first["ratio_min"]))
+    return metrics
+
+
+def rollout_metrics(rollouts_N, verdicts_N, rewards_PG):
+    """What the replies of one step were like. Shares are of replies, all_zero and all_one of groups."""
+    lengths = [len(rollout.ids) for rollout in rollouts_N]
+    N = len(rollouts_N)
+    return {
+        "reward/mean": rewards_PG.mean().item(),
+        "reward/all_zero": (rewards_PG == 0).all(1).float().mean().item(),
+        "reward/all_one": (rewards_PG == 1).all(1).float().mean().item(),
+        "reward/format_ok": sum(verdict.format_ok for verdict in verdicts_N) / N,
+        "reward/names_ok": sum(verdict.names_ok for verdict in verdicts_N) / N,
+        "reward/no_calls": sum(verdict.calls == [] for verdict in verdicts_N) / N,
+        "length/mean": sum(lengths) / N, "length/min": min(lengths), "length/max": max(lengths),
+        "length/cut": sum(not rollout.finished for rollout in rollouts_N) / N,
+    }
+
+
+def sft_updates(model, optimizer, prompts_P, replies_P, *, vocab_size, updates, grad_clip, micro_batch_tokens,
+                autocast):
+    """Supervised updates on the reply tokens, one a mini-batch, in order. Returns metrics."""
+    device = model.embed_tokens.weight.device
+    losses, norms, skipped = [], [], 0
+    size = len(prompts_P) // updates
+    for first in range(0, len(prompts_P), size):
+        prompts, replies = prompts_P[first:first + size], replies_P[first:first + size]
+        denominator = sum(map(len, replies))
+        for pack in pack_micro_batches(prompts, [[reply] for reply in replies], micro_batch_tokens):
+            pack = pack.to(device)
+            logp_L, _ = logprobs_of_pack(model, pack, 1.0, vocab_size, autocast)
+            loss = sft_loss(logp_L, denominator)
+            loss.backward()
+            losses.append(loss.detach())
+        norm, skip = apply_update(optimizer, grad_clip)
+        norms.append(norm)
+        skipped += skip
+    return {"loss": float(sum(losses)) / updates, "grad_norm": sum(norms) / len(norms), "updates": updates,
+            "skipped_updates": skipped, "length/mean": sum(map(len, replies_P)) / len(replies_P),
+            "tokens": sum(map(len, prompts_P)) + sum(map(len, replies_P))}
+
+
+# The run folder.
+
+
+class Run:
+    """The files of one run, and its lines on the console."""
+
+    def __init__(self, folder, config, resume, tracker):
+        self.folder = Path(folder)
+        if (self.folder / "config.yaml").exists() and not resume:
+            raise ValueError(f"{folder} holds a run; go on with --resume=true or choose another --out")
+        for name in ("rollouts", "evals", "checkpoints"):
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
+        (self.folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+        (self.folder / "git_revision.txt").write_text(git_revision() + "\n", encoding="utf-8")
+        self.tracker = open_tracker(tracker, self.folder, config)
+        self.shown = None
+        self.step_times = []
+        self.skipped_in_a_row = 0
+
+    def checkpoint(self, step):
+        return self.folder / "checkpoints" / f"step_{step:06d}"
+
+    def newest_checkpoint(self):
+        """Steps done at the newest complete checkpoint, 0 without one; drops what was logged after it."""
+        complete = sorted(self.folder.glob("checkpoints/step_??????/manifest.json"))
+        step = int(complete[-1].parent.name.removeprefix("step_")) if complete else 0
+        if step:
+            print(f"going on from {self.checkpoint(step)}")
+        metrics = self.folder / "metrics.jsonl"
+        if metrics.exists():
+            lines = metrics.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if step and json.loads(line)["step"] <= step]
+            metrics.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        return step
+
+    def restore(self, step, optimizer, fingerprint):
+        """Load the optimizer's state; returns the data cursor. ValueError where the data has changed."""
+        state = torch.load(self.checkpoint(step) / "training.pt", weights_only=True)
+        if state["fingerprint"] != fingerprint:
+            raise ValueError(f"{self.checkpoint(step)}: the training examples have changed since; going on "
+                             "would repeat or skip some. Restore them, or start anew with another --out")
+        optimizer.load_state_dict(state["optimizer"])
+        return state["cursor"]
+
+    def save_checkpoint(self, step, model, optimizer, batches, base, keep):
+        """A Hugging Face folder with the training state: written aside, the manifest last, then renamed."""
+        final = self.checkpoint(step)
+        aside = final.with_name(final.name + ".tmp")
+        shutil.rmtree(aside, ignore_errors=True)
+        save_hf(model, aside)
+        for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "vocab.json",
+                     "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"):
+            if (resolve(base) / name).exists():
+                shutil.copyfile(resolve(base) / name, aside / name)
+        torch.save({"optimizer": optimizer.state_dict(), "cursor": batches.cursor,
+                    "fingerprint": batches.fingerprint}, aside / "training.pt")
+        files = {file.name: file.stat().st_size for file in sorted(aside.iterdir())}
+        write_json(aside / "manifest.json", {"step": step, "files": files})
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(aside, final)
+        for old in sorted(self.folder.glob("checkpoints/step_??????"))[:-keep] if keep else []:
+            shutil.rmtree(old)
+
+    def save_rollouts(self, step, examples_P, rollouts_N, verdicts_N, adv_PG, chat):
+        """rollouts/step_….jsonl: a line a reply, with what was asked and what it earned."""
+        n = adv_PG.shape[1]
+        with open(self.folder / "rollouts" / f"step_{step:06d}.jsonl", "w", encoding="utf-8") as file:
+            for i, (rollout, verdict) in enumerate(zip(rollouts_N, verdicts_N, strict=True)):
+                example = examples_P[i // n]
+                line = {"id": example.id, "query": example.messages[-1]["content"], "answer": example.answer,
+                        "reply": chat.decode(rollout.ids), "reward": verdict.reward, "error": verdict.error,
+                        "advantage": adv_PG[i // n, i % n].item(), "tokens": len(rollout.ids),
+                        "logp": sum(rollout.logp), "finished": rollout.finished}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def log(self, step, metrics):
+        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self.tracker(step, metrics)
+
+    def log_step(self, step, steps, metrics):
+        """One line a step on the console, reward first. ValueError when updates were skipped in a row."""
+        self.log(step, metrics)
+        self.step_times.append(metrics["time/step_s"])
+        recent = self.step_times[-20:]
+        left = int(sum(recent) / len(recent) * (steps - step))
+        if "reward/mean" in metrics:
+            kl = f"{metrics['kl']:.4f}" if "kl" in metrics else "off"
+            lead = (f"reward {metrics['reward/mean']:.3f}  all-0 {metrics['reward/all_zero']:4.0%}  "
+                    f"all-1 {metrics['reward/all_one']:4.0%}  length {metrics['length/mean']:5.1f}  kl {kl}")
+        else:
+            lead = f"loss {metrics['loss']:.4f}  length {metrics['length/mean']:5.1f}"
+        print(f"step {step:>{len(str(steps))}}/{steps}  {lead}  {metrics['tokens_per_s'] / 1000:.1f}k tok/s  "
+              f"{left // 60}:{left % 60:02d} left", flush=True)
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if metrics["skipped_updates"] else 0
+        if self.skipped_in_a_row >= MAX_SKIPPED:
+            raise ValueError(f"no finite gradient in {MAX_SKIPPED} steps in a row, up to step {step}; "
+                             "lower train.lr, or look at the last file in rollouts/")
+
+    def log_evaluation(self, step, rows, replies):
+        """Write an evaluation, print its line and two replies, the same two examples every time."""
+        report = {"step": step, "rows": rows, "replies": replies}
+        write_json(self.folder / "evals" / f"step_{step:06d}.json", report)
+        self.log(step, {f"eval/{row['category']}": row["accuracy"] for row in rows})
+        by_category = "  ".join(f"{row['category']} {row['accuracy']:.1%}" for row in rows[:-1])
+        print(f"held-out accuracy at step {step}: {rows[-1]['accuracy']:.1%} of {rows[-1]['n']}  "
+              f"({by_category})")
+        if self.shown is None:
+            wrong = next((i for i, reply in enumerate(replies) if not reply["right"]), 0)
+            right = next((i for i, reply in enumerate(replies) if reply["right"] and i != wrong), -1)
+            self.shown = [wrong, right]
+        for reply in (replies[i] for i in self.shown):
+            print(f"  asked   {reply['query']}\n  wrote   {' '.join(reply['reply'].split())}\n"
+                  f"  {'right' if reply['right'] else 'wrong: ' + str(reply['error'])}", flush=True)
+
+    def print_summary(self):
+        """The first and the last evaluation, side by side."""
+        files = sorted(self.folder.glob("evals/step_*.json"))
+        before, after = (json.loads(file.read_text(encoding="utf-8")) for file in (files[0], files[-1]))
+        print("\nheld-out accuracy in percent, greedy, with 95 % confidence intervals")
+        print(table({f"step {report['step']}": report["rows"] for report in (before, after)}))
+        print(f"\nrun folder: {self.folder}")
+
+
+def open_tracker(name, folder, config):
+    """A function (step, metrics) that sends metrics to TensorBoard or W&B, or nowhere."""
+    try:
+        if name == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+            writer = SummaryWriter(folder / "tensorboard")
+            return lambda step, metrics: [writer.add_scalar(key, x, step) for key, x in metrics.items()]
+        if name == "wandb":
+            import wandb
+            run = wandb.init(project="nanon1", name=folder.name, dir=folder, config=config)
+            return lambda step, metrics: run.log(metrics, step=step)
+    except ImportError as error:
+        raise ValueError(f"log.tracker is {name}, but {error.name} is not installed: see README") from None
+    return lambda step, metrics: None
+
+
+def git_revision():
+    """The commit of this code, with "+changes" where the tree differs; "unknown" outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        said = [subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout
+                for words in (["rev-parse", "HEAD"], ["status", "--porcelain"])]
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return said[0].strip() + ("+changes" if said[1].strip() else "")
+
+
+if __name__ == "__main__":
+    main()
