@@ -7,21 +7,19 @@ One step of learning is one decision: each call turn of a conversation is an exa
 context, with earlier call turns as `<tool_call>[{"name": …, "arguments": {…}}]</tool_call>`. An answer that
 would not score 1 when written in the reply format never becomes an example. The chat format is Qwen2.5's:
 
-    <|im_start|>ROLE\nCONTENT<|im_end|>\n                            the model goes on from <|im_start|>assistant\n
-    <|im_start|>user\n<tool_response>\nCONTENT\n</tool_response><|im_end|>\n       a run of results is one block
+    <|im_start|>ROLE\nCONTENT<|im_end|>\n                       the model goes on from <|im_start|>assistant\n
+    <|im_start|>user\n<tool_response>\nCONTENT\n</tool_response><|im_end|>\n  a run of results is one block
 
-Where we differ from the paper's code (arXiv 2505.00024): roles are mapped, so that raw ToolACE yields its calls;
-these are parsed, not cut at the first ")"; earlier calls are JSON, once encoded; the split has a seed; drops are
-counted by reason; no prompt is truncated; the system prompt, assets/system_prompt.txt, is in our own words.
+Where we differ from the paper's code (arXiv 2505.00024): roles are mapped, so raw ToolACE yields its calls;
+these are parsed, not cut at the first ")"; earlier calls are JSON, once encoded; the split has a seed; drops
+are counted by reason; no prompt is truncated; the system prompt is our own, assets/system_prompt.txt.
 """
 
 import argparse
 import hashlib
 import json
-import os
 import random
 import re
-import string
 import sys
 import zlib
 from collections import Counter
@@ -39,9 +37,9 @@ ASSETS = Path(__file__).parent / "assets"
 
 @dataclass(frozen=True)
 class Example:
-    """One decision. `source` is the category it is counted under, `tools` are schemas as they stand in the data,
-    `messages` are {"role": user|assistant|tool|system, "content"}, less the system prompt that lists the tools,
-    `answer` holds the right calls ([]: no tool fits), `reasoning` is what a supervised reply thinks first."""
+    """One decision. `source` is the category it is counted under, `tools` schemas as they stand in the data,
+    `messages` {"role": user|assistant|tool|system, "content"} less the system prompt that lists the tools,
+    `answer` the right calls ([]: no tool fits), `reasoning` what a supervised reply thinks first."""
 
     id: str
     source: str
@@ -52,8 +50,6 @@ class Example:
 
 
 # ---- files
-
-
 def read_jsonl(path):
     """Our own format -> examples. ValueError, naming file and line, for a line that is not a good example."""
     examples = []
@@ -74,26 +70,22 @@ def write_jsonl(path, examples):
     try:
         with open(aside, "w", encoding="utf-8") as file:
             file.writelines(json.dumps(vars(example), ensure_ascii=False) + "\n" for example in examples)
-        os.replace(aside, path)
+        aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
 
 
 def read_xlam(path):
     """xlam-function-calling-60k: columns id, query, tools, answers, the last two as JSON in a string.
-
-    -> (examples, report), report {"raw": records, "without_calls": records, "kept": examples, "dropped":
-    {reason: count}, "dropped_ids": {reason: ids}}. ValueError, naming the record, where a column is missing.
-    """
+    -> (examples, report), report {"raw": records, "without_calls": records, "kept": examples,
+    "dropped_ids": {reason: ids}, "dropped": {reason: count}}. ValueError where a record lacks a column."""
     return _read_raw(path, "xlam", ("query", "tools", "answers"), _xlam_outcomes)
 
 
 def read_toolace(path):
     """ToolACE: {"system", "conversations": [{"from", "value"}…]}, tools in the system text -> as read_xlam.
-
-    Each call turn `[Name(arg=value, …), …]` is an example or is dropped under a reason; the turns after a dropped
-    one still count. A record whose tools, or one of whose roles, cannot be read is dropped whole.
-    """
+    Each call turn `[Name(arg=value, …), …]` is an example or is dropped under a reason; the turns after a
+    dropped one still count. A record whose tools, or a turn's role, cannot be read is dropped whole."""
     return _read_raw(path, "toolace", ("system", "conversations"), _toolace_outcomes)
 
 
@@ -111,8 +103,9 @@ def _read_raw(path, prefix, columns, outcomes_of):
                 kept.append(outcome)
             else:
                 dropped.setdefault(outcome, []).append(id)
-    return kept, {"raw": len(records), "without_calls": without_calls, "kept": len(kept), "dropped_ids": dropped,
-                  "dropped": {reason: len(ids) for reason, ids in dropped.items()}}
+    counts = {reason: len(ids) for reason, ids in dropped.items()}
+    return kept, {"raw": len(records), "without_calls": without_calls, "kept": len(kept), "dropped": counts,
+                  "dropped_ids": dropped}
 
 
 def _xlam_outcomes(id, record):
@@ -166,10 +159,8 @@ def _find_tools(system):
 
 def _read_call_turn(text, offered):
     """(calls, None) of a call turn, (None, reason) of one that cannot be read, (None, None) of other text.
-
-    Text may begin with "[" too: it counts as a broken call only where an offered name and "(" follow, or where
-    `name(key=` or `name()` does and it ends with "]".
-    """
+    Text may begin with "[" too: it is held for a broken call only where an offered name and "(" follow, or
+    `name(key=` or `name()` does and it ends with "]"."""
     try:
         calls = parse_calls(text)
     except ValueError as error:
@@ -186,7 +177,7 @@ def _records(path):
     if text.lstrip().startswith("["):
         records = [(f"{path}: record {k}", record) for k, record in enumerate(_read_json(text, path))]
     else:
-        # Only "\n" ends a line: splitlines would also cut at marks that JSON strings may hold, such as U+2028.
+        # splitlines would also cut at marks that JSON strings may hold, such as U+2028.
         lines = [(f"{path}:{k}", line) for k, line in enumerate(text.split("\n"), 1) if line.strip()]
         records = [(place, _read_json(line, place)) for place, line in lines]
     for place, record in records:
@@ -228,11 +219,10 @@ def _problem(example):
     if verdict.reward < 1:
         return f"answer cannot score 1: {verdict.error}"
     names = {tool["name"] for tool in example.tools}
-    return None if names >= {call["name"] for call in example.answer} else "call of a tool that is not offered"
+    return None if names >= {c["name"] for c in example.answer} else "call of a tool that is not offered"
 
 
 # ---- calls as ToolACE writes them
-
 # A name ends at the first "(" which ")" and the end of a call, or "parameter=", follow: it may hold brackets.
 _NAME = re.compile(r"""\s*([^="]+?)\s*\((?=\s*(?:\)\s*[],]|[^\s=,()"'][^=,()"']*=))""")
 _PARAMETER = re.compile(r"""\s*([^\s=,()"'][^=,()"']*?)\s*=""")
@@ -242,11 +232,9 @@ _ESCAPES = {'"': '\\"', "\\'": "'", "\\\n": ""}
 
 
 def parse_calls(text):
-    """Read `[Name(key=value, …), Name(…)]` -> [{"name", "arguments"}…], at least one call.
-
-    Values are literals of Python or JSON; a tuple is read as a list. ValueError for any other text.
-    The text is rewritten as JSON token by token, so that the JSON reader judges its structure.
-    """
+    """Read `[Name(key=value, …), Name(…)]` -> [{"name", "arguments"}…], one call at least; else ValueError.
+    Values are literals of Python or JSON; a tuple is read as a list. The text is rewritten as JSON token by
+    token, so that the JSON reader judges its structure."""
     text, parts, depth, at = text.strip(), [], 0, 0
     while at < len(text):
         begins_call = depth == 1 and parts[-1] in ("[", ",")
@@ -288,28 +276,24 @@ def _json_string(body):
 
 
 # ---- synthetic tool calling
-
 SPLITS = ("train", "heldout")
 
 
 def synthetic(n, seed, split):
     """n examples of procedural tool calling; example k is a pure function of (seed, split, k).
-
-    Six in ten ask for one call, a quarter for two, the rest for a tool that is not offered (answer []). Two to four
-    tools are offered; half the time a wrong one shares a parameter's name. assets/synthetic.json has the tools, the
-    ways to ask for each, phrases for true and false, and frames that make a query of one or two requests ({A} is
-    {a} with a capital). Open values (made-up words, times, numbers) are divided between the splits, "train" and
-    "heldout", by a checksum of their text; every tool has one, and no wording holds a digit or a made-up word: so
-    no query can be in both.
-    """
+    Six in ten ask for one call, a quarter for two, the rest for a tool that is not offered (answer []); half
+    the time a wrong tool shares a parameter's name. assets/synthetic.json has the tools, the ways to ask for
+    each, phrases for true and false, and frames of a query ({A} is request {a} with a capital). Open values
+    (made-up words, times, numbers) are divided between the splits, "train" and "heldout", by a checksum of their
+    text; every tool has one, and no wording holds a digit or a made-up word: so no query can be in both."""
     if split not in SPLITS:
         raise ValueError(f"split {split!r}: choose one of {', '.join(SPLITS)}")
     wordings = _read_text(ASSETS / "synthetic.json")
-    world = json.loads(wordings)
 
     def is_allowed(value):
         return zlib.crc32(value.encode()) % 2 == (split != "train") and value.lower() not in wordings
 
+    world = json.loads(wordings)
     return [_synthetic_example(world, is_allowed, f"{split}/{seed}/{number}") for number in range(n)]
 
 
@@ -325,26 +309,24 @@ def _synthetic_example(world, is_allowed, key):
     asked = [rng.choice(world["tools"]) for _ in range(1 + (kind == "two_calls"))]
     answer, requests = [], []
     for entry in asked:
-        properties = entry["tool"]["parameters"]["properties"]
-        values = {name: _value(rng, name, schema, is_allowed) for name, schema in properties.items()}
-        said = {name: entry["phrases"][name][not value] if isinstance(value, bool) else value
-                for name, value in values.items()}
-        answer.append({"name": entry["tool"]["name"], "arguments": values})
+        tool, phrases = entry["tool"], entry["phrases"]
+        values = {name: _value(rng, name, schema, is_allowed)
+                  for name, schema in tool["parameters"]["properties"].items()}
+        said = {name: phrases[name][not values[name]] if name in phrases else values[name] for name in values}
+        answer.append({"name": tool["name"], "arguments": values})
         requests.append(rng.choice(entry["requests"]).format(**said))
     frame = rng.choice(world["two" if kind == "two_calls" else "one"])
     query = frame.format(a=requests[0], A=requests[0][0].upper() + requests[0][1:], b=requests[-1])
 
-    def parameters(entry):
-        return entry["tool"]["parameters"]["properties"].keys()
-
     wrong = [entry for entry in world["tools"] if entry not in asked]
     rng.shuffle(wrong)
     if rng.random() < 0.5:
-        wrong.sort(key=lambda entry: not parameters(entry) & parameters(asked[0]))
+        right = asked[0]["tool"]["parameters"]["required"]
+        wrong.sort(key=lambda entry: set(right).isdisjoint(entry["tool"]["parameters"]["required"]))
     offered = [entry for entry in world["tools"] if entry in asked and kind != "no_tool"]
     offered += wrong[: rng.choices((2, 3, 4), (50, 35, 15))[0] - len(offered)]
     rng.shuffle(offered)
-    answer = [] if kind == "no_tool" else answer
+    answer = answer if kind != "no_tool" else []
     return Example(f"synthetic/{key}", f"synthetic_{kind}", [entry["tool"] for entry in offered],
                    [{"role": "user", "content": query}], answer, synthetic_reasoning(answer))
 
@@ -355,7 +337,8 @@ def _value(rng, name, schema, is_allowed):
         return rng.random() < 0.5
     if "enum" in schema:
         return rng.choice(schema["enum"])
-    while True:
+    value = None
+    while value is None or not is_allowed(str(value)):
         if schema["type"] == "integer":
             value = rng.randrange(2, 100)
         elif schema["type"] == "number":
@@ -363,21 +346,15 @@ def _value(rng, name, schema, is_allowed):
         elif name == "time":
             value = f"{rng.randrange(1, 13)}:{rng.randrange(60):02d}"
         else:
-            syllables = (rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") + rng.choice(("", "", *"lnrx"))
-                         for _ in range(rng.choice((2, 2, 3))))
-            value = "".join(syllables).capitalize()
-        if is_allowed(str(value)):
-            return value
+            value = "".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") + rng.choice(("", "", *"lnrx"))
+                            for _ in range(rng.choice((2, 2, 3)))).capitalize()
+    return value
 
 
 # ---- augmenting, after Hammer (arXiv 2410.04587)
-
-
 def make_irrelevant(examples, share, seed):
-    """Take the right tools away from a share (0 to 1) of the examples, whose answer is then []; the others stay.
-
-    Drawn among those with another tool to offer; their source then ends in "_irrelevant".
-    """
+    """Take the right tools away from a share (0 to 1) of the examples, whose answer is then [].
+    Drawn among those with another tool to offer; their source then ends in "_irrelevant"."""
     result, wanted = list(examples), round(share * len(examples))
     for i in _permutation(len(examples), f"irrelevant/{seed}"):
         right = {call["name"] for call in examples[i].answer}
@@ -390,8 +367,8 @@ def make_irrelevant(examples, share, seed):
 
 
 def mask_names(examples, share, seed):
-    """Rename functions and parameters in a share (0 to 1) of the examples to random strings, everywhere but in
-    prose. Text defaults change too, save those that a call uses: whether it has them from the schema is unknown."""
+    """Rename functions and parameters of a share (0 to 1) of the examples to random strings, save in prose;
+    defaults too, save of a parameter in a call: the call's value may be the default or the user's."""
     result = list(examples)
     for i in _permutation(len(examples), f"mask/{seed}")[: round(share * len(examples))]:
         result[i] = _masked(examples[i], random.Random(f"mask/{seed}/{i}"))
@@ -402,12 +379,11 @@ def _masked(example, rng):
     earlier = [json.loads(message["content"][len(CALL) : -len(END_CALL)])
                if message["role"] == "assistant" and message["content"].startswith(CALL) else []
                for message in example.messages]
-    used = {(call["name"], key, str(value))
-            for call in sum(earlier, example.answer) for key, value in call["arguments"].items()}
+    used = {(call["name"], key) for call in sum(earlier, example.answer) for key in call["arguments"]}
     new = {}  # (function,), (function, parameter) or (function, parameter, "default") -> random string
 
     def rename(*key):
-        letters = rng.choices(string.ascii_letters + string.digits, k=rng.randrange(6, 13))
+        letters = rng.choices("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMN0123456789", k=rng.randrange(6, 13))
         return new.setdefault(key, "".join(letters))
 
     def mask_tool(tool):
@@ -415,8 +391,7 @@ def _masked(example, rng):
         nested, properties = isinstance(schema.get("properties"), dict), {}
         for key, value in (schema["properties"] if nested else schema).items():
             if isinstance(value, dict):
-                default = value.get("default")
-                if isinstance(default, str) and default and (name, key, default) not in used:
+                if isinstance(value.get("default"), str) and value["default"] and (name, key) not in used:
                     value = {**value, "default": rename(name, key, "default")}
                 key = rename(name, key)
             properties[key] = value
@@ -441,14 +416,12 @@ def _masked(example, rng):
 
 
 # ---- text and ids
-
-
 class Chat:
     """A tokenizer and Qwen2.5's chat format.
 
-    path is a hub name, or a folder with tokenizer.json and any of tokenizer_config.json, config.json and
-    generation_config.json; system_prompt is a text file that holds {tools} once, None being SYSTEM_PROMPT.
-    stop_ids: every end of sequence that these files name, and <|im_end|>, which ends a turn in this chat format.
+    path is a hub name, or a folder with tokenizer.json and any of the other FILES, which name the end of
+    sequence; system_prompt is a text file that holds {tools} once, None being assets/system_prompt.txt.
+    stop_ids: every end of sequence that these files name, and <|im_end|>, which ends a chat turn.
     vocab_size: the ids that have a token; a model may have more rows, which must never be sampled.
     """
 
@@ -456,26 +429,36 @@ class Chat:
     FILES = ("tokenizer.json", "tokenizer_config.json", "config.json", "generation_config.json")
 
     def __init__(self, path, system_prompt=None):
-        files = [_tokenizer_folder(path, self.FILES) / name for name in self.FILES]
-        self.tokenizer = Tokenizer.from_str(json.dumps(_read_json(_read_text(files[0]), files[0])))
+        folder = Path(path)
+        if not folder.is_dir():
+            from huggingface_hub import snapshot_download
+            try:
+                folder = Path(snapshot_download(str(path), allow_patterns=list(self.FILES)))
+            except (ValueError, OSError) as error:
+                reason = str(error).strip().splitlines()[0]
+                raise ValueError(f"{path}: neither a local folder nor a model of the hub ({reason})") from None
+        tokenizer, named, *configs = (_read_json(_read_text(folder / name), folder / name)
+                                      if (folder / name).exists() else {} for name in self.FILES)
+        if not tokenizer:
+            raise ValueError(f"{folder}: no tokenizer.json; copy the model's into this folder")
+        self.tokenizer = Tokenizer.from_str(json.dumps(tokenizer))
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self.vocab_size = max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
-        named, *configs = (_read_json(_read_text(file), file) if file.exists() else {} for file in files[1:])
         eos = named.get("eos_token") or ""
-        ends = ["<|im_end|>", eos["content"] if isinstance(eos, dict) else eos]
+        ends = ("<|im_end|>", eos["content"] if isinstance(eos, dict) else eos)
         stops = [self.tokenizer.token_to_id(end) for end in ends]
         for ids in (config.get("eos_token_id") for config in configs):
             stops += ids if isinstance(ids, list) else [ids]
         stops = [stop for stop in stops if stop is not None]
         if not stops:
-            raise ValueError(f"{files[1]}: no end of sequence; name it there as eos_token")
+            raise ValueError(f"{folder}: no end of sequence; name it as eos_token in tokenizer_config.json")
         self.stop_ids, self._end_of_turn = frozenset(stops), stops[0]
 
-        text = SYSTEM_PROMPT if system_prompt is None else _read_text(system_prompt)
+        text = _read_text(system_prompt or ASSETS / "system_prompt.txt")
         if text.count("{tools}") != 1:
-            raise ValueError(f"{system_prompt}: {{tools}} stands there {text.count('{tools}')} times, must once")
+            raise ValueError(f"{system_prompt}: {text.count('{tools}')} times {{tools}}, not 1")
         self._before_tools, self._after_tools = text.split("{tools}")
 
     def render(self, messages, add_generation_prompt):
@@ -498,9 +481,9 @@ class Chat:
 
     def encode_prompt(self, example):
         """Ids up to where the reply begins: tools and system text of the example, conversation. Never cut."""
-        lines = [json.dumps({"type": "function", "function": tool}, ensure_ascii=False)
-                 for tool in example.tools]
-        system, messages = self._before_tools + "\n".join(lines) + self._after_tools, example.messages
+        wrapped = ({"type": "function", "function": tool} for tool in example.tools)
+        tools = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in wrapped)
+        system, messages = self._before_tools + tools + self._after_tools, example.messages
         if messages[0]["role"] == "system":
             system, messages = f"{system}\n\n{messages[0]['content']}", messages[1:]
         return self.encode(self.render([{"role": "system", "content": system}, *messages], True))
@@ -514,20 +497,7 @@ class Chat:
         return self.tokenizer.decode(ids, skip_special_tokens=False)
 
 
-def _tokenizer_folder(path, files):
-    if os.path.isdir(path):
-        return Path(path)
-    from huggingface_hub import snapshot_download
-    try:
-        return Path(snapshot_download(str(path), allow_patterns=list(files)))
-    except (ValueError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{path}: neither a local folder nor a model that the hub gave ({reason})") from None
-
-
 # ---- order
-
-
 @lru_cache(maxsize=2)
 def _permutation(n, key):
     order = list(range(n))
@@ -536,31 +506,27 @@ def _permutation(n, key):
 
 
 def split_examples(examples, fraction, seed):
-    """(train, heldout): a fraction (0 to 1) of the examples, drawn by seed, is held out; both keep their order."""
+    """(train, heldout): a fraction (0 to 1), drawn by seed, is held out; both keep their order."""
     held = set(_permutation(len(examples), f"split/{seed}")[: round(fraction * len(examples))])
     return [examples[i] for i in range(len(examples)) if i not in held], [examples[i] for i in sorted(held)]
 
 
 def filter_by_prompt_tokens(examples, chat, max_prompt_tokens, max_dropped_share):
-    """(kept, dropped count): leaves out the examples with longer prompts, as a cut prompt would lack tools.
-
-    ValueError where more than a share (0 to 1) of the examples would go.
-    """
+    """(kept, dropped count): examples with longer prompts are left out, as a cut prompt would lack tools.
+    ValueError where that is more than a share (0 to 1) of them."""
     kept = [example for example in examples if len(chat.encode_prompt(example)) <= max_prompt_tokens]
     dropped = len(examples) - len(kept)
     if dropped > max_dropped_share * len(examples):
         raise ValueError(
-            f"{dropped} of {len(examples)} prompts ({dropped / len(examples):.1%}) have more than "
-            f"{max_prompt_tokens} tokens, but only {max_dropped_share:.1%} may be dropped; raise either limit")
+            f"{dropped} of {len(examples)} prompts ({dropped / len(examples):.1%}) are longer than "
+            f"{max_prompt_tokens} tokens, but only {max_dropped_share:.1%} may be dropped; raise one of both")
     return kept, dropped
 
 
 class Batches:
-    """Endless batches of exactly `size` examples, shuffled anew each epoch: example k is a function of (seed, k).
-
-    cursor: examples dealt out so far (given to a new object, it goes on from there); epoch: the same in passes over
-    the data; fingerprint: hex digest of the examples in their order, which a resumed run must find again.
-    """
+    """Endless batches of `size` examples, shuffled anew each epoch; example k depends on (seed, k) only.
+    cursor: examples dealt out so far (given to a new object, it goes on from there); epoch: the same in
+    passes; fingerprint: hex digest of the examples in their order, which a resumed run must find again."""
 
     def __init__(self, examples, size, seed, cursor=0):
         if not 1 <= size <= len(examples):
@@ -586,8 +552,6 @@ class Batches:
 
 
 # ---- command line
-
-
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="data.py", description="Make training files, one example a line.")
     commands = parser.add_subparsers(dest="command", required=True)

@@ -32,7 +32,7 @@ def wilson(right, n, z=1.96):
     p = right / n
     middle = p + z * z / (2 * n)
     spread = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return (middle - spread) / (1 + z * z / n), (middle + spread) / (1 + z * z / n)
+    return max(0.0, (middle - spread) / (1 + z * z / n)), min(1.0, (middle + spread) / (1 + z * z / n))
 
 
 def evaluate(model, chat, examples, *, max_new_tokens, batch_size=256, scheme="binary", progress=None):

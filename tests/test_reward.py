@@ -1,14 +1,13 @@
 """What reward.py promises: the strict format and its limits, five schemes, one verdict for every string.
 
-Two oracles, written by another method, stand beside `score`: for the strict schemes a character-by-character reader
-with quadratic matching, for `official` a direct account of the released scorer in which a crash counts 0.
+Two oracles, written by another method, stand beside `score`: for the strict schemes a reader of single
+characters with quadratic matching, for `official` a direct account of the released scorer in which a crash counts 0.
 """
 
 import json
 import random
 import re
 import time
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -33,13 +32,22 @@ def payload_of(value):
     return f'[{{"name": "f", "arguments": {{"a": {value}}}}}]'
 
 
-# ---------------------------------------------------------------------------------------------- the cases, by hand
+def answer_of(value):
+    """The answer whose one call has `value` as its only argument."""
+    return [{"name": "f", "arguments": {"a": value}}]
+
+
+# -------------------- the cases, by hand
 
 # name: (reply, answer, binary, official)
 CASES = {
     "a right reply": (reply_with(RIGHT), ANSWER, 1, 1),
     "blanks at the ends, between and inside": (
-        f" \r\n<think>\nr\n</think>\t\n <tool_call>\n{RIGHT}\r\n</tool_call> \n", ANSWER, 1, 1),
+        f" \r\n<think>\nr\n</think>\t\n <tool_call>\n{RIGHT}\r\n</tool_call> \n",
+        ANSWER,
+        1,
+        1,
+    ),
     "an empty think": (reply_with(RIGHT, ""), ANSWER, 1, 1),
     "no call, none expected": (reply_with("[]"), [], 1, 1),
     "no call, one expected": (reply_with("[]"), ANSWER, 0, 0),
@@ -48,7 +56,12 @@ CASES = {
     "text before the reasoning": ("so " + reply_with(RIGHT), ANSWER, 0, 1),
     "text after the calls": (reply_with(RIGHT) + " done", ANSWER, 0, 1),
     "text between the blocks": (f"<think>r</think> so <tool_call>{RIGHT}</tool_call>", ANSWER, 0, 1),
-    "a no-break space between the blocks": (f"<think>r</think>\xa0<tool_call>{RIGHT}</tool_call>", ANSWER, 0, 1),
+    "a no-break space between the blocks": (
+        f"<think>r</think>\xa0<tool_call>{RIGHT}</tool_call>",
+        ANSWER,
+        0,
+        1,
+    ),
     "reasoning after the calls": (f"<tool_call>{RIGHT}</tool_call><think>r</think>", ANSWER, 0, 1),
     "calls inside the reasoning": (f"<think><tool_call>{RIGHT}</tool_call></think>", ANSWER, 0, 1),
     "blocks that cross": (f"<think>r<tool_call></think>{RIGHT}</tool_call>", ANSWER, 0, 0),
@@ -59,38 +72,65 @@ CASES = {
     "one stop token": (reply_with(RIGHT) + "\n<|im_end|>", ANSWER, 1, 1),
     "the other stop token": (reply_with(RIGHT) + "<|endoftext|>", ANSWER, 1, 1),
     "two stop tokens": (reply_with(RIGHT) + "<|im_end|><|endoftext|>", ANSWER, 0, 1),
+    "two stop tokens the other way": (reply_with(RIGHT) + "<|endoftext|><|im_end|>", ANSWER, 0, 1),
     "a stop token in the reasoning": (reply_with(RIGHT, "a<|im_end|>b"), ANSWER, 0, 1),
     "another turn made up inside the reasoning": (
-        f"<think>r<|im_start|>assistant\n</think><tool_call>{RIGHT}</tool_call>", ANSWER, 0, 0),
+        f"<think>r<|im_start|>assistant\n</think><tool_call>{RIGHT}</tool_call>",
+        ANSWER,
+        0,
+        0,
+    ),
+    "a last header with nothing behind": (
+        f"<|im_start|>assistant{reply_with(RIGHT)}<|im_start|>assistant",
+        ANSWER,
+        0,
+        0,
+    ),
     "a bare object": (reply_with(json.dumps(CALL)), ANSWER, 0, 1),
     "the list as a JSON string": (reply_with(json.dumps(RIGHT)), ANSWER, 0, 1),
-    "a further key in the call": (reply_with('[{"name": "f", "arguments": {}, "id": 1}]'),
-                                  [{"name": "f", "arguments": {}}], 0, 1),
-    "a key twice, the last one right": (reply_with('[{"name": "f", "arguments": {"a": 2, "a": 1}}]'),
-                                        [{"name": "f", "arguments": {"a": 1}}], 0, 1),
-    "a key twice, once escaped": (reply_with(r'[{"name": "f", "arguments": {"a": 2, "\u0061": 1}}]'),
-                                  [{"name": "f", "arguments": {"a": 1}}], 0, 1),
-    "an escaped character": (reply_with(payload_of(r'"\u00e9\/"')), [{"name": "f", "arguments": {"a": "é/"}}], 1, 1),
-    "arguments as a string": (reply_with('[{"name": "f", "arguments": "{}"}]'),
-                              [{"name": "f", "arguments": {}}], 0, 0),
+    "a further key in the call": (
+        reply_with('[{"name": "f", "arguments": {}, "id": 1}]'),
+        [{"name": "f", "arguments": {}}],
+        0,
+        1,
+    ),
+    "a key twice, the last one right": (
+        reply_with('[{"name": "f", "arguments": {"a": 2, "a": 1}}]'),
+        answer_of(1),
+        0,
+        1,
+    ),
+    "a key twice, once escaped": (
+        reply_with(r'[{"name": "f", "arguments": {"a": 2, "\u0061": 1}}]'),
+        answer_of(1),
+        0,
+        1,
+    ),
+    "an escaped character": (reply_with(payload_of(r'"\u00e9\/"')), answer_of("é/"), 1, 1),
+    "arguments as a string": (
+        reply_with('[{"name": "f", "arguments": "{}"}]'),
+        [{"name": "f", "arguments": {}}],
+        0,
+        0,
+    ),
     "no arguments": (reply_with('[{"name": "f"}]'), [{"name": "f", "arguments": {}}], 0, 0),
-    "true for 1": (reply_with(payload_of("true")), [{"name": "f", "arguments": {"a": 1}}], 0, 0),
-    "1.0 for 1": (reply_with(payload_of("1.0")), [{"name": "f", "arguments": {"a": 1}}], 0, 0),
-    "a string for 1": (reply_with(payload_of('"1"')), [{"name": "f", "arguments": {"a": 1}}], 0, 0),
-    "true for 1 deep inside": (reply_with(payload_of('{"b": [true]}')),
-                               [{"name": "f", "arguments": {"a": {"b": [1]}}}], 0, 0),
-    "1e0 for 1.0": (reply_with(payload_of("1e0")), [{"name": "f", "arguments": {"a": 1.0}}], 1, 1),
-    "the other float zero": (reply_with(payload_of("-0.0")), [{"name": "f", "arguments": {"a": 0.0}}], 1, 0),
-    "lists in another order": (reply_with(payload_of("[2, 1]")), [{"name": "f", "arguments": {"a": [1, 2]}}], 0, 0),
+    "true for 1": (reply_with(payload_of("true")), answer_of(1), 0, 0),
+    "1.0 for 1": (reply_with(payload_of("1.0")), answer_of(1), 0, 0),
+    "a string for 1": (reply_with(payload_of('"1"')), answer_of(1), 0, 0),
+    "true for 1 deep inside": (reply_with(payload_of('{"b": [true]}')), answer_of({"b": [1]}), 0, 0),
+    "1e0 for 1.0": (reply_with(payload_of("1e0")), answer_of(1.0), 1, 1),
+    "the other float zero": (reply_with(payload_of("-0.0")), answer_of(0.0), 1, 0),
+    "lists in another order": (reply_with(payload_of("[2, 1]")), answer_of([1, 2]), 0, 0),
     "keys in another order": (reply_with('[{"arguments": {"b": "x", "a": 1}, "name": "f"}]'), ANSWER, 1, 1),
-    "not a number, as expected": (reply_with(payload_of("NaN")),
-                                  [{"name": "f", "arguments": {"a": float("nan")}}], 0, 1),
-    "an overflow, as expected": (reply_with(payload_of("1e999")),
-                                 [{"name": "f", "arguments": {"a": float("inf")}}], 0, 1),
-    "a tag in a value, as expected": (reply_with(payload_of('"<think>"')),
-                                      [{"name": "f", "arguments": {"a": "<think>"}}], 0, 1),
-    "a marker in a value, as expected": (reply_with(payload_of('"<|im_end|>"')),
-                                         [{"name": "f", "arguments": {"a": "<|im_end|>"}}], 0, 1),
+    "not a number, as expected": (reply_with(payload_of("NaN")), answer_of(float("nan")), 0, 1),
+    "an overflow, as expected": (reply_with(payload_of("1e999")), answer_of(float("inf")), 0, 1),
+    "a tag in a value, as expected": (reply_with(payload_of('"<think>"')), answer_of("<think>"), 0, 1),
+    "a marker in a value, as expected": (
+        reply_with(payload_of('"<|im_end|>"')),
+        answer_of("<|im_end|>"),
+        0,
+        1,
+    ),
     "an empty string within a string": (reply_with(json.dumps(json.dumps(""))), [], 0, 1),
     "a zero within a string": (reply_with('"0"'), [], 0, 0),
 }
@@ -106,7 +146,8 @@ def test_the_strict_and_the_released_verdict(name):
 
 
 def test_every_row_of_the_reward_cases_in_both_columns(real_data):
-    rows = [json.loads(line) for line in (Path(real_data) / "reward_cases.jsonl").read_text("utf-8").splitlines()]
+    lines = (real_data / "reward_cases.jsonl").read_text("utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
     assert len(rows) >= 47
     for row in rows:
         for scheme in ("binary", "official"):
@@ -120,7 +161,13 @@ ABLATION = {
     # name: (reply, binary, binary_no_reasoning, partial_format, partial_format_names)
     "all right": (reply_with(RIGHT), 1, 1, 1, 1),
     "no reasoning": (f"<tool_call>{RIGHT}</tool_call>", 0, 1, 0.8, 0.8),
-    "anything before the calls": (f"<|im_start|></think> so <think> <tool_call>{RIGHT}</tool_call>", 0, 1, 0.8, 0.8),
+    "anything before the calls": (
+        f"<|im_start|></think> so <think> <tool_call>{RIGHT}</tool_call>",
+        0,
+        1,
+        0.8,
+        0.8,
+    ),
     "text between": (f"<think>r</think> so <tool_call>{RIGHT}</tool_call>", 0, 1, 1, 1),
     "a wrong value": (reply_with(OTHER_VALUE), 0, 0, 0.2, 0.4),
     "a wrong value, no reasoning": (f"<tool_call>{OTHER_VALUE}</tool_call>", 0, 0, 0, 0.2),
@@ -154,7 +201,7 @@ def test_calls_are_compared_as_a_multiset():
     assert score(format_reply([one, one]), [one]).reward == 0
 
 
-# ------------------------------------------------------------------------------------------------------- the limits
+# -------------------- the limits
 
 
 def nested(depth):
@@ -262,16 +309,23 @@ LONG = {
 def test_a_megabyte_of_anything_is_judged_in_a_tenth_of_a_second(scheme):
     for name, unit in LONG.items():
         text = unit * (1_000_000 // len(unit))
-        for reply in (text, reply_with(text), reply_with(f'"{text}'), reply_with(RIGHT, text), "<think>" + text):
+        for reply in (
+            text,
+            reply_with(text),
+            reply_with(f'"{text}'),
+            reply_with(RIGHT, text),
+            "<think>" + text,
+        ):
             seconds = []
-            while len(seconds) < 5 and min(seconds, default=1) >= 0.1:  # another try: other work may share the core
+            # Several tries: other work may share the core.
+            while len(seconds) < 5 and min(seconds, default=1) >= 0.1:
                 start = time.perf_counter()
                 score(reply, ANSWER, scheme)
                 seconds.append(time.perf_counter() - start)
             assert min(seconds) < 0.1, (name, reply[:40])
 
 
-# ------------------------------------------------------------------------------------------------- words and edges
+# -------------------- words and edges
 
 
 @pytest.mark.parametrize(
@@ -283,6 +337,7 @@ def test_a_megabyte_of_anything_is_judged_in_a_tenth_of_a_second(scheme):
         ('[{"name": "f", "arguments": {}}]', "call 1 'f': argument 'a' is absent, expected the integer 3"),
         (payload_of('3, "b": 3.0'), "call 1 'f': argument 'b' is the float 3.0, expected absent"),
         ('[{"name": "g", "arguments": {"a": 3}}]', 'the reply calls "g", expected "f"'),
+        (payload_of('"é"'), "argument 'a' is the string \"é\", expected the integer 3"),
         ("[]", 'the reply calls nothing, expected "f"'),
         (payload_of('3, "a": 3'), "a key twice: a, a"),
         (payload_of("NaN"), "NaN is not finite"),
@@ -311,7 +366,9 @@ def test_the_error_names_the_call_that_is_odd():
     assert error == "call 2 'f': argument 'a' is the integer 9, expected the integer 2"
 
 
-@pytest.mark.parametrize("reply", ["x" + reply_with(RIGHT), "<think></think>.<tool_call>[]</tool_call>", "", "<think>"])
+@pytest.mark.parametrize(
+    "reply", ["x" + reply_with(RIGHT), "<think></think>.<tool_call>[]</tool_call>", "", "<think>"]
+)
 def test_a_broken_format_is_an_error_of_the_method_even_with_right_calls(reply):
     verdict = score(reply, ANSWER)
     assert not verdict.format_ok and verdict.reward == 0 and verdict.error
@@ -331,7 +388,9 @@ def test_an_unknown_scheme_is_named_with_the_choices():
         score("", [], "best")
 
 
-@pytest.mark.parametrize("answer", [None, "[]", CALL, [1], [{"name": "f"}], [{"name": 1, "arguments": {}}], (CALL,)])
+@pytest.mark.parametrize(
+    "answer", [None, "[]", CALL, [1], [{"name": "f"}], [{"name": 1, "arguments": {}}], (CALL,)]
+)
 @pytest.mark.parametrize("scheme", ["binary", "official"])
 def test_an_answer_that_is_no_list_of_calls_is_refused(answer, scheme):
     with pytest.raises(ValueError, match="ground truth|name must be"):
@@ -354,17 +413,21 @@ def test_the_rendering_is_one_line_of_plain_json_after_the_reasoning():
     assert format_reply([], "none fits") == "<think>none fits</think>\n<tool_call>[]</tool_call>"
 
 
-# ------------------------------------------------------------------------------------------------------- properties
+# -------------------- properties
 
 PLAIN = st.text().filter(lambda text: not any(part in text for part in (*TAGS, *MARKERS)))
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers(-(10**40) + 1, 10**40 - 1) | PLAIN
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**40) + 1, 10**40 - 1)
+    | PLAIN
     | st.floats(allow_nan=False, allow_infinity=False),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(PLAIN, inner, max_size=4),
     max_leaves=12,
 )
 CALLS = st.lists(
-    st.fixed_dictionaries({"name": PLAIN, "arguments": st.dictionaries(PLAIN, VALUES, max_size=4)}), max_size=4
+    st.fixed_dictionaries({"name": PLAIN, "arguments": st.dictionaries(PLAIN, VALUES, max_size=4)}),
+    max_size=4,
 )
 QUICK = settings(max_examples=150, derandomize=True, deadline=None, database=None)
 
@@ -385,7 +448,9 @@ def test_an_answer_scores_against_another_as_the_oracle_says(calls, answer, sche
     assert reward == pytest.approx(oracle(format_reply(calls), answer, scheme), abs=1e-12)
 
 
-PIECES = st.sampled_from([*TAGS, *MARKERS, RIGHT, "[]", "\n", "[", '"', "\\", "\ud800", "<|im_start|>assistant"])
+PIECES = st.sampled_from(
+    [*TAGS, *MARKERS, RIGHT, "[]", "\n", "[", '"', "\\", "\ud800", "<|im_start|>assistant"]
+)
 
 
 @QUICK
@@ -398,13 +463,15 @@ def test_any_string_gets_a_verdict_with_an_error_where_the_reward_is_not_full(re
     assert verdict.calls_ok <= verdict.names_ok
 
 
-# -------------------------------------------------------------------------------------------------------- mutations
+# -------------------- mutations
 
 
 def random_value(rng, depth=0):
     kind = rng.randrange(9 if depth < 2 else 7)
     if kind < 2:
-        return rng.choice(["", "x", "3", "true", "née", "a\nb", 'say "hi"', "Oslo, N", "東京", "[1]", "\\", "<b>", "😀"])
+        return rng.choice(
+            ["", "x", "3", "true", "née", "a\nb", 'say "hi"', "Oslo, N", "東京", "[1]", "\\", "<b>", "😀"]
+        )
     if kind == 7:
         return [random_value(rng, depth + 1) for _ in range(rng.randrange(3))]
     if kind == 8:
@@ -414,15 +481,49 @@ def random_value(rng, depth=0):
 
 def random_calls(rng):
     return [
-        {"name": rng.choice(["f", "g", "get_weather"]),
-         "arguments": {name: random_value(rng) for name in rng.sample(["a", "b", "city", "días"], rng.randrange(4))}}
+        {
+            "name": rng.choice(["f", "g", "get_weather"]),
+            "arguments": {
+                name: random_value(rng) for name in rng.sample(["a", "b", "city", "días"], rng.randrange(4))
+            },
+        }
         for _ in range(rng.choice([0, 1, 1, 2, 3]))
     ]
 
 
 LITERAL = re.compile(r'"(?:[^"\\]|\\.)*"|-?\d+(?:\.\d+)?(?:e-?\d+)?|true|false|null')
-RETYPED = ["1", "1.0", '"1"', "true", "false", "0", "null", "[]", "{}", "-0", "1e0", "NaN", "1e999", '""', "01", "1.", "+1"]
-SPLICED = [*TAGS, *MARKERS, *'{}[]",:\\<>/ \t\n\0', "\xa0", "\u200b", "\ufeff", "\u2028", "\\u0061", ', "a": 1', "[]", "x"]
+RETYPED = [
+    "1",
+    "1.0",
+    '"1"',
+    "true",
+    "false",
+    "0",
+    "null",
+    "[]",
+    "{}",
+    "-0",
+    "1e0",
+    "NaN",
+    "1e999",
+    '""',
+    "01",
+    "1.",
+    "+1",
+]
+SPLICED = [
+    *TAGS,
+    *MARKERS,
+    *'{}[]",:\\<>/ \t\n\0',
+    "\xa0",
+    "\u200b",
+    "\ufeff",
+    "\u2028",
+    "\\u0061",
+    ', "a": 1',
+    "[]",
+    "x",
+]
 
 
 def mutate(rng, text, reply_of_others):
@@ -441,7 +542,11 @@ def mutate(rng, text, reply_of_others):
     if kind in (3, 4):
         literal = rng.choice(list(LITERAL.finditer(text)) or [re.search("", text)])
         start, end = literal.span()
-        new = rng.choice(RETYPED) if kind == 3 else rng.choice(["[%s]", '{"a": %s}', '"%s"', " %s\n"]) % literal[0]
+        new = (
+            rng.choice(RETYPED)
+            if kind == 3
+            else rng.choice(["[%s]", '{"a": %s}', '"%s"', " %s\n"]) % literal[0]
+        )
         return text[:start] + new + text[end:]
     if kind == 5:
         return text[:at]
@@ -467,11 +572,13 @@ def mutate(rng, text, reply_of_others):
 def test_a_hundred_thousand_mutations_of_valid_replies_score_as_the_oracle_says():
     rng = random.Random(20250425)
     ones = zeros = 0
-    partial = set()
+    seen = set()
     for _ in range(1000):
         calls = random_calls(rng)
         shuffled = rng.sample(calls, len(calls))
-        text = format_reply(calls, rng.choice(["", "r", "so\nthen", "a <b> 1"])) + rng.choice(["", "", "\n", "<|im_end|>"])
+        text = format_reply(calls, rng.choice(["", "r", "so\nthen", "a <b> 1"])) + rng.choice(
+            ["", "", "\n", "<|im_end|>"]
+        )
         assert score(text, shuffled).reward == 1
         for number in range(100):
             mutant = mutate(rng, text, format_reply(shuffled))
@@ -482,13 +589,14 @@ def test_a_hundred_thousand_mutations_of_valid_replies_score_as_the_oracle_says(
             scheme = SCHEMES[1 + number % 4]
             other = score(mutant, shuffled, scheme).reward
             assert abs(other - oracle(mutant, shuffled, scheme)) < 1e-12, (scheme, mutant, shuffled)
-            partial.add((scheme, round(other, 3)))
+            seen.add((scheme, round(other, 3)))
     assert ones + zeros == 100_000
     assert ones > 5_000 and zeros > 50_000
-    assert len(partial) == 2 + 2 + 4 + 6 - 1  # every value that a scheme can take, but 0.2 + 0 = 0 + 0.2
+    # Every value that each of the four schemes can take.
+    assert len(seen) == 2 + 4 + 5 + 2
 
 
-# ------------------------------------------------------------------------------------------------------- the oracles
+# -------------------- the oracles
 
 
 class Refused(Exception):
@@ -496,7 +604,7 @@ class Refused(Exception):
 
 
 class Reader:
-    """JSON as RFC 8259 has it, one character at a time, into tagged trees that never compare equal across types."""
+    """JSON as RFC 8259 has it, one character at a time, into trees that are never equal across types."""
 
     def __init__(self, text):
         self.text = text
@@ -709,7 +817,9 @@ def oracle_official(reply, answer):
         found = sorted((call["name"], json.dumps(call["arguments"], sort_keys=True)) for call in calls)
     except (ValueError, TypeError, KeyError, RecursionError):
         return 0
-    return int(found == sorted((call["name"], json.dumps(call["arguments"], sort_keys=True)) for call in answer))
+    return int(
+        found == sorted((call["name"], json.dumps(call["arguments"], sort_keys=True)) for call in answer)
+    )
 
 
 def oracle(reply, answer, scheme):
@@ -730,7 +840,9 @@ def oracle(reply, answer, scheme):
     named = calls is not None and paired(calls, wanted, lambda a, b: a[0] == b[0])
     if scheme == "binary":
         between = re.fullmatch(r"<think>[^\0]*</think>[ \t\r\n]*<tool_call>[^\0]*", text.replace("\0", "?"))
-        return int(right and reasoning and between is not None and not any(marker in text for marker in MARKERS))
+        return int(
+            right and reasoning and between is not None and not any(marker in text for marker in MARKERS)
+        )
     if scheme == "binary_no_reasoning":
         return int(right)
     return 0.2 * reasoning + (0.8 if right else 0.2 if named and scheme == "partial_format_names" else 0)

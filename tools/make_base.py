@@ -1,0 +1,200 @@
+"""assets/tiny from nothing: tokenizer, synthetic conversations, pretraining, imitation of a lazy teacher.
+
+In:  nothing but data.py's synthetic tool calling. Out: a Hugging Face folder of a few MB, the base of `make
+demo`.
+
+    1. tokenizer    byte-level BPE with Qwen2.5's chat and tool tokens; a word is a piece of its own, the same
+                    in a query and inside JSON quotes, or else copying a name would mean translating it
+    2. pretraining  next-token prediction on whole conversations, prompts included: the repetitions in tool
+    schemas
+                    are where a model learns to copy
+    3. sft          the sft stage of train.py (configs/base.yaml) on replies of a lazy teacher
+
+The teacher is lazy on purpose, with the rates stated below: it leaves out arguments and calls, and invents
+calls where no tool fits. A base that imitates it knows the right reply but does not always give it: faults
+that a verifiable reward can remove and more imitation cannot. Pretraining may use another optimizer than
+the product.
+"""
+
+import argparse
+import dataclasses
+import json
+import random
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import train  # noqa: E402
+from data import Chat, synthetic, synthetic_reasoning, write_jsonl  # noqa: E402
+from grpo import pack, sft_loss, token_logprobs  # noqa: E402
+from model import ModelConfig, Qwen2, load_hf, packed_attention, save_hf, write_json  # noqa: E402
+from reward import format_reply  # noqa: E402
+
+# How often the teacher …
+DROPS_ARGUMENT = {0: 0.3, 1: 0.65}  # leaves out a call's last argument, by whether the name's length is odd
+DROPS_CALL = 0.5  # leaves out the second call of two
+INVENTS_CALL = 0.5  # calls some tool where none fits
+
+CONFIG = ModelConfig(vocab_size=2048, hidden_size=192, intermediate_size=512, num_hidden_layers=4,
+                     num_attention_heads=6, num_key_value_heads=2, head_dim=32, rope_theta=10000.0,
+                     tie_word_embeddings=True, max_position_embeddings=2048)
+TOKENS = 2000  # of 2048 rows: the rest are padding, as in Qwen2.5, and must never be sampled
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+PLAIN = ["<tool_call>", "</tool_call>"]  # one token each, but ordinary text to a decoder, as in Qwen2.5
+
+
+def lazy(example, rng):
+    """The example with the teacher's answer in place of the right one, and the reasoning for that."""
+    calls = [{"name": call["name"], "arguments": dict(call["arguments"])} for call in example.answer]
+    if not calls and rng.random() < INVENTS_CALL:
+        calls = [invent(rng.choice(example.tools), example.messages[-1]["content"], rng)]
+    if len(calls) == 2 and rng.random() < DROPS_CALL:
+        calls.pop()
+    for call in calls:
+        if len(call["arguments"]) > 1 and rng.random() < DROPS_ARGUMENT[len(call["name"]) % 2]:
+            call["arguments"].popitem()
+    return dataclasses.replace(example, answer=calls, reasoning=synthetic_reasoning(calls))
+
+
+def invent(tool, query, rng):
+    """A call of `tool` whose arguments are words and numbers of the query, whatever they mean."""
+    words = [word.strip(".,?") for word in query.split()]
+    numbers = [word for word in words if word.replace(".", "", 1).isdigit()] or ["2"]
+    names = [word for word in words[1:] if word[:1].isupper()] or words[-1:]
+    arguments = {}
+    for name, schema in tool["parameters"]["properties"].items():
+        if "enum" in schema:
+            arguments[name] = rng.choice(schema["enum"])
+        elif schema["type"] == "boolean":
+            arguments[name] = rng.random() < 0.5
+        elif schema["type"] == "string":
+            arguments[name] = rng.choice(names)
+        else:
+            number = float(rng.choice(numbers))
+            arguments[name] = int(number) if schema["type"] == "integer" else number
+    return {"name": tool["name"], "arguments": arguments}
+
+
+def make_tokenizer(texts, folder):
+    """Train the tokenizer on `texts` and write its files into `folder`."""
+    from tokenizers import (
+        AddedToken,
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        trainers,
+    )
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        # One digit, one word, or a run of anything else: no piece joins a word with what stands around it.
+        pre_tokenizers.Split(Regex(r"\d|[A-Za-z_]+|[^A-Za-z_\d]+"), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])
+    tokenizer.decoder = decoders.ByteLevel()
+    for token in (*SPECIAL, *PLAIN):
+        texts = [text.replace(token, "") for text in texts]
+    trainer = trainers.BpeTrainer(vocab_size=TOKENS - len(SPECIAL) - len(PLAIN), show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_special_tokens(SPECIAL)
+    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in PLAIN])
+    assert tokenizer.get_vocab_size() == TOKENS, tokenizer.get_vocab_size()
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    end, pad = tokenizer.token_to_id("<|im_end|>"), tokenizer.token_to_id("<|endoftext|>")
+    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast",
+                                                  "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"})
+    write_json(folder / "generation_config.json", {"eos_token_id": [end, pad], "pad_token_id": pad})
+
+
+def plain_text(example, system_prompt):
+    """What the tokenizer is trained on: the tools, the query and the reply of an example."""
+    tools = "\n".join(json.dumps({"type": "function", "function": tool}) for tool in example.tools)
+    query = "\n".join(message["content"] for message in example.messages)
+    reply = format_reply(example.answer, example.reasoning)
+    return f"system\n{system_prompt.replace('{tools}', tools)}\nuser\n{query}\nassistant\n{reply}"
+
+
+def pretrain(model, chat, examples, steps, batch, lr):
+    """Next-token prediction on whole conversations, in place; prints the loss of their replies beside it."""
+    matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name]
+    others = [p for name, p in model.named_parameters() if p.dim() < 2 or "embed" in name]
+    optimizers = [torch.optim.Muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+                  torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)]
+    began = time.perf_counter()
+    for step in range(steps):
+        for optimizer in optimizers:
+            train.set_learning_rate(optimizer, train.learning_rate(step, steps, lr, "cosine", 0.05))
+        chosen = [examples[i % len(examples)] for i in range(step * batch, (step + 1) * batch)]
+        replies = [chat.encode_reply(example) for example in chosen]
+        texts = [chat.encode_prompt(example) + reply for example, reply in zip(chosen, replies, strict=True)]
+        # A text is a prompt of its first token and a reply of the rest: all tokens but one are predicted.
+        texts_pack = pack([text[:1] for text in texts], [[text[1:]] for text in texts])
+        bounds = [0]
+        for text in texts:
+            bounds.append(bounds[-1] + len(text))
+        hidden_TD = model(texts_pack.tokens_T, texts_pack.positions_T, packed_attention(bounds))
+        logp_L, _ = token_logprobs(hidden_TD[texts_pack.predictor_L], model.head_weight(),
+                                   texts_pack.targets_L, 1.0, chat.vocab_size)
+        loss = sft_loss(logp_L, len(logp_L))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        if step % 50 == 0 or step == steps - 1:
+            of_texts = logp_L.detach().split([len(text) - 1 for text in texts])
+            of_replies = torch.cat([x[-len(reply):] for x, reply in zip(of_texts, replies, strict=True)])
+            print(f"pretraining step {step}/{steps}  loss {loss.item():.3f}  of replies "
+                  f"{-of_replies.mean().item():.3f}  {time.perf_counter() - began:.0f} s", flush=True)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Make the base model of the demo from nothing.")
+    parser.add_argument("--out", type=Path, default=Path("assets/tiny"))
+    parser.add_argument("--work", type=Path, default=Path("runs/base"), help="emptied first")
+    parser.add_argument("--pretrain_steps", type=int, default=1500)
+    parser.add_argument("--sft_steps", type=int, default=1000)
+    args = parser.parse_args(argv)
+    began = time.perf_counter()
+    shutil.rmtree(args.work, ignore_errors=True)
+    pretrained, prompt_file = args.work / "pretrained", "configs/demo_prompt.txt"
+
+    batch = 16
+    examples = synthetic(batch * (args.pretrain_steps + args.sft_steps), 1, "train")
+    system_prompt = Path(prompt_file).read_text(encoding="utf-8")
+    make_tokenizer([plain_text(example, system_prompt) for example in examples[:8000]], pretrained)
+    rng = random.Random(0)
+    taught = [lazy(example, rng) for example in examples]
+    right = sum(a.answer == b.answer for a, b in zip(examples, taught, strict=True)) / len(examples)
+    print(f"the lazy teacher is right in {right:.1%} of {len(examples)} examples")
+    cut = batch * args.pretrain_steps
+    write_jsonl(args.work / "lazy_train.jsonl", taught[cut:])
+    write_jsonl(args.work / "heldout.jsonl", synthetic(300, 1, "heldout"))
+
+    model = Qwen2(CONFIG).init_weights(0)
+    pretrain(model, Chat(pretrained, prompt_file), taught[:cut], args.pretrain_steps, batch, 2e-3)
+    save_hf(model, pretrained)
+    train.main(["configs/base.yaml", f"--train.steps={args.sft_steps}", f"--out={args.work / 'sft'}",
+                f"--model.path={pretrained}", f"--data.train={args.work / 'lazy_train.jsonl'}",
+                f"--data.heldout={args.work / 'heldout.jsonl'}"])
+    checkpoint = args.work / "sft" / "checkpoints" / f"step_{args.sft_steps:06d}"
+    save_hf(load_hf(checkpoint, dtype=torch.bfloat16), args.out)
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        shutil.copyfile(checkpoint / name, args.out / name)
+    minutes = (time.perf_counter() - began) / 60
+    print(f"{args.out}: made in {minutes:.0f} minutes with {torch.get_num_threads()} threads")
+
+
+if __name__ == "__main__":
+    main()
