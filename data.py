@@ -23,6 +23,7 @@ import re
 import sys
 import zlib
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import groupby
@@ -123,8 +124,9 @@ def _toolace_outcomes(id, record):
              "observation": "tool", "function": "tool"}
     tools, reason = _find_tools(str(record["system"]))
     for turn in record["conversations"]:
-        if turn.get("from") not in roles or not isinstance(turn.get("value"), str):
-            reason = f"a turn that is not text of a known role, but of {turn.get('from')!r}"
+        role = turn.get("from") if isinstance(turn, dict) else None
+        if role not in roles or not isinstance(turn.get("value"), str):
+            reason = f"a turn that is not text of a known role, but of {role!r}"
     if reason:
         return [(id, reason)]
     offered = {tool["name"].strip(): tool["name"] for tool in tools}
@@ -255,9 +257,11 @@ def parse_calls(text):
         if not parameter:
             depth += bool(name) + (mark in ("[", "(", "{")) - (mark in ("]", ")", "}"))
     try:
-        return json.loads("".join(parts), object_pairs_hook=_unique, strict=False)
+        calls = json.loads("".join(parts), object_pairs_hook=_unique, strict=False)
+        json.dumps(calls, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError):
         raise ValueError("a value is no literal, a key stands twice or a bracket is open") from None
+    return calls
 
 
 def _unique(pairs):
@@ -270,9 +274,9 @@ def _json_string(body):
     """The inside of a Python string literal as a JSON string; escapes that neither knows are plain text."""
     def piece(match):
         as_it_is = match[0] if (match[2] or "u") in '"\\/bfnrtu' else "\\" + match[0]
-        return f"\\u00{match[1]}" if match[1] else _ESCAPES.get(match[0], as_it_is)
+        return json.dumps(chr(int(match[1], 16)))[1:-1] if match[1] else _ESCAPES.get(match[0], as_it_is)
 
-    return '"' + re.sub(r'\\x([0-9a-fA-F]{2})|\\(.)|"', piece, body, flags=re.DOTALL) + '"'
+    return '"' + re.sub(r'(?s)\\[xU]((?<=x)[0-9a-fA-F]{2}|(?<=U)[0-9a-fA-F]{8})|\\(.)|"', piece, body) + '"'
 
 
 # ---- synthetic tool calling
@@ -284,8 +288,8 @@ def synthetic(n, seed, split):
     Six in ten ask for one call, a quarter for two, the rest for a tool that is not offered (answer []); half
     the time a wrong tool shares a parameter's name. assets/synthetic.json has the tools, the ways to ask for
     each, phrases for true and false, and frames of a query ({A} is request {a} with a capital). Open values
-    (made-up words, times, numbers) are divided between the splits, "train" and "heldout", by a checksum of their
-    text; every tool has one, and no wording holds a digit or a made-up word: so no query can be in both."""
+    (made-up words, times, numbers) are divided between the splits, "train" and "heldout", by a checksum of
+    their text; every tool has one, no wording holds a digit or a made-up word: no query can be in both."""
     if split not in SPLITS:
         raise ValueError(f"split {split!r}: choose one of {', '.join(SPLITS)}")
     wordings = _read_text(ASSETS / "synthetic.json")
@@ -326,17 +330,15 @@ def _synthetic_example(world, is_allowed, key):
     offered = [entry for entry in world["tools"] if entry in asked and kind != "no_tool"]
     offered += wrong[: rng.choices((2, 3, 4), (50, 35, 15))[0] - len(offered)]
     rng.shuffle(offered)
-    answer = answer if kind != "no_tool" else []
-    return Example(f"synthetic/{key}", f"synthetic_{kind}", [entry["tool"] for entry in offered],
-                   [{"role": "user", "content": query}], answer, synthetic_reasoning(answer))
+    answer, messages = answer if kind != "no_tool" else [], [{"role": "user", "content": query}]
+    return Example(f"synthetic/{key}", f"synthetic_{kind}", [entry["tool"] for entry in offered], messages,
+                   answer, synthetic_reasoning(answer))
 
 
 def _value(rng, name, schema, is_allowed):
     """A value of a parameter; one of an open set is drawn until it is allowed in the split."""
-    if schema["type"] == "boolean":
-        return rng.random() < 0.5
-    if "enum" in schema:
-        return rng.choice(schema["enum"])
+    if schema["type"] == "boolean" or "enum" in schema:
+        return rng.choice(schema.get("enum", (True, False)))
     value = None
     while value is None or not is_allowed(str(value)):
         if schema["type"] == "integer":
@@ -400,19 +402,19 @@ def _masked(example, rng):
             properties = {**schema, "properties": properties, "required": required}
         return {**tool, "name": rename(name), "parameters": properties}
 
-    def mask_call(call):
-        name, arguments = call["name"], call["arguments"]
-        return {"name": new.get((name,), name),
-                "arguments": {new.get((name, key), key): value for key, value in arguments.items()}}
+    def mask_calls(calls):
+        pairs = ((call["name"], call["arguments"]) for call in calls)
+        return [{"name": new.get((name,), name), "arguments": {new.get((name, key), key): arguments[key]
+                                                               for key in arguments}} for name, arguments in pairs]
 
     tools, messages = [mask_tool(tool) for tool in example.tools], []
     for message, calls in zip(example.messages, earlier, strict=True):
-        content = format_calls([mask_call(call) for call in calls]) if calls else message["content"]
+        content = format_calls(mask_calls(calls)) if calls else message["content"]
         for tool, masked in zip(example.tools, tools, strict=True) if message["role"] == "tool" else ():
             content = content.replace(f'"name": {json.dumps(tool["name"])}', f'"name": "{masked["name"]}"')
         messages.append({**message, "content": content})
     return replace(example, id=f"{example.id}/masked", tools=tools, messages=messages, reasoning=None,
-                   answer=[mask_call(call) for call in example.answer])
+                   answer=mask_calls(example.answer))
 
 
 # ---- text and ids
@@ -436,7 +438,7 @@ class Chat:
                 folder = Path(snapshot_download(str(path), allow_patterns=list(self.FILES)))
             except (ValueError, OSError) as error:
                 reason = str(error).strip().splitlines()[0]
-                raise ValueError(f"{path}: neither a local folder nor a model of the hub ({reason})") from None
+                raise ValueError(f"{path}: neither a folder nor a model of the hub ({reason})") from None
         tokenizer, named, *configs = (_read_json(_read_text(folder / name), folder / name)
                                       if (folder / name).exists() else {} for name in self.FILES)
         if not tokenizer:
@@ -523,7 +525,7 @@ def filter_by_prompt_tokens(examples, chat, max_prompt_tokens, max_dropped_share
     return kept, dropped
 
 
-class Batches:
+class Batches(Iterator):
     """Endless batches of `size` examples, shuffled anew each epoch; example k depends on (seed, k) only.
     cursor: examples dealt out so far (given to a new object, it goes on from there); epoch: the same in
     passes; fingerprint: hex digest of the examples in their order, which a resumed run must find again."""
@@ -532,9 +534,6 @@ class Batches:
         if not 1 <= size <= len(examples):
             raise ValueError(f"batches of {size} from {len(examples)} examples; choose a size from 1 to that")
         self.examples, self.size, self.seed, self.cursor = examples, size, seed, cursor
-
-    def __iter__(self):
-        return self
 
     def __next__(self):
         n, numbers = len(self.examples), range(self.cursor, self.cursor + self.size)

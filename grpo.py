@@ -19,6 +19,7 @@ Axes: P prompts, G rollouts a prompt, T packed tokens, L reply tokens that carry
 included), D width, V vocabulary rows, C one chunk of L.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -92,8 +93,11 @@ def pack(prompts_P, replies_P_G, first_reply=0):
             positions += range(len(prompt), len(prompt) + len(reply))
             reply_index += 1
         groups.append((len(prompt), [len(reply) for reply in replies]))
-    as_ids = [torch.tensor(x, dtype=torch.int64) for x in (tokens, positions, predictor, targets, reply_of)]
-    return Pack(as_ids[0], as_ids[1], groups, *as_ids[2:])
+
+    def int64(numbers):
+        return torch.tensor(numbers, dtype=torch.int64)
+
+    return Pack(int64(tokens), int64(positions), groups, int64(predictor), int64(targets), int64(reply_of))
 
 
 def pack_micro_batches(prompts_P, replies_P_G, max_tokens):
@@ -141,6 +145,7 @@ def token_logprobs(hidden_LD, weight_VD, targets_L, temperature, vocab_size=None
     """
     if kernel not in ("auto", "reference"):
         raise ValueError(f"kernel is {kernel!r}; only 'auto' and 'reference' exist")
+    assert temperature > 0, "the tempered distribution of greedy decoding is not defined"
     return token_logprobs_reference(hidden_LD, weight_VD, targets_L, temperature, vocab_size)
 
 
@@ -178,6 +183,9 @@ def grpo_loss(logp_L, old_logp_L, ref_logp_L, adv_L, *, clip_low, clip_high, kl_
     """
     assert denominator > 0, "an optimizer update without reply tokens"
     assert ref_logp_L is not None or kl_coef == 0, "a KL penalty needs a reference model"
+    # Broadcasting would turn a number for each reply into nonsense without a word.
+    assert logp_L.shape == old_logp_L.shape == adv_L.shape, "one number for each reply token"
+    assert ref_logp_L is None or ref_logp_L.shape == logp_L.shape, "one number for each reply token"
     old_logp_L = old_logp_L.detach()
     log_ratio_L = logp_L - old_logp_L
     ratio_L = log_ratio_L.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
@@ -200,13 +208,14 @@ def grpo_loss(logp_L, old_logp_L, ref_logp_L, adv_L, *, clip_low, clip_high, kl_
             "tokens": torch.tensor(float(len(logp_L))),
             "kl_sum": kl_L.sum(),
             "ratio_sum": ratio_L.sum(),
-            "ratio_max": extreme(ratio_L, torch.max, 1.0),
-            "ratio_min": extreme(ratio_L, torch.min, 1.0),
+            # Without tokens: bounds of the ratio, which leave the extremes of the other parts as they are.
+            "ratio_max": extreme(ratio_L, torch.max, 0.0),
+            "ratio_min": extreme(ratio_L, torch.min, math.exp(MAX_LOG_RATIO)),
             "clip_low_sum": (clipped_off_L & (adv_L < 0)).float().sum(),
             "clip_high_sum": (clipped_off_L & (adv_L > 0)).float().sum(),
             "log_ratio_abs_max": extreme(log_ratio_L.abs(), torch.max, 0.0),
         }
-    return loss, {name: value.detach() for name, value in stats.items()}
+    return loss, stats
 
 
 def extreme(x_L, function, empty):
@@ -214,9 +223,13 @@ def extreme(x_L, function, empty):
 
 
 def merge_stats(parts):
-    """Stats of a whole from those of its parts: `*_max` by maximum, `*_min` by minimum, the others by sum."""
-    merge = {"max": max, "min": min}
-    return {name: merge.get(name.rpartition("_")[2], sum)(part[name] for part in parts) for name in parts[0]}
+    """Stats of a whole from those of its parts: `*_max` by maximum, `*_min` by minimum, the others by sum.
+
+    A NaN in one part is a NaN in the whole (Python's own max and min would drop or keep it by its place).
+    """
+    merge_by = {"max": torch.amax, "min": torch.amin}
+    columns = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
+    return {name: merge_by.get(name.rpartition("_")[2], torch.sum)(x) for name, x in columns.items()}
 
 
 def sft_loss(logp_L, denominator):

@@ -20,7 +20,8 @@ Axes: T packed tokens, D width, H query heads, K key/value heads, E head size, V
 import itertools
 import json
 import os
-from dataclasses import asdict, dataclass
+import tempfile
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -28,6 +29,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+
+INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,10 @@ class ModelConfig:
     initializer_range: float = 0.02
 
     def __post_init__(self):
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and (type(value) is not int or value < 1):
+                raise ValueError(f"{field.name} is {value!r}, but must be a positive integer")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(f"num_attention_heads {self.num_attention_heads} is not a multiple of "
                              f"num_key_value_heads {self.num_key_value_heads}")
@@ -58,21 +65,20 @@ class ModelConfig:
         file = resolve(path) / "config.json"
         raw = read_json(file)
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
-        for key, found, wanted in (("model_type", raw.get("model_type"), "qwen2"),
-                                   ("hidden_act", raw.get("hidden_act", "silu"), "silu"),
-                                   ("use_sliding_window", raw.get("use_sliding_window", False), False),
-                                   ("rope type", rope_type, "default")):
-            if found != wanted:
-                raise ValueError(f"{file}: {key} is {found!r}, but this module is Qwen2 with {wanted!r}")
-        values = {key: raw[key] for key in cls.__dataclass_fields__ if key in raw}
-        if "rope_theta" in rope:
-            values["rope_theta"] = rope["rope_theta"]
-        if values.get("head_dim") is None and "hidden_size" in raw and "num_attention_heads" in raw:
-            values["head_dim"] = raw["hidden_size"] // raw["num_attention_heads"]
+        wanted = {"model_type": "qwen2", "hidden_act": "silu", "use_sliding_window": False, "rope": "default"}
+        found = {**wanted, "model_type": None, **raw}
+        found["rope"] = rope.get("rope_type", rope.get("type", "default"))
+        for key, value in wanted.items():
+            if found[key] != value:
+                raise ValueError(f"{file}: {key} is {found[key]!r}, but this module is Qwen2 with {value!r}")
+        values = {key: raw[key] for key in cls.__dataclass_fields__ if raw.get(key) is not None}
+        # Old files have it on the top level; where none is given, transformers takes 10,000.
+        values["rope_theta"] = rope.get("rope_theta", values.get("rope_theta", 1e4))
         try:
+            if "head_dim" not in values:
+                values["head_dim"] = raw.get("hidden_size", 0) // raw.get("num_attention_heads", 1)
             return cls(**values)
-        except TypeError as error:
+        except (TypeError, ValueError, ZeroDivisionError) as error:
             reason = str(error).split("__init__() ")[-1]
             raise ValueError(f"{file}: {reason}; is this a Qwen2.5 config?") from None
 
@@ -82,24 +88,11 @@ class ModelConfig:
                 "use_sliding_window": False, "attention_dropout": 0.0, **asdict(self)}
 
 
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + eps) * weight over the last axis, at least in fp32 (arXiv 1910.07467)."""
-
-    def __init__(self, size, eps):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x):
-        y = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * y.to(x.dtype)
-
-
 def rope_tables(positions_T, head_dim, theta):
-    """cos and sin of position / theta^(2i/E) for i < E/2: two fp32 [T, 1, E/2] (arXiv 2104.09864)."""
+    """cos and sin of position · theta^(-2i/E) for i < E/2: two fp32 [T, 1, E/2] (arXiv 2104.09864)."""
     exponent = torch.arange(0, head_dim, 2, device=positions_T.device, dtype=torch.float32) / head_dim
-    angle = positions_T[:, None, None].float() / theta**exponent
+    # A product with the reciprocal, as the weights were trained: far out, a quotient rounds to another angle.
+    angle = positions_T[:, None, None].float() * (1.0 / theta**exponent)
     return angle.cos(), angle.sin()
 
 
@@ -143,9 +136,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
     def forward(self, x_TD, cos, sin, layer, attend):
@@ -161,7 +154,7 @@ class Qwen2(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
@@ -194,31 +187,19 @@ class Qwen2(nn.Module):
         return self
 
 
-# What a token sees: the two `attend` functions of training. Plain PyTorch, one sequence at a time.
-
-
-def sdpa(q_THE, k_SKE, v_SKE, mask=None, causal=False):
-    """Softmax attention of T queries over S keys with grouped heads; mask [T, S]: True is visible"""
+def sdpa(q_THE, k_SKE, v_SKE, mask_TS=None):
+    """Attention of T queries over S keys, grouped heads. mask_TS: True is visible; None: causal, T = S."""
     share = q_THE.shape[1] // k_SKE.shape[1]
-    k_SHE = k_SKE.repeat_interleave(share, 1)
-    v_SHE = v_SKE.repeat_interleave(share, 1)
+    k_SHE, v_SHE = k_SKE.repeat_interleave(share, 1), v_SKE.repeat_interleave(share, 1)
     q_1HTE, k_1HSE, v_1HSE = (x.transpose(0, 1)[None] for x in (q_THE, k_SHE, v_SHE))
-    o_1HTE = F.scaled_dot_product_attention(q_1HTE, k_1HSE, v_1HSE, attn_mask=mask, is_causal=causal)
+    o_1HTE = F.scaled_dot_product_attention(q_1HTE, k_1HSE, v_1HSE, mask_TS, is_causal=mask_TS is None)
     return o_1HTE[0].transpose(0, 1)
 
 
 def packed_attention(cu_seqlens):
     """attend: causal within each sequence of a pack. cu_seqlens: the boundaries 0, …, T of its sequences."""
     bounds = [int(bound) for bound in cu_seqlens]
-    lengths = [end - start for start, end in itertools.pairwise(bounds)]
-    assert bounds[0] == 0 and all(length >= 0 for length in lengths), bounds
-
-    def attend(layer, q_THE, k_TKE, v_TKE):
-        assert len(q_THE) == bounds[-1], f"{len(q_THE)} tokens in a pack of {bounds[-1]}"
-        parts = zip(q_THE.split(lengths), k_TKE.split(lengths), v_TKE.split(lengths), strict=True)
-        return torch.cat([sdpa(q, k, v, causal=True) for q, k, v in parts])
-
-    return attend
+    return shared_prefix_attention([(end - start, []) for start, end in itertools.pairwise(bounds)])
 
 
 def shared_prefix_attention(groups):
@@ -237,11 +218,11 @@ def shared_prefix_attention(groups):
         out = []
         for P, replies in groups:
             q_prompt, k_prompt, v_prompt = next(parts)
-            out.append(sdpa(q_prompt, k_prompt, v_prompt, causal=True))
+            out.append(sdpa(q_prompt, k_prompt, v_prompt))
             for R in replies:
                 q, k, v = next(parts)
-                visible = torch.ones(R, P + R, dtype=torch.bool, device=q.device).tril(P)
-                out.append(sdpa(q, torch.cat((k_prompt, k)), torch.cat((v_prompt, v)), visible))
+                mask_RS = torch.ones(R, P + R, dtype=torch.bool, device=q.device).tril(P)
+                out.append(sdpa(q, torch.cat((k_prompt, k)), torch.cat((v_prompt, v)), mask_RS))
         return torch.cat(out)
 
     return attend
@@ -264,15 +245,12 @@ def resolve(path):
 
 def read_json(file):
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{file}: not a readable JSON file ({error}); is the folder complete?") from None
-
-
-def write_json(file, value):
-    aside = file.with_name(file.name + ".tmp")
-    aside.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(aside, file)
+    if not isinstance(value, dict):
+        raise ValueError(f"{file}: expected a JSON object, found {type(value).__name__}")
+    return value
 
 
 def hf_name(name):
@@ -282,21 +260,20 @@ def hf_name(name):
 
 def read_weights(folder):
     """{name: tensor} of a checkpoint: its model.safetensors, or every shard that its index names."""
-    index = folder / "model.safetensors.index.json"
-    names = {"model.safetensors"}
-    if index.exists():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise ValueError(f"{index}: no \"weight_map\" from tensor names to file names")
-        names = set(weight_map.values())
+    files = ["model.safetensors"]
+    if (folder / INDEX).exists():
+        weight_map = read_json(folder / INDEX).get("weight_map")
+        files = weight_map.values() if isinstance(weight_map, dict) else [None]
+        for file in files:
+            if not isinstance(file, str) or file != os.path.basename(file) or file in ("", ".", ".."):
+                raise ValueError(f"{folder / INDEX}: weight_map names {file!r}, not a file of this folder; "
+                                 "refused")
     weights = {}
-    for name in sorted(names):
-        if name != os.path.basename(name) or name in ("", ".", ".."):
-            raise ValueError(f"{index}: names {name!r}, a file outside the folder; refused")
+    for file in sorted(set(files)):
         try:
-            weights.update(load_file(folder / name))
+            weights.update(load_file(folder / file))
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{folder / name}: no readable weights ({error}); is it all there?") from None
+            raise ValueError(f"{folder / file}: no readable weights ({error}); is it all there?") from None
     return weights
 
 
@@ -329,11 +306,10 @@ def load_hf(path, device="cpu", dtype=torch.float32):
 
 
 def save_hf(model, path, max_shard_bytes=5_000_000_000):
-    """Write config.json and safetensors that `transformers`, vLLM and `load_hf` read, in the parameters'
-    own dtype.
+    """Write config.json and safetensors, in the parameters' own dtype, for `transformers`, vLLM, `load_hf`.
 
-    More than `max_shard_bytes` of weights become numbered shards with an index. Every file is written aside
-    and renamed, the config last.
+    More than `max_shard_bytes` of weights become numbered shards with an index. All files are written aside
+    and then renamed, the config last; other weights that the folder held are removed.
     """
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
@@ -344,17 +320,21 @@ def save_hf(model, path, max_shard_bytes=5_000_000_000):
             size = 0
         shards[-1][hf_name(name)] = parameter.detach().cpu().contiguous()
         size += parameter.nbytes
-    weight_map = {}
-    for i, shard in enumerate(shards, 1):
-        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-        save_file(shard, folder / (file + ".tmp"), metadata={"format": "pt"})
-        os.replace(folder / (file + ".tmp"), folder / file)
-        weight_map |= dict.fromkeys(shard, file)
-    index = folder / "model.safetensors.index.json"
-    if len(shards) > 1:
-        total = sum(parameter.nbytes for parameter in model.parameters())
-        write_json(index, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    else:
-        index.unlink(missing_ok=True)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    write_json(folder / "config.json", {**model.config.to_hf(), "torch_dtype": dtype})
+    weights, texts = {"model.safetensors": shards[0]}, {}
+    if len(shards) > 1:
+        weights = {f"model-{i:05d}-of-{len(shards):05d}.safetensors": x for i, x in enumerate(shards, 1)}
+        total = sum(parameter.nbytes for parameter in model.parameters())
+        weight_map = {name: file for file, shard in weights.items() for name in shard}
+        texts[INDEX] = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    texts["config.json"] = {**model.config.to_hf(), "torch_dtype": dtype}
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished_") as aside:
+        for file, shard in weights.items():
+            save_file(shard, Path(aside, file), metadata={"format": "pt"})
+        for file, value in texts.items():
+            Path(aside, file).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        for old in folder.glob("model*.safetensors*"):
+            if old.name not in weights | texts:
+                old.unlink()
+        for file in weights | texts:
+            os.replace(Path(aside, file), folder / file)

@@ -52,8 +52,7 @@ OFFICIAL_DEPTH, OFFICIAL_DIGITS = 500, 4300
 _FIELDS = {"name", "arguments"}
 _NO_BRACKETS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?|[^][{}"]+', re.DOTALL)
 _DEPTH_STEP = {"[": 1, "{": 1, "]": -1, "}": -1}
-_KINDS = {str: "string", bool: "boolean", int: "integer", float: "float", list: "list"}
-_KINDS |= {dict: "object", type(None): "value"}
+_KINDS = {str: "string", bool: "boolean", int: "integer", float: "float", list: "list", dict: "object"}
 
 
 class Verdict(NamedTuple):
@@ -206,7 +205,7 @@ def _check_calls(calls, owner):
         if not isinstance(call, dict) or call.keys() != _FIELDS:
             raise ValueError(f"the {owner} holds {_clip(repr(call))}, expected exactly name and arguments")
         if not isinstance(call["name"], str) or not isinstance(call["arguments"], dict):
-            raise ValueError(f"in {_clip(repr(call))} name must be a string and arguments an object")
+            raise ValueError(f"the {owner} holds {_clip(repr(call))}, expected a string and an object in it")
     return calls
 
 
@@ -233,7 +232,7 @@ def _compare(calls, answer):
         got, wanted = {"arguments": got}, {"arguments": wanted}
     for name in [*wanted, *got]:
         found, expected = (
-            f"the {_KINDS[type(side[name])]} {_key(side[name])}" if name in side else "absent"
+            f"the {_KINDS.get(type(side[name]), 'value')} {_key(side[name])}" if name in side else "absent"
             for side in (got, wanted)
         )
         if found != expected:

@@ -21,13 +21,17 @@ import argparse
 import json
 import sys
 from dataclasses import dataclass, field
+from itertools import accumulate, groupby
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from model import load_hf, packed_attention
 
 GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit number: 2^64 / golden ratio
+PREFILL_TOKENS = 2**14  # prompt tokens computed at once: their MLP activations would fill the memory
+FIRST_ROOM = 256  # slots for reply tokens before the cache has to grow
 
 
 @dataclass
@@ -72,8 +76,8 @@ def sample_tokens(logits_BV, temperature, u_B, top_p=1.0):
     """Draw one token a row by inverse CDF. Returns (ids_B, logp_B).
 
     temperature 0 takes the most likely token. logp_B is the token's log-prob under the whole tempered
-    softmax (at temperature 0: the plain one), in nats. top_p < 1 draws from the smallest set of tokens that
-    holds that much probability (arXiv 1904.09751); its log-probs are not those of the truncated
+    softmax (at temperature 0: the plain one), in nats. 0 < top_p < 1 draws from the smallest set of tokens
+    that holds that much probability (arXiv 1904.09751); its log-probs are not those of the truncated
     distribution: for inference only.
     """
     logp_BV = torch.log_softmax(logits_BV.float() / (temperature or 1.0), -1)
@@ -82,7 +86,7 @@ def sample_tokens(logits_BV, temperature, u_B, top_p=1.0):
     else:
         p_BV = logp_BV.exp()
         if top_p < 1:
-            sorted_BV, order_BV = p_BV.sort(-1, descending=True)
+            sorted_BV, order_BV = p_BV.sort(-1, descending=True, stable=True)
             before_BV = sorted_BV.cumsum(-1) - sorted_BV
             p_BV = torch.zeros_like(p_BV).scatter(1, order_BV, sorted_BV.where(before_BV < top_p, 0.0))
         cdf_BV = p_BV.cumsum(-1, dtype=torch.float64)
@@ -99,35 +103,37 @@ class Cache:
     """Keys and values of B rows aligned at slot `end`: of row b, slots end - length_b … end - 1 are its
     tokens.
 
-    Stored as one [B·K, S, E] tensor a layer, so that a batched product reads any run of slots without
-    copying it.
+    A layer has one [B·K, E, S] tensor of keys and one [B·K, S, E] of values: in this order a batched product
+    reads any run of slots without copying it. The first prefill makes them, in the model's dtype.
     """
 
-    def __init__(self, prompts_B, rows_of_prompt):
-        self.lengths_B = torch.tensor([len(prompt) for prompt in prompts_B])
-        self.end = int(self.lengths_B.max())
-        self.rows_of_prompt = rows_of_prompt
+    def __init__(self, lengths_B, room):
+        self.lengths_B = lengths_B
+        self.end = int(lengths_B.max())
+        self.room = room
         self.keys, self.values, self.mask_B1S = [], [], None
 
-    def prefill_attend(self, bounds, room):
-        """attend for the packed prompts: causal, and copies their keys and values to their rows."""
+    def prefill_attend(self, bounds, rows_of_prompt):
+        """attend for packed prompts: causal, and copies each one's keys and values to its rows."""
         attend_packed = packed_attention(bounds)
 
         def attend(layer, q_THE, k_TKE, v_TKE):
-            _, K, E = k_TKE.shape
-            for store, x_TKE in ((self.keys, k_TKE), (self.values, v_TKE)):
-                rows = x_TKE.new_zeros(len(self.lengths_B), K, self.end + room, E)
-                for i, its_rows in enumerate(self.rows_of_prompt):
-                    x_KPE = x_TKE[bounds[i]:bounds[i + 1]].transpose(0, 1)
-                    rows[its_rows, :, self.end - x_KPE.shape[1]:self.end] = x_KPE
-                store.append(rows.flatten(0, 1))
+            B, (_, K, E) = len(self.lengths_B), k_TKE.shape
+            if layer == len(self.keys):
+                self.keys.append(k_TKE.new_zeros(B * K, E, self.end + self.room))
+                self.values.append(v_TKE.new_zeros(B * K, self.end + self.room, E))
+            keys_BKES, values_BKSE = (x[layer].unflatten(0, (B, K)) for x in (self.keys, self.values))
+            for start, stop, rows in zip(bounds, bounds[1:], rows_of_prompt, strict=False):
+                slots = slice(self.end - (stop - start), self.end)
+                keys_BKES[rows, :, :, slots] = k_TKE[start:stop].permute(1, 2, 0)
+                values_BKSE[rows, :, slots] = v_TKE[start:stop].transpose(0, 1)
             return attend_packed(layer, q_THE, k_TKE, v_TKE)
 
         return attend
 
     def start_decoding(self):
         """Build the mask: 0 where a row has a token or will have one, -inf left of its prompt."""
-        slots, K = self.keys[0].shape[1], self.keys[0].shape[0] // len(self.lengths_B)
+        slots, K = self.keys[0].shape[2], self.keys[0].shape[0] // len(self.lengths_B)
         empty_BS = torch.arange(slots) < (self.end - self.lengths_B)[:, None]
         mask_BS = torch.zeros(empty_BS.shape).masked_fill(empty_BS, -torch.inf)
         self.mask_B1S = mask_BS.repeat_interleave(K, 0)[:, None].to(self.keys[0])
@@ -136,11 +142,11 @@ class Cache:
         """attend for one new token a row, which becomes slot `end - 1`; `advance` made room for it."""
         (B, H, E), K = q_BHE.shape, k_BKE.shape[1]
         keys, values, end = self.keys[layer], self.values[layer], self.end
-        keys[:, end - 1] = k_BKE.reshape(B * K, E)
+        keys[:, :, end - 1] = k_BKE.reshape(B * K, E)
         values[:, end - 1] = v_BKE.reshape(B * K, E)
         # The H/K query heads of a key/value head are rows of one product: keys and values are read once.
         q = q_BHE.reshape(B * K, H // K, E)
-        scores = torch.baddbmm(self.mask_B1S[:, :, :end], q, keys[:, :end].transpose(1, 2), alpha=E**-0.5)
+        scores = torch.baddbmm(self.mask_B1S[:, :, :end], q, keys[:, :, :end], alpha=E**-0.5)
         return torch.bmm(scores.softmax(-1).to(values.dtype), values[:, :end]).view(B, H, E)
 
     def advance(self):
@@ -150,9 +156,10 @@ class Cache:
         slots = self.mask_B1S.shape[2]
         if self.end > slots:
             more = slots // 2 + 1
-            self.keys = [torch.nn.functional.pad(x, (0, 0, 0, more)) for x in self.keys]
-            self.values = [torch.nn.functional.pad(x, (0, 0, 0, more)) for x in self.values]
-            self.mask_B1S = torch.nn.functional.pad(self.mask_B1S, (0, more))
+            for layer in range(len(self.keys)):
+                self.keys[layer] = F.pad(self.keys[layer], (0, more))
+                self.values[layer] = F.pad(self.values[layer], (0, 0, 0, more))
+            self.mask_B1S = F.pad(self.mask_B1S, (0, more))
 
     def keep(self, rows):
         """Drop all rows but these, and the slots left of the longest of them."""
@@ -161,8 +168,9 @@ class Cache:
         self.lengths_B = self.lengths_B[rows]
         left = self.end - int(self.lengths_B.max())
         self.end -= left
-        self.keys = [x[heads, left:] for x in self.keys]
-        self.values = [x[heads, left:] for x in self.values]
+        for layer in range(len(self.keys)):
+            self.keys[layer] = self.keys[layer][heads, :, left:]
+            self.values[layer] = self.values[layer][heads, left:]
         self.mask_B1S = self.mask_B1S[heads, :, left:]
 
 
@@ -177,55 +185,62 @@ def generate(model, prompts, n, *, max_new_tokens, temperature, stop_ids, seeds_
     prompts: lists of ids; max_new_tokens: tokens a reply, the stop id included; temperature: 0 is greedy;
     stop_ids: ids that end a reply; seeds_P: one integer a prompt; top_p: for inference only (see
     `sample_tokens`); vocab_size: ids that have a token, others are never drawn; batch_size: rows decoded at
-    once; progress: the name of a progress bar, shown on a terminal; on_token(row, id): called for every
-    token. ValueError where a prompt is empty or does not leave room for a reply.
+    once; progress: the name of a progress bar, shown on a terminal; on_token(i, id): called for every token
+    of rollout i. ValueError where a setting is out of range, a prompt is empty, leaves no room for a reply
+    or holds an id that the model does not have.
     """
-    limit = model.config.max_position_embeddings
+    if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}, temperature {temperature}, top_p {top_p}; they "
+                         "must be at least 1, at least 0, and above 0 but at most 1")
+    limit, ids = model.config.max_position_embeddings, model.config.vocab_size
     for i, prompt in enumerate(prompts):
         if not 0 < len(prompt) <= limit - max_new_tokens:
             raise ValueError(f"prompt {i} has {len(prompt)} tokens; with max_new_tokens {max_new_tokens} the "
                              f"model's {limit} positions leave room for 1 to {limit - max_new_tokens}")
+        if not 0 <= min(prompt) <= max(prompt) < ids:
+            raise ValueError(f"prompt {i} holds ids from {min(prompt)} to {max(prompt)}, the model has 0 to "
+                             f"{ids - 1}; do tokenizer and model belong together?")
+    assert len(seeds_P) == len(prompts), f"{len(seeds_P)} seeds for {len(prompts)} prompts"
     rollouts = [Rollout(prompt) for prompt in prompts for _ in range(n)]
     key_N = fold(torch.as_tensor(seeds_P, dtype=torch.int64)[:, None], torch.arange(n)).flatten()
     # Prompts of like length share a batch, so that few slots are empty.
     order = sorted(range(len(rollouts)), key=lambda i: len(rollouts[i].prompt_ids))
     hidden = None if progress else True  # None: shown on a terminal only
-    bar = tqdm(total=len(rollouts), desc=progress, disable=hidden, leave=False, unit="reply")
-    for start in range(0, len(order), batch_size):
-        rows = order[start:start + batch_size]
-        decode_batch(model, rollouts, rows, n, key_N[rows], max_new_tokens=max_new_tokens,
-                     temperature=temperature, stop_ids=frozenset(stop_ids), top_p=top_p,
-                     vocab_size=vocab_size, bar=bar, on_token=on_token)
-    bar.close()
+    with tqdm(total=len(rollouts), desc=progress, disable=hidden, leave=False, unit="reply") as bar:
+        for start in range(0, len(order), batch_size):
+            rows = order[start:start + batch_size]
+            decode_batch(model, rollouts, rows, n, key_N[rows], max_new_tokens=max_new_tokens,
+                         temperature=temperature, stop_ids=frozenset(stop_ids), top_p=top_p,
+                         vocab_size=vocab_size, bar=bar, on_token=on_token)
     return rollouts
 
 
 def prefill(model, rollouts, rows, n, room):
     """Compute each prompt of these rows once. Returns (hidden_BD of the last prompt tokens, their Cache)."""
     device = model.embed_tokens.weight.device
-    rows_of_prompt = {}
-    for b, row in enumerate(rows):
-        rows_of_prompt.setdefault(row // n, []).append(b)
-    prompts = [rollouts[p * n].prompt_ids for p in rows_of_prompt]
-    bounds = [0]
-    for prompt in prompts:
-        bounds.append(bounds[-1] + len(prompt))
-    cache = Cache([rollouts[row].prompt_ids for row in rows], list(rows_of_prompt.values()))
-    tokens_T = torch.tensor([token for prompt in prompts for token in prompt], device=device)
-    positions_T = torch.cat([torch.arange(len(prompt), device=device) for prompt in prompts])
-    hidden_TD = model(tokens_T, positions_T, cache.prefill_attend(bounds, room))
+    # The rows of a prompt are neighbours, and prompts come in the order of their length.
+    rows_of_prompt = [list(group) for _, group in groupby(range(len(rows)), lambda b: rows[b] // n)]
+    cache = Cache(torch.tensor([len(rollouts[row].prompt_ids) for row in rows]), room)
+    at_once = max(1, PREFILL_TOKENS // cache.end)
+    hidden = []
+    for first in range(0, len(rows_of_prompt), at_once):
+        part = rows_of_prompt[first:first + at_once]
+        prompts = [rollouts[rows[its_rows[0]]].prompt_ids for its_rows in part]
+        bounds = [0, *accumulate(map(len, prompts))]
+        tokens_T = torch.tensor([token for prompt in prompts for token in prompt], device=device)
+        positions_T = torch.cat([torch.arange(len(prompt), device=device) for prompt in prompts])
+        hidden_TD = model(tokens_T, positions_T, cache.prefill_attend(bounds, part))
+        for bound, its_rows in zip(bounds[1:], part, strict=True):
+            hidden.append(hidden_TD[bound - 1].expand(len(its_rows), -1))
     cache.start_decoding()
-    last_B = torch.empty(len(rows), dtype=torch.int64)
-    for bound, its_rows in zip(bounds[1:], rows_of_prompt.values(), strict=True):
-        last_B[its_rows] = bound - 1
-    return hidden_TD[last_B.to(device)], cache
+    return torch.cat(hidden), cache
 
 
 def decode_batch(model, rollouts, rows, n, key_B, *, max_new_tokens, temperature, stop_ids, top_p, vocab_size,
                  bar, on_token):
     """Fill `rollouts[row]` for every row of one batch: prefill, then a token a row until all have ended."""
     weight_VD = model.head_weight()[:vocab_size]
-    hidden_BD, cache = prefill(model, rollouts, rows, n, room=min(max_new_tokens, 256))
+    hidden_BD, cache = prefill(model, rollouts, rows, n, room=min(max_new_tokens, FIRST_ROOM))
     device = hidden_BD.device
     for position in range(max_new_tokens):
         u_B = uniform(key_B, position).to(device)

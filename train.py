@@ -84,7 +84,8 @@ def train(c):
     if start:
         batches.cursor = run.restore(start, optimizer, batches.fingerprint)
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    print(f"{c.stage} of {c.model.path}: {millions:.1f}M parameters on {device} in {'bf16' if bf16 else 'fp32'}, "
+    precision = "bf16" if bf16 else "fp32"
+    print(f"{c.stage} of {c.model.path}: {millions:.1f}M parameters on {device} in {precision}, "
           f"{len(train_set)} examples, {len(heldout)} held out, {steps} steps; {run.folder}", flush=True)
 
     for step in range(start, steps + 1):
@@ -419,8 +420,8 @@ class Run:
         """One line a step on the console, reward first. ValueError when updates were skipped in a row."""
         self.log(step, metrics)
         if step == 1 and metrics.get("length/cut", 0) > 0.9:
-            print(f"warning: {metrics['length/cut']:.0%} of the replies reached rollout.max_new_tokens before a stop "
-                  "token; is the model tuned for this chat format?")
+            print(f"warning: {metrics['length/cut']:.0%} of the replies were cut at rollout.max_new_tokens "
+                  "before a stop token; is the model tuned for this chat format?")
         self.step_times.append(metrics["time/step_s"])
         recent = self.step_times[-20:]
         left = int(sum(recent) / len(recent) * (steps - step))

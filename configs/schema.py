@@ -109,7 +109,7 @@ def load_config(argv):
     ValueError for a file that is missing or not YAML, an unknown key (with the nearest known one), a value of
     another type, or one that cannot work.
     """
-    values = {}
+    known, values = dict(leaves(Config)), {}
     files = [word for word in argv if not word.startswith("--")]
     if len(files) > 1:
         raise ValueError(f"two configuration files ({', '.join(files)}); give one")
@@ -121,8 +121,9 @@ def load_config(argv):
             key, equals, text = word[2:].partition("=")
             if not equals:
                 raise ValueError(f"{word}: expected --section.key=value")
-            values[key] = (parse_yaml(text, word), f"--{key}")
-    known = dict(leaves(Config))
+            # Text is taken as it stands: --out=2026 is a name and not a number.
+            is_text = known.get(key) is str or (known.get(key) == str | None and text != "null")
+            values[key] = (text if is_text else parse_yaml(text, word), f"--{key}")
     for key, (_, where) in values.items():
         if key not in known:
             near = difflib.get_close_matches(key, known, 1, 0.5)

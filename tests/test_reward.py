@@ -1,7 +1,7 @@
 """What reward.py promises: the strict format and its limits, five schemes, one verdict for every string.
 
 Two oracles, written by another method, stand beside `score`: for the strict schemes a reader of single
-characters with quadratic matching, for `official` a direct account of the released scorer in which a crash counts 0.
+characters with quadratic matching, for `official` an account of the released scorer, a crash counting 0.
 """
 
 import json
@@ -343,7 +343,7 @@ def test_a_megabyte_of_anything_is_judged_in_a_tenth_of_a_second(scheme):
         (payload_of("NaN"), "NaN is not finite"),
         ("[1]", "holds 1, expected exactly name and arguments"),
         ('{"name": "f"}', "expected a list of calls"),
-        ('[{"name": "f", "arguments": []}]', "name must be a string and arguments an object"),
+        ('[{"name": "f", "arguments": []}]', "expected a string and an object in it"),
         ("[,]", "not JSON: Expecting value: line 1 column 2"),
         (payload_of('"<|im_end|>"'), "the chat marker <|im_end|> stands inside <tool_call>...</tool_call>"),
         ("[]</tool_call>", "the reply has 1 <tool_call> and 2 </tool_call>, expected one of each"),
@@ -393,7 +393,7 @@ def test_an_unknown_scheme_is_named_with_the_choices():
 )
 @pytest.mark.parametrize("scheme", ["binary", "official"])
 def test_an_answer_that_is_no_list_of_calls_is_refused(answer, scheme):
-    with pytest.raises(ValueError, match="ground truth|name must be"):
+    with pytest.raises(ValueError, match="the ground truth holds"):
         score(reply_with("[]"), answer, scheme)
 
 

@@ -5,10 +5,8 @@ demo`.
 
     1. tokenizer    byte-level BPE with Qwen2.5's chat and tool tokens; a word is a piece of its own, the same
                     in a query and inside JSON quotes, or else copying a name would mean translating it
-    2. pretraining  next-token prediction on whole conversations, prompts included: the repetitions in tool
-    schemas
-                    are where a model learns to copy
-    3. sft          the sft stage of train.py (configs/base.yaml) on replies of a lazy teacher
+    2. pretraining  imitation of a lazy teacher from random weights, with Muon, until the model can copy
+    3. sft          more of it by the sft stage of train.py, as configs/base.yaml states
 
 The teacher is lazy on purpose, with the rates stated below: it leaves out arguments and calls, and invents
 calls where no tool fits. A base that imitates it knows the right reply but does not always give it: faults
@@ -17,6 +15,7 @@ the product.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import random
@@ -31,8 +30,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import train  # noqa: E402
 from data import Chat, synthetic, synthetic_reasoning, write_jsonl  # noqa: E402
-from grpo import pack, sft_loss, token_logprobs  # noqa: E402
-from model import ModelConfig, Qwen2, load_hf, packed_attention, save_hf, write_json  # noqa: E402
+from eval import write_json  # noqa: E402
+from model import ModelConfig, Qwen2, load_hf, save_hf  # noqa: E402
 from reward import format_reply  # noqa: E402
 
 # How often the teacher …
@@ -125,46 +124,50 @@ def plain_text(example, system_prompt):
     return f"system\n{system_prompt.replace('{tools}', tools)}\nuser\n{query}\nassistant\n{reply}"
 
 
-def pretrain(model, chat, examples, steps, batch, lr):
-    """Next-token prediction on whole conversations, in place; prints the loss of their replies beside it."""
-    matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name]
-    others = [p for name, p in model.named_parameters() if p.dim() < 2 or "embed" in name]
-    optimizers = [torch.optim.Muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
-                  torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)]
-    began = time.perf_counter()
-    for step in range(steps):
-        for optimizer in optimizers:
-            train.set_learning_rate(optimizer, train.learning_rate(step, steps, lr, "cosine", 0.05))
-        chosen = [examples[i % len(examples)] for i in range(step * batch, (step + 1) * batch)]
-        replies = [chat.encode_reply(example) for example in chosen]
-        texts = [chat.encode_prompt(example) + reply for example, reply in zip(chosen, replies, strict=True)]
-        # A text is a prompt of its first token and a reply of the rest: all tokens but one are predicted.
-        texts_pack = pack([text[:1] for text in texts], [[text[1:]] for text in texts])
-        bounds = [0]
-        for text in texts:
-            bounds.append(bounds[-1] + len(text))
-        hidden_TD = model(texts_pack.tokens_T, texts_pack.positions_T, packed_attention(bounds))
-        logp_L, _ = token_logprobs(hidden_TD[texts_pack.predictor_L], model.head_weight(),
-                                   texts_pack.targets_L, 1.0, chat.vocab_size)
-        loss = sft_loss(logp_L, len(logp_L))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
+class MuonAndAdamW:
+    """Muon (https://kellerjordan.github.io/posts/muon) on hidden matrices, AdamW elsewhere, as one optimizer.
+
+    Copying forms several times sooner with it than with AdamW alone, after a plateau of about 800 steps.
+    """
+
+    def __init__(self, model):
+        parts = ([], [])
+        for name, parameter in model.named_parameters():
+            parts[parameter.dim() < 2 or "embed" in name].append(parameter)
+        self.optimizers = [torch.optim.Muon(parts[0], weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+                           torch.optim.AdamW(parts[1], betas=(0.9, 0.95), weight_decay=0.0)]
+        self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    def step(self):
+        for optimizer in self.optimizers:
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        if step % 50 == 0 or step == steps - 1:
-            of_texts = logp_L.detach().split([len(text) - 1 for text in texts])
-            of_replies = torch.cat([x[-len(reply):] for x, reply in zip(of_texts, replies, strict=True)])
-            print(f"pretraining step {step}/{steps}  loss {loss.item():.3f}  of replies "
-                  f"{-of_replies.mean().item():.3f}  {time.perf_counter() - began:.0f} s", flush=True)
+
+    def zero_grad(self, set_to_none):
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none)
+
+
+def pretrain(model, chat, examples, steps, peak):
+    """Imitation from random weights with Muon, in place: the steps in which the model learns to copy."""
+    optimizer, began, size = MuonAndAdamW(model), time.perf_counter(), len(examples) // steps
+    for step in range(steps):
+        train.set_learning_rate(optimizer, train.learning_rate(step, steps, peak, "cosine", 0.05))
+        batch = examples[step * size:(step + 1) * size]
+        metrics = train.sft_updates(
+            model, optimizer, [chat.encode_prompt(example) for example in batch],
+            [chat.encode_reply(example) for example in batch], vocab_size=chat.vocab_size, updates=1,
+            grad_clip=1.0, micro_batch_tokens=8192, autocast=contextlib.nullcontext())
+        if (step + 1) % 50 == 0:
+            print(f"pretraining step {step + 1}/{steps}  loss {metrics['loss']:.3f}  "
+                  f"{time.perf_counter() - began:.0f} s", flush=True)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Make the base model of the demo from nothing.")
     parser.add_argument("--out", type=Path, default=Path("assets/tiny"))
     parser.add_argument("--work", type=Path, default=Path("runs/base"), help="emptied first")
-    parser.add_argument("--pretrain_steps", type=int, default=1500)
-    parser.add_argument("--sft_steps", type=int, default=1000)
+    parser.add_argument("--pretrain_steps", type=int, default=2000)
+    parser.add_argument("--sft_steps", type=int, default=600)
     args = parser.parse_args(argv)
     began = time.perf_counter()
     shutil.rmtree(args.work, ignore_errors=True)
@@ -183,7 +186,7 @@ def main(argv=None):
     write_jsonl(args.work / "heldout.jsonl", synthetic(300, 1, "heldout"))
 
     model = Qwen2(CONFIG).init_weights(0)
-    pretrain(model, Chat(pretrained, prompt_file), taught[:cut], args.pretrain_steps, batch, 2e-3)
+    pretrain(model, Chat(pretrained, prompt_file), taught[:cut], args.pretrain_steps, 2e-3)
     save_hf(model, pretrained)
     train.main(["configs/base.yaml", f"--train.steps={args.sft_steps}", f"--out={args.work / 'sft'}",
                 f"--model.path={pretrained}", f"--data.train={args.work / 'lazy_train.jsonl'}",
