@@ -1,4 +1,5 @@
-# make demo      GRPO from assets/tiny on two CPU cores, then held-out accuracy before and after
+# make demo      GRPO from assets/tiny on two CPU cores, then held-out accuracy before and after; each time into
+#                a new folder below runs/ (ARGS="--seed=1 --train.steps=20" goes to train.py)
 # make base      how assets/tiny is made: tokenizer, synthetic data, SFT from random weights
 # make test      the tests (PYTEST_ARGS="-k grpo -x" goes to pytest)
 # make check     ruff, then the tests
@@ -17,6 +18,7 @@
 PYTHON ?= python3
 PIP_ARGS ?=
 PYTEST_ARGS ?=
+ARGS ?=
 LOCK := requirements.lock
 
 VENV := .venv
@@ -31,7 +33,7 @@ help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
 demo: $(RUNTIME) runs/data/demo_train.jsonl runs/data/demo_heldout.jsonl
-	$(PY) train.py configs/demo.yaml
+	$(PY) train.py configs/demo.yaml --out=runs/demo-$$(date +%Y%m%d-%H%M%S) $(ARGS)
 
 base: $(RUNTIME)
 	$(PY) tools/make_base.py

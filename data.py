@@ -403,9 +403,9 @@ def _masked(example, rng):
         return {**tool, "name": rename(name), "parameters": properties}
 
     def mask_calls(calls):
-        pairs = ((call["name"], call["arguments"]) for call in calls)
-        return [{"name": new.get((name,), name), "arguments": {new.get((name, key), key): arguments[key]
-                                                               for key in arguments}} for name, arguments in pairs]
+        pairs = ((call["name"], call["arguments"].items()) for call in calls)
+        return [{"name": new.get((name,), name), "arguments": {new.get((name, key), key): value
+                for key, value in items}} for name, items in pairs]
 
     tools, messages = [mask_tool(tool) for tool in example.tools], []
     for message, calls in zip(example.messages, earlier, strict=True):

@@ -1,5 +1,4 @@
-"""Sampling replies: key/value cache, decode attention, token sampling, `generate`, and a command line to
-try a model.
+"""Sampling replies: key/value cache, decode attention, token sampling, `generate`; CLI to try a model.
 
 In:  a model, prompts as token ids, one seed a prompt. Out: n rollouts a prompt, with the sampled ids and
 the log-prob of each under the distribution it was drawn from. Ids go on to training as they are; text is
@@ -44,9 +43,6 @@ class Rollout:
     finished: bool = False
 
 
-# Noise.
-
-
 def mix(x):
     """A bijective hash of int64 tensors: the finaliser of SplitMix64 (Steele, Lea, Flood 2014)."""
     x = (x ^ ((x >> 30) & (2**34 - 1))) * -4658895280553007687
@@ -67,9 +63,6 @@ def prompt_seeds(seed, step, first, count):
 def uniform(key_B, position):
     """u in [0, 1), float64 [B], for one position of the reply of each row."""
     return ((fold(key_B, position) >> 11) & (2**53 - 1)).double() / 2**53
-
-
-# Token sampling.
 
 
 def sample_tokens(logits_BV, temperature, u_B, top_p=1.0):
@@ -96,12 +89,8 @@ def sample_tokens(logits_BV, temperature, u_B, top_p=1.0):
     return ids_B1[:, 0], logp_BV.gather(1, ids_B1)[:, 0]
 
 
-# Key/value cache.
-
-
 class Cache:
-    """Keys and values of B rows aligned at slot `end`: of row b, slots end - length_b … end - 1 are its
-    tokens.
+    """Keys and values of B rows: the tokens of row b are slots end - length_b … end - 1.
 
     A layer has one [B·K, E, S] tensor of keys and one [B·K, S, E] of values: in this order a batched product
     reads any run of slots without copying it. The first prefill makes them, in the model's dtype.
@@ -135,7 +124,7 @@ class Cache:
         """Build the mask: 0 where a row has a token or will have one, -inf left of its prompt."""
         slots, K = self.keys[0].shape[2], self.keys[0].shape[0] // len(self.lengths_B)
         empty_BS = torch.arange(slots) < (self.end - self.lengths_B)[:, None]
-        mask_BS = torch.zeros(empty_BS.shape).masked_fill(empty_BS, -torch.inf)
+        mask_BS = torch.where(empty_BS, -torch.inf, 0.0)
         self.mask_B1S = mask_BS.repeat_interleave(K, 0)[:, None].to(self.keys[0])
 
     def attend(self, layer, q_BHE, k_BKE, v_BKE):
@@ -190,23 +179,23 @@ def generate(model, prompts, n, *, max_new_tokens, temperature, stop_ids, seeds_
     or holds an id that the model does not have.
     """
     if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}, temperature {temperature}, top_p {top_p}; they "
+        raise ValueError(f"max_new_tokens {max_new_tokens}, temperature {temperature}, top_p {top_p}: they "
                          "must be at least 1, at least 0, and above 0 but at most 1")
     limit, ids = model.config.max_position_embeddings, model.config.vocab_size
     for i, prompt in enumerate(prompts):
         if not 0 < len(prompt) <= limit - max_new_tokens:
             raise ValueError(f"prompt {i} has {len(prompt)} tokens; with max_new_tokens {max_new_tokens} the "
                              f"model's {limit} positions leave room for 1 to {limit - max_new_tokens}")
-        if not 0 <= min(prompt) <= max(prompt) < ids:
-            raise ValueError(f"prompt {i} holds ids from {min(prompt)} to {max(prompt)}, the model has 0 to "
-                             f"{ids - 1}; do tokenizer and model belong together?")
+        if max(prompt) >= ids:
+            raise ValueError(f"prompt {i} holds id {max(prompt)}, but the model's last is {ids - 1}; is this "
+                             "the model's own tokenizer?")
     assert len(seeds_P) == len(prompts), f"{len(seeds_P)} seeds for {len(prompts)} prompts"
     rollouts = [Rollout(prompt) for prompt in prompts for _ in range(n)]
     key_N = fold(torch.as_tensor(seeds_P, dtype=torch.int64)[:, None], torch.arange(n)).flatten()
     # Prompts of like length share a batch, so that few slots are empty.
     order = sorted(range(len(rollouts)), key=lambda i: len(rollouts[i].prompt_ids))
-    hidden = None if progress else True  # None: shown on a terminal only
-    with tqdm(total=len(rollouts), desc=progress, disable=hidden, leave=False, unit="reply") as bar:
+    disable = None if progress else True  # None: shown on a terminal only
+    with tqdm(total=len(rollouts), desc=progress, disable=disable, leave=False, unit="reply") as bar:
         for start in range(0, len(order), batch_size):
             rows = order[start:start + batch_size]
             decode_batch(model, rollouts, rows, n, key_N[rows], max_new_tokens=max_new_tokens,
@@ -230,8 +219,7 @@ def prefill(model, rollouts, rows, n, room):
         tokens_T = torch.tensor([token for prompt in prompts for token in prompt], device=device)
         positions_T = torch.cat([torch.arange(len(prompt), device=device) for prompt in prompts])
         hidden_TD = model(tokens_T, positions_T, cache.prefill_attend(bounds, part))
-        for bound, its_rows in zip(bounds[1:], part, strict=True):
-            hidden.append(hidden_TD[bound - 1].expand(len(its_rows), -1))
+        hidden += [hidden_TD[end - 1].expand(len(its), -1) for end, its in zip(bounds[1:], part, strict=True)]
     cache.start_decoding()
     return torch.cat(hidden), cache
 

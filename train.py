@@ -32,6 +32,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from tqdm import tqdm
 
 from configs.schema import load_config
 from data import Batches, Chat, filter_by_prompt_tokens, read_jsonl, split_examples
@@ -65,7 +66,8 @@ def train(c):
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("WORLD_SIZE is above 1, but training is one process so far; start without torchrun")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    bf16 = c.model.precision == "bf16" or (c.model.precision == "auto" and device == "cuda")
+    has_bf16 = device == "cuda" and torch.cuda.is_bf16_supported()
+    bf16 = c.model.precision == "bf16" or (c.model.precision == "auto" and has_bf16)
     autocast = torch.autocast(device, torch.bfloat16) if bf16 else contextlib.nullcontext()
 
     chat = Chat(c.model.path, c.data.system_prompt)
@@ -75,7 +77,7 @@ def train(c):
     batches = Batches(train_set, c.train.prompts_per_step, c.seed)
     steps = c.train.steps or math.ceil(c.train.epochs * len(train_set) / c.train.prompts_per_step)
 
-    run = Run(c.out, dataclasses.asdict(c), c.resume, c.log.tracker)
+    run = Run(c.out, c.resume)
     start = run.newest_checkpoint()
     model = load_hf(run.checkpoint(start) if start else c.model.path, device)
     with_reference = c.stage == "grpo" and c.grpo.kl_coef > 0
@@ -83,13 +85,14 @@ def train(c):
     optimizer = make_optimizer(model, c.train.weight_decay, c.train.beta2)
     if start:
         batches.cursor = run.restore(start, optimizer, batches.fingerprint)
+    run.open(start, dataclasses.asdict(c), c.log.tracker)
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     precision = "bf16" if bf16 else "fp32"
     print(f"{c.stage} of {c.model.path}: {millions:.1f}M parameters on {device} in {precision}, "
           f"{len(train_set)} examples, {len(heldout)} held out, {steps} steps; {run.folder}", flush=True)
 
     for step in range(start, steps + 1):
-        if step > start or not start:
+        if step > start or start == 0:  # else both were done before the run was interrupted
             if step % c.eval.every == 0 or step == steps:
                 with autocast:
                     rows, replies = evaluate(model, chat, heldout, max_new_tokens=c.eval.max_new_tokens,
@@ -255,6 +258,7 @@ def grpo_updates(model, reference, optimizer, rollouts_N, adv_PG, *, temperature
                     part.ref_logp_L, _ = logprobs_of_pack(reference, part.pack, **passes)
 
     all_stats, first_stats, norms, skipped = [], [], [], 0
+    bar = tqdm(total=sum(map(len, mini_batches)), desc="update", disable=None, leave=False, unit="pack")
     for i, (micro_batches, denominator) in enumerate(zip(mini_batches, denominators, strict=True)):
         for part in micro_batches:
             logp_L, entropy_L = logprobs_of_pack(model, part.pack, **passes)
@@ -266,10 +270,12 @@ def grpo_updates(model, reference, optimizer, rollouts_N, adv_PG, *, temperature
             stats |= {"entropy_sum": entropy_L.sum(), "diff_sum": diff_L.sum(), "diff_max": diff_L.max()}
             all_stats.append(stats)
             first_stats += [stats] if i == 0 else []
+            bar.update()
         if micro_batches:
             norm, skip = apply_update(optimizer, grad_clip)
             norms.append(norm)
             skipped += skip
+    bar.close()
     tokens = sum(len(r.ids) for r in rollouts_N) + sum(len(r.prompt_ids) for r in rollouts_N[::n])
     return {"tokens": tokens, **update_metrics(all_stats, first_stats, norms, skipped, updates, reference)}
 
@@ -342,33 +348,35 @@ def sft_updates(model, optimizer, prompts_P, replies_P, *, vocab_size, updates, 
 class Run:
     """The files of one run, and its lines on the console."""
 
-    def __init__(self, folder, config, resume, tracker):
+    def __init__(self, folder, resume):
         self.folder = Path(folder)
         if (self.folder / "config.yaml").exists() and not resume:
-            raise ValueError(f"{folder} holds a run; go on with --resume=true or choose another --out")
-        for name in ("rollouts", "evals", "checkpoints"):
-            (self.folder / name).mkdir(parents=True, exist_ok=True)
-        (self.folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-        (self.folder / "git_revision.txt").write_text(git_revision() + "\n", encoding="utf-8")
-        self.tracker = open_tracker(tracker, self.folder, config)
+            raise ValueError(f"{folder} holds a run; add --resume=true or choose another --out")
         self.shown = None
         self.step_times = []
         self.skipped_in_a_row = 0
+
+    def open(self, start, config, tracker):
+        """Make the folder, once everything has been read. A resumed run drops what was logged after `start`."""
+        self.tracker = open_tracker(tracker, self.folder, config)
+        for name in ("rollouts", "evals", "checkpoints"):
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
+        metrics = self.folder / "metrics.jsonl"
+        lines = metrics.read_text(encoding="utf-8").splitlines() if start else []
+        kept = [line for line in lines if json.loads(line)["step"] <= start]
+        metrics.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        (self.folder / "git_revision.txt").write_text(git_revision() + "\n", encoding="utf-8")
+        (self.folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
 
     def checkpoint(self, step):
         return self.folder / "checkpoints" / f"step_{step:06d}"
 
     def newest_checkpoint(self):
-        """Steps done at the newest complete checkpoint, 0 without one; drops what was logged after it."""
+        """Steps done at the newest complete checkpoint, 0 without one."""
         complete = sorted(self.folder.glob("checkpoints/step_??????/manifest.json"))
         step = int(complete[-1].parent.name.removeprefix("step_")) if complete else 0
         if step:
             print(f"going on from {self.checkpoint(step)}")
-        metrics = self.folder / "metrics.jsonl"
-        if metrics.exists():
-            lines = metrics.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if step and json.loads(line)["step"] <= step]
-            metrics.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         return step
 
     def restore(self, step, optimizer, fingerprint):

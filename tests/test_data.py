@@ -231,6 +231,12 @@ def test_roles_of_other_releases_are_mapped(tmp_path):
     assert [message["role"] for message in examples[1].messages] == ["user", "assistant", "tool"]
 
 
+def test_a_context_of_two_turns_is_multi_turn(tmp_path):
+    (single,), _ = read_toolace(toolace_file(tmp_path, "user: q", "assistant: [clock/now()]"))
+    (multi,), _ = read_toolace(toolace_file(tmp_path, "user: q", "user: now", "assistant: [clock/now()]"))
+    assert (single.source, multi.source) == ("toolace_single", "toolace_multi")
+
+
 @pytest.mark.parametrize(
     "turn, reason",
     [
@@ -423,9 +429,20 @@ def test_train_and_heldout_share_no_value_and_so_no_query():
     assert not {query_of(e) for e in TRAIN} & {query_of(e) for e in HELDOUT}
 
 
-def test_no_wording_holds_a_digit_and_every_tool_has_an_open_value():
+def test_no_wording_holds_an_open_value_and_every_tool_has_one():
     text = (ROOT / "assets" / "synthetic.json").read_text()
     assert not re.search(r"\d", text)
+    entries = {
+        entry["tool"]["name"]: entry["tool"]["parameters"]["properties"]
+        for entry in json.loads(text)["tools"]
+    }
+    for call in (call for made in TRAIN + HELDOUT for call in made.answer):
+        for key, value in call["arguments"].items():
+            assert (
+                entries[call["name"]][key].keys() != {"type"}
+                or str(value).lower() not in text
+                or value in (True, False)
+            )
     for entry in json.loads(text)["tools"]:
         schemas = entry["tool"]["parameters"]["properties"]
         assert any(s["type"] != "boolean" and "enum" not in s for s in schemas.values()), entry["tool"][
@@ -631,6 +648,8 @@ def test_the_prompt_lists_the_tools_one_json_line_each_and_ends_where_the_reply_
     assert text.startswith("<|im_start|>system\n") and text.count("<|im_start|>") == 3
     assert text.endswith("<|im_start|>user\nquery 0<|im_end|>\n<|im_start|>assistant\n")
     assert "You are Qwen" not in text
+    accents = example(tools=[{"name": "f", "description": "Zürich 😀"}], answer=[])
+    assert "Zürich 😀" in chat.decode(chat.encode_prompt(accents))
 
 
 def test_a_system_prompt_file_replaces_ours_and_the_examples_system_text_follows_it(folder, tmp_path):
@@ -679,10 +698,10 @@ def test_vocab_size_counts_ids_and_encoding_neither_adds_nor_cuts(folder):
     assert chat.vocab_size == chat.tokenizer.get_vocab_size() == 600
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.enable_truncation(5)
-    tokenizer.enable_padding(length=50)
+    tokenizer.enable_padding(length=20_000)
     tokenizer.save(str(folder / "tokenizer.json"))
-    ids = Chat(folder).encode("naïve 😀 " * 30)
-    assert ids == chat.encode("naïve 😀 " * 30) and chat.decode(ids) == "naïve 😀 " * 30
+    ids = Chat(folder).encode("naïve 😀 " * 600)
+    assert ids == chat.encode("naïve 😀 " * 600) and chat.decode(ids) == "naïve 😀 " * 600
 
 
 def test_folders_without_tokenizer_or_end_of_sequence_are_errors(folder, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Real input end to end: ToolACE and xLAM records, the tokenizer of Qwen2.5, a folder saved by transformers."""
+"""Real input end to end: ToolACE and xLAM records, Qwen2.5's tokenizer, weights saved by transformers."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ transformers = pytest.importorskip("transformers")
 
 @pytest.fixture(scope="module")
 def qwen_folder(real_data, tmp_path_factory):
-    """A two-layer random Qwen2.5 with the whole vocabulary, saved by transformers, with the real tokenizer."""
+    """Two random layers of Qwen2.5 with its whole vocabulary, saved by transformers, and its tokenizer."""
     folder = tmp_path_factory.mktemp("qwen")
     config = transformers.Qwen2Config(
         vocab_size=151936, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
@@ -45,7 +45,8 @@ def test_two_grpo_steps_on_real_prompts_then_the_checkpoint_loads_and_is_evaluat
         qwen_folder, real_examples, tmp_path, capsys):
     out = tmp_path / "run"
     train.main([f"--out={out}", f"--model.path={qwen_folder}", f"--data.train={real_examples}",
-                "--train.steps=2", "--train.prompts_per_step=4", "--train.updates_per_step=2", "--rollout.n=2",
+                "--train.steps=2", "--train.prompts_per_step=4", "--train.updates_per_step=2",
+                "--rollout.n=2",
                 "--rollout.max_new_tokens=8", "--train.micro_batch_tokens=8192", "--train.weight_decay=0",
                 "--eval.examples=2", "--eval.max_new_tokens=4", "--log.rollouts_every=1"])
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

@@ -176,8 +176,11 @@ def test_without_any_spread_nothing_moves_and_nothing_breaks():
 
 
 def test_each_rollout_meets_its_own_advantage_and_sampled_log_probs():
-    rollouts_N = [Rollout([p], [p + 1, i, STOP][:1 + (p + i) % 3], [float(p), float(i), 0.5][:1 + (p + i) % 3])
-                  for p in range(3) for i in range(4)]
+    rollouts_N = []
+    for p in range(3):
+        for i in range(4):
+            length = 1 + (p + i) % 3
+            rollouts_N.append(Rollout([p], [p + 1, i, STOP][:length], [float(p), float(i), 0.5][:length]))
     adv_PG = torch.arange(12.0).view(3, 4)
     for tokens in (4, 7, 100):
         parts = make_micro_batches(rollouts_N, adv_PG, [0, 2], tokens, "cpu")
