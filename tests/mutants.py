@@ -1,8 +1,8 @@
-"""Plants known faults in a copy of the code, one at a time, and sees the tests catch each one: `make mutants`.
+"""Plants known faults in a copy of the code, one at a time, and sees the tests fail: `make mutants`.
 
-Most are mistakes that other GRPO code has made. Every one is a piece of text that stands exactly once in its
-file; change it here together with the code. Prints a line a fault with the test that caught it; exits with
-status 1 where a fault survives, and 2 where the tests fail without one.
+Most are mistakes that other GRPO code has made. Each is a piece of text that stands exactly once in its file
+(change it here together with the code) and names the tests that must catch it, each of them by itself. Prints
+a line a fault; exits with status 1 where a test misses one, and 2 where the tests fail without any.
 """
 
 import os
@@ -15,80 +15,173 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+TEST_FILES = ("tests/test_grpo.py", "tests/test_train.py")
 
-# Where the faults of a file must show.
-TESTS = {"grpo.py": "tests/test_grpo.py", "model.py": "tests/test_grpo.py", "train.py": "tests/test_train.py"}
-# It compares this list with the code, so it would catch any fault.
-NOT_COUNTED = "tests/test_grpo.py::test_every_planted_fault_fits_the_code"
-
-# (file, text, text with the fault, what goes wrong)
+# (file, text, text with the fault, what goes wrong, the tests that must fail)
 MUTANTS = [
+    # Advantages.
     ("grpo.py", "rewards_PG.std(1, keepdim=True)", "rewards_PG.std(1, keepdim=True, correction=0)",
-     "the biased standard deviation"),
+     "the standard deviation is the biased one",
+     ["test_advantages_of_a_worked_example",
+      "test_the_standard_deviation_is_unbiased_and_1e_6_is_added_to_it"]),
+    ("grpo.py", "keepdim=True) + 1e-6)", "keepdim=True) + 1e-8)",
+     "another constant is added to the standard deviation",
+     ["test_the_standard_deviation_is_unbiased_and_1e_6_is_added_to_it"]),
     ("grpo.py", "return torch.where(spread_P[:, None], adv_PG, 0.0)", "return adv_PG",
-     "rounding of equal rewards, and NaN, become advantages"),
+     "rounding of equal rewards becomes an advantage",
+     ["test_equal_rewards_give_advantages_of_exactly_zero"]),
     ("grpo.py", " & rewards_PG.isfinite().all(1)", "",
-     "a NaN reward poisons its group"),
+     "a NaN reward becomes an advantage",
+     ["test_a_reward_that_is_not_finite_silences_its_own_group_only"]),
     ("grpo.py", "rewards_PG.shape[1] < 2", "rewards_PG.shape[1] < 1",
-     "a group of one is accepted"),
+     "a group of one is accepted",
+     ["test_a_group_of_one_is_refused"]),
+    ("grpo.py", "rewards_PG - rewards_PG.mean(1, keepdim=True)", "rewards_PG - rewards_PG[:, :1]",
+     "the baseline depends on the order of the rollouts",
+     ["test_permuting_rollouts_and_groups_permutes_advantages"]),
+    ("train.py", "adv_N = adv_PG[live_P].flatten()", "adv_N = adv_PG[live_P].T.flatten()",
+     "advantages are scrambled against rollouts",
+     ["test_each_rollout_meets_its_own_advantage_and_sampled_log_probs",
+      "test_the_update_is_the_gradient_of_a_loop_over_plain_sequences"]),
+    # Packs.
     ("grpo.py", "[last_of_prompt, *range(len(tokens), len(tokens) + len(reply) - 1)]",
      "range(len(tokens) - 1, len(tokens) + len(reply) - 1)",
-     "the reply before predicts a reply's first token: a shift by one"),
+     "the reply before predicts the first token of a reply: a shift by one",
+     ["test_pack_of_a_worked_example",
+      "test_a_tree_equals_plain_sequences_in_loss_and_gradient",
+      "test_changing_a_token_changes_only_its_own_log_prob_and_later_ones",
+      "test_permuting_rollouts_with_their_rewards_changes_neither_loss_nor_gradient"]),
     ("grpo.py", "range(len(prompt), len(prompt) + len(reply))",
      "range(len(tokens) - len(reply), len(tokens))",
-     "positions go on from the reply before"),
+     "positions go on from the reply before",
+     ["test_pack_of_a_worked_example",
+      "test_loss_and_gradient_equal_a_loop_over_the_tokens_of_unpacked_sequences"]),
+    ("grpo.py",
+     "            targets += reply\n            reply_of += [reply_index] * len(reply)\n",
+     "            predictor.pop()\n            targets += reply[:-1]\n"
+     "            reply_of += [reply_index] * len(reply[:-1])\n",
+     "the last token of a reply is masked, but the denominator counts it",
+     ["test_log_probs_and_loss_live_on_the_same_tokens", "test_stop_token_receives_gradient"]),
     ("grpo.py", "                packs.append(pack(prompts, replies, first))\n",
      "                packs.append(pack(prompts, replies))\n",
-     "replies are counted anew in each micro-batch: advantages of others"),
+     "replies are counted anew in each micro-batch and get the advantages of others",
+     ["test_micro_batches_hold_every_reply_once_in_order_with_its_prompt",
+      "test_each_rollout_meets_its_own_advantage_and_sampled_log_probs"]),
+    ("grpo.py", "        starts_group = True\n",
+     "        starts_group = not prompts or prompt != prompts[-1]\n",
+     "groups are keyed by their prompt",
+     ["test_groups_with_equal_prompts_stay_apart"]),
+    ("model.py", "device=q.device).tril(P)", "device=q.device)",
+     "a token sees those that follow it in its reply",
+     ["test_changing_a_token_changes_only_its_own_log_prob_and_later_ones",
+      "test_a_tree_equals_plain_sequences_in_loss_and_gradient"]),
+    # Token log-probs.
     ("grpo.py", "        return logp_CV.gather(1, targets_C[:, None])[:, 0], entropy_C\n",
      "        logp_C = logp_CV.gather(1, targets_C[:, None])[:, 0]\n"
      "        return logp_C.where(targets_C != targets_C.max(), logp_C.detach()), entropy_C\n",
-     "the stop token, masked by its id, gets no gradient"),
+     "the stop token, masked by its id, gets no gradient",
+     ["test_stop_token_receives_gradient"]),
     ("grpo.py", "torch.float32)) / temperature", "torch.float32))",
-     "the temperature is forgotten"),
+     "the temperature is forgotten",
+     ["test_log_probs_and_entropy_equal_their_definitions",
+      "test_loss_and_gradient_equal_a_loop_over_the_tokens_of_unpacked_sequences"]),
     ("grpo.py", "weight_VD = weight_VD[:vocab_size]", "weight_VD = weight_VD[:]",
-     "rows without a token take part in the softmax"),
+     "rows without a token take part in the softmax",
+     ["test_phantom_vocabulary_rows_change_nothing_and_get_no_gradient"]),
     ("grpo.py", "checkpoint(chunk_logprobs, hidden_CD, weight_VD, targets_C, use_reentrant=False)",
      "chunk_logprobs(hidden_CD, weight_VD, targets_C)",
-     "the logits of all chunks wait for backward"),
+     "the log-probs of all chunks wait for backward",
+     ["test_what_one_chunk_keeps_for_backward_is_recomputed"]),
+    ("grpo.py", "CHUNK_LOGITS // len(weight_VD)", "CHUNK_LOGITS // weight_VD.shape[1]",
+     "a chunk is larger than it may be",
+     ["test_the_logits_of_all_tokens_never_exist_at_once"]),
+    ("grpo.py", "torch.cat(parts) for parts in zip(*chunks, strict=True)",
+     "torch.cat(parts) for parts in zip(*chunks[::-1], strict=True)",
+     "chunks come back in another order",
+     ["test_chunks_of_tokens_change_neither_outputs_nor_gradients"]),
     ("grpo.py", "F.log_softmax(logits_CV, -1)", "logits_CV - logits_CV.exp().sum(-1, keepdim=True).log()",
-     "the softmax overflows"),
+     "the softmax overflows",
+     ["test_log_probs_are_never_positive"]),
+    # The loss.
     ("grpo.py", "old_logp_L = old_logp_L.detach()", "old_logp_L = logp_L.detach()",
-     "the ratio is always 1 and never clips"),
+     "the ratio is always 1 and never clips",
+     ["test_after_an_update_the_ratio_moves_and_clips_on_both_sides",
+      "test_the_second_mini_batch_moves_and_clips"]),
     ("grpo.py", "torch.minimum(plain_L, clipped_L)", "clipped_L",
-     "the clip is no lower bound: mistakes are not undone"),
+     "the clip is no lower bound: accidents are not undone",
+     ["test_the_clip_takes_the_lower_objective_and_stops_its_gradient"]),
     ("grpo.py", "ratio_L.clamp(1 - clip_low, 1 + clip_high)", "ratio_L.clamp(1 - clip_low, 1 + clip_low)",
-     "one clip for both sides"),
+     "the lower clip serves both sides",
+     ["test_the_clip_takes_the_lower_objective_and_stops_its_gradient",
+      "test_loss_and_gradient_equal_a_loop_over_the_tokens_of_unpacked_sequences"]),
     ("grpo.py", "log_ratio_L.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()", "log_ratio_L.exp()",
-     "the ratio overflows"),
+     "the ratio overflows",
+     ["test_the_log_ratio_is_clamped_at_20_and_its_largest_size_logged"]),
+    ("grpo.py", "(ref_logp_L.detach() - logp_L).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)",
+     "ref_logp_L.detach() - logp_L",
+     "the KL overflows",
+     ["test_the_log_ratio_is_clamped_at_20_and_its_largest_size_logged"]),
     ("grpo.py", "torch.expm1(d_L) - d_L", "d_L.exp() - 1 - d_L",
-     "k3 loses its digits near zero"),
+     "k3 loses its digits near zero",
+     ["test_k3_keeps_its_digits_near_zero", "test_k3_is_never_negative"]),
+    ("grpo.py", "kl_L = torch.expm1(d_L) - d_L", "kl_L = torch.exp(d_L) - d_L",
+     "the KL of equal models is not zero",
+     ["test_kl_is_exactly_zero_where_the_reference_is_the_policy",
+      "test_on_policy_ratio_is_exactly_1_and_kl_0_at_temperature_0_7"]),
     ("grpo.py", "(ref_logp_L.detach() - logp_L)", "(logp_L - ref_logp_L.detach())",
-     "the KL of the reference from the policy"),
+     "the KL is that of the reference from the policy",
+     ["test_statistics_of_a_worked_example",
+      "test_loss_and_gradient_equal_a_loop_over_the_tokens_of_unpacked_sequences"]),
     ("grpo.py", "loss = loss_L.sum() / denominator", "loss = loss_L.mean()",
-     "the mean of each micro-batch: the loss depends on the split"),
+     "the mean of each micro-batch: the loss depends on the split, and is NaN without tokens",
+     ["test_loss_and_gradient_do_not_depend_on_the_split_into_micro_batches",
+      "test_the_denominator_is_the_given_one_whatever_the_part_holds",
+      "test_a_part_without_tokens_is_a_finite_zero_with_a_graph",
+      "test_micro_batches_change_neither_weights_nor_metrics"]),
     ("grpo.py", "torch.stack([part[name] for part in parts])", "parts[-1][name]",
-     "the logged statistics are the last micro-batch's"),
-    ("model.py", "device=q.device).tril(P)", "device=q.device)",
-     "a token sees those that follow it in its reply"),
+     "the logged loss and statistics are the last micro-batch's",
+     ["test_the_logged_loss_is_the_sum_that_was_differentiated",
+      "test_merged_statistics_are_sums_and_extremes_and_keep_a_nan",
+      "test_the_logged_loss_is_that_of_the_whole_batch"]),
+    ("grpo.py", "return -logp_L.sum() / denominator", "return -logp_L.mean()",
+     "the supervised loss depends on the split",
+     ["test_sft_loss_equals_cross_entropy_of_the_reply_tokens",
+      "test_micro_batches_do_not_change_a_supervised_update"]),
+    # The updates of a step.
     ("train.py", "for i in range(prompts.start * n, prompts.stop * n)",
      "for p in live_P for i in range(p * n, p * n + n)",
-     "groups without spread leave the denominator"),
+     "groups without spread leave the denominator",
+     ["test_groups_without_spread_are_left_out_but_stay_in_the_denominator"]),
     ("train.py", "part.old_logp_L, _ = logprobs_of_pack(model, part.pack, **passes)",
      "part.old_logp_L, _ = logprobs_of_pack(model, part.pack, **{**passes, 'temperature': 1.0})",
-     "the old log-probs lack the temperature"),
+     "the old log-probs lack the temperature",
+     ["test_on_policy_ratio_is_exactly_1_and_kl_0_at_temperature_0_7"]),
     ("train.py", "part.ref_logp_L, _ = logprobs_of_pack(reference, part.pack, **passes)",
      "part.ref_logp_L, _ = logprobs_of_pack(reference, part.pack, **{**passes, 'temperature': 1.0})",
-     "the reference's log-probs lack the temperature"),
-    ("train.py", "adv_N = adv_PG[live_P].flatten()", "adv_N = adv_PG[live_P].T.flatten()",
-     "advantages are scrambled against rollouts"),
+     "the reference's log-probs lack the temperature",
+     ["test_on_policy_ratio_is_exactly_1_and_kl_0_at_temperature_0_7"]),
+    ("train.py", "\"temperature\": temperature, \"vocab_size\"", "\"temperature\": 1.0, \"vocab_size\"",
+     "the trainer scores another distribution than the one sampled from",
+     ["test_sampled_log_probs_equal_those_of_the_trainer"]),
+    ("train.py", "logp_L.detach() if part.old_logp_L is None", "part.sampled_logp_L if part.old_logp_L is None",
+     "the old log-probs of the first mini-batch are the sampler's",
+     ["test_the_first_mini_batch_is_on_policy"]),
     ("train.py", "    if not skipped:\n        optimizer.step()\n", "    optimizer.step()\n",
-     "a gradient that is not finite is applied"),
+     "a gradient that is not finite is applied",
+     ["test_a_gradient_that_is_not_finite_is_skipped_and_counted",
+      "test_only_the_update_whose_gradient_is_not_finite_is_skipped"]),
 ]
 
 
-def run_tests(files, file=None, old=None, new=None):
-    """(status of pytest, the first test that failed) on a fresh copy of the code, with a fault where given."""
+def homes_of_tests():
+    """{name of a test: its file}"""
+    return {name: file for file in TEST_FILES
+            for name in re.findall(r"^def (test_\w+)", (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE)}
+
+
+def run_tests(tests, file=None, old=None, new=None):
+    """(status of pytest, names of the tests that failed, its output) on a copy of the code, with a fault
+    where one is given."""
     with tempfile.TemporaryDirectory(prefix="mutant_") as folder:
         copy = Path(folder)
         for path in [*ROOT.glob("*.py"), ROOT / "pyproject.toml"]:
@@ -98,31 +191,35 @@ def run_tests(files, file=None, old=None, new=None):
         if file:
             text = (copy / file).read_text(encoding="utf-8")
             if text.count(old) != 1:
-                sys.exit(f"error: {file} holds {old!r} {text.count(old)} times, not once: correct MUTANTS")
+                print(f"error: {file} holds {old!r} {text.count(old)} times, not once: correct MUTANTS")
+                sys.exit(2)
             (copy / file).write_text(text.replace(old, new), encoding="utf-8")
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no",
-                   "--deselect", NOT_COUNTED, *files]
-        done = subprocess.run(command, cwd=copy, capture_output=True, text=True,
-                              env={**os.environ, "OMP_NUM_THREADS": "1"})
-        failed = re.search(r"^FAILED \S+::(\S+)", done.stdout, re.MULTILINE)
-        return done.returncode, failed.group(1) if failed else done.stdout + done.stderr
+        homes = homes_of_tests()
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=no",
+             *(f"{homes[test]}::{test}" for test in tests)],
+            cwd=copy, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        failed = set(re.findall(r"^FAILED [^:\s]+::(test_\w+)", done.stdout, re.MULTILINE))
+        return done.returncode, failed, done.stdout + done.stderr
 
 
 def main():
     began = time.perf_counter()
-    status, output = run_tests(sorted(set(TESTS.values())))
+    status, failed, output = run_tests(sorted({test for mutant in MUTANTS for test in mutant[4]}))
     if status:
-        print(f"error: the tests fail without a planted fault; first make them pass: {output}")
+        print(f"{output}\nerror: tests fail without a planted fault; make them pass first")
         sys.exit(2)
     survived = 0
-    for file, old, new, what in MUTANTS:
-        status, output = run_tests([TESTS[file]], file, old, new)
-        # 1 is pytest's "some test failed". Anything else above 0 is a fault that breaks the tests themselves.
-        if status == 1:
-            print(f"caught    {file:9} {what}  [{output}]", flush=True)
-        else:
-            survived += 1
-            print(f"SURVIVED  {file:9} {what}" + (f"\n{output}" if status else ""), flush=True)
+    for file, old, new, what, tests in MUTANTS:
+        status, failed, output = run_tests(tests, file, old, new)
+        missed = [test for test in tests if test not in failed]
+        survived += bool(missed)
+        print(f"{'SURVIVED' if missed else 'caught':8}  {file:8}  {what}", flush=True)
+        for test in missed:
+            print(f"          did not fail: {test}")
+        # 1 is pytest's "some tests failed"; above it the fault broke more than a test can show.
+        if status > 1:
+            print(output)
     print(f"{len(MUTANTS) - survived} of {len(MUTANTS)} planted faults caught "
           f"in {time.perf_counter() - began:.0f} s")
     sys.exit(1 if survived else 0)

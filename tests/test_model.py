@@ -286,7 +286,7 @@ def test_weights_that_are_missing_empty_or_truncated_are_one_clear_line(folder):
 @pytest.mark.parametrize(("name", "tensor", "message"), [
     ("model.norm.weight", None, r"no tensor 'model\.norm\.weight'"),
     ("model.layers.1.self_attn.k_proj.bias", None, r"no tensor 'model\.layers\.1\.self_attn\.k_proj\.bias'"),
-    ("model.layers.2.mlp.up_proj.weight", torch.ones(48, 32), r"holds 'model\.layers\.2\.mlp\.up_proj\.weight'"),
+    ("model.layers.2.mlp.up_proj.weight", torch.ones(48, 32), r"holds 'model\.layers\.2\.mlp\.up_proj"),
     ("model.norm.weight", torch.ones(31), r"'model\.norm\.weight' has shape \[31\].* \[32\]"),
     ("lm_head.weight", torch.ones(50, 32), r"ties the head .*lm_head\.weight differs"),
     ("lm_head.weight", torch.ones(49, 32), r"ties the head .*lm_head\.weight differs"),
@@ -297,7 +297,7 @@ def test_a_tensor_missing_unknown_or_of_another_shape_is_one_clear_line(folder, 
 
 
 @pytest.mark.parametrize("file", [
-    "../outside.safetensors", "/etc/outside.safetensors", "sub/inside.safetensors", "..", ".", "", 3, None, ["a"]])
+    "../outside.safetensors", "/outside.safetensors", "sub/inside.safetensors", "..", ".", "", 3, None, ["a"]])
 def test_an_index_that_names_a_file_outside_the_folder_is_refused(tmp_path, file):
     save_hf(random_model(), tmp_path / "model", max_shard_bytes=20_000)
     index = json.loads((tmp_path / "model" / INDEX).read_text())
@@ -305,8 +305,8 @@ def test_an_index_that_names_a_file_outside_the_folder_is_refused(tmp_path, file
     save_file({"model.norm.weight": torch.ones(32)}, tmp_path / "outside.safetensors")
     index["weight_map"]["model.norm.weight"] = file
     (tmp_path / "model" / INDEX).write_text(json.dumps(index))
-    named = re.escape(repr(file))
-    assert_one_line_error(tmp_path / "model", rf"index\.json: weight_map names {named}, not a file of this folder")
+    message = rf"index\.json: weight_map names {re.escape(repr(file))}, not a file of this folder"
+    assert_one_line_error(tmp_path / "model", message)
 
 
 @pytest.mark.parametrize(("text", "message"), [

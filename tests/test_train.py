@@ -105,7 +105,7 @@ def test_sampled_log_probs_equal_those_of_the_trainer():
     assert 0 <= metrics["sampling/logp_diff_mean"] <= metrics["sampling/logp_diff_max"] < 1e-4
 
 
-def test_policy_old_and_reference_share_the_temperature():
+def test_on_policy_ratio_is_exactly_1_and_kl_0_at_temperature_0_7():
     # With nothing learned between the two updates all ratios stay 1, and a reference equal to the policy
     # is at no distance, exactly.
     model = toy()
