@@ -91,47 +91,46 @@ def train(c):
     print(f"{c.stage} of {c.model.path}: {millions:.1f}M parameters on {device} in {precision}, "
           f"{len(train_set)} examples, {len(heldout)} held out, {steps} steps; {run.folder}", flush=True)
 
+    sampling = {"max_new_tokens": c.rollout.max_new_tokens, "temperature": c.rollout.temperature,
+                "stop_ids": chat.stop_ids, "vocab_size": chat.vocab_size, "batch_size": c.rollout.batch_size}
+    updating = {"vocab_size": chat.vocab_size, "updates": c.train.updates_per_step, "autocast": autocast,
+                "micro_batch_tokens": c.train.micro_batch_tokens, "grad_clip": c.train.grad_clip}
+    losses = {"temperature": c.rollout.temperature, "kl_coef": c.grpo.kl_coef, "clip_low": c.grpo.clip_low,
+              "clip_high": c.grpo.clip_high}
     for step in range(start, steps + 1):
-        if step > start or start == 0:  # else both were done before the run was interrupted
-            if step % c.eval.every == 0 or step == steps:
-                with autocast:
-                    rows, replies = evaluate(model, chat, heldout, max_new_tokens=c.eval.max_new_tokens,
-                                             batch_size=c.rollout.batch_size, progress="evaluating")
-                run.log_evaluation(step, rows, replies)
-            if step and (step % c.checkpoint.every == 0 or step == steps):
-                run.save_checkpoint(step, model, optimizer, batches, c.model.path, c.checkpoint.keep)
+        is_new = step > start or start == 0  # else it was evaluated and saved before the interruption
+        if is_new and (step % c.eval.every == 0 or step == steps):
+            with autocast:
+                rows, replies = evaluate(model, chat, heldout, max_new_tokens=c.eval.max_new_tokens,
+                                         batch_size=c.rollout.batch_size, progress="evaluation")
+            run.log_evaluation(step, rows, replies)
+        if is_new and step > 0 and (step % c.checkpoint.every == 0 or step == steps):
+            run.save_checkpoint(step, model, optimizer, batches, c.model.path, c.checkpoint.keep)
         if step == steps:
             break
+
         began = time.perf_counter()
-        examples_P = next(batches)
         lr = learning_rate(step, steps, c.train.lr, c.train.schedule, c.train.warmup)
         set_learning_rate(optimizer, lr)
+        examples_P = next(batches)
+        prompts_P = [chat.encode_prompt(example) for example in examples_P]
         if c.stage == "grpo":
+            seeds_P = prompt_seeds(c.seed, step, 0, len(prompts_P))
             with autocast:
-                rollouts_N = generate(
-                    model, [chat.encode_prompt(example) for example in examples_P], c.rollout.n,
-                    max_new_tokens=c.rollout.max_new_tokens, temperature=c.rollout.temperature,
-                    stop_ids=chat.stop_ids, vocab_size=chat.vocab_size, batch_size=c.rollout.batch_size,
-                    seeds_P=prompt_seeds(c.seed, step, 0, len(examples_P)), progress="rollout")
+                rollouts_N = generate(model, prompts_P, c.rollout.n, seeds_P=seeds_P, progress="rollout",
+                                      **sampling)
             verdicts_N = score_rollouts(rollouts_N, examples_P, chat, c.grpo.reward)
             rewards_PG = torch.tensor([verdict.reward for verdict in verdicts_N]).view(-1, c.rollout.n)
             adv_PG = group_advantages(rewards_PG, c.grpo.normalize)
             sampled = time.perf_counter()
-            metrics = grpo_updates(
-                model, reference, optimizer, rollouts_N, adv_PG, temperature=c.rollout.temperature,
-                vocab_size=chat.vocab_size, updates=c.train.updates_per_step, kl_coef=c.grpo.kl_coef,
-                clip_low=c.grpo.clip_low, clip_high=c.grpo.clip_high, grad_clip=c.train.grad_clip,
-                micro_batch_tokens=c.train.micro_batch_tokens, autocast=autocast)
+            metrics = grpo_updates(model, reference, optimizer, rollouts_N, adv_PG, **losses, **updating)
             metrics |= rollout_metrics(rollouts_N, verdicts_N, rewards_PG)
             metrics |= {"time/rollout_s": sampled - began, "time/update_s": time.perf_counter() - sampled}
             if (step + 1) % c.log.rollouts_every == 0 or step == 0:
                 run.save_rollouts(step + 1, examples_P, rollouts_N, verdicts_N, adv_PG, chat)
         else:
-            metrics = sft_updates(
-                model, optimizer, [chat.encode_prompt(example) for example in examples_P],
-                [chat.encode_reply(example) for example in examples_P], vocab_size=chat.vocab_size,
-                updates=c.train.updates_per_step, grad_clip=c.train.grad_clip,
-                micro_batch_tokens=c.train.micro_batch_tokens, autocast=autocast)
+            replies_P = [chat.encode_reply(example) for example in examples_P]
+            metrics = sft_updates(model, optimizer, prompts_P, replies_P, **updating)
         metrics |= {"lr": lr, "epoch": batches.epoch, "time/step_s": time.perf_counter() - began}
         metrics["tokens_per_s"] = metrics["tokens"] / metrics["time/step_s"]
         run.log_step(step + 1, steps, metrics)
@@ -357,7 +356,7 @@ class Run:
         self.skipped_in_a_row = 0
 
     def open(self, start, config, tracker):
-        """Make the folder, once everything has been read. A resumed run drops what was logged after `start`."""
+        """Make the folder, once all is read. A resumed run drops what was logged after `start`."""
         self.tracker = open_tracker(tracker, self.folder, config)
         for name in ("rollouts", "evals", "checkpoints"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)

@@ -297,7 +297,7 @@ def test_a_tensor_missing_unknown_or_of_another_shape_is_one_clear_line(folder, 
 
 
 @pytest.mark.parametrize("file", [
-    "../outside.safetensors", "/outside.safetensors", "sub/inside.safetensors", "..", ".", "", 3, None, ["a"]])
+    "../outside.safetensors", "/outside.safetensors", "sub/x.safetensors", "..", ".", "", 3, None, ["a"]])
 def test_an_index_that_names_a_file_outside_the_folder_is_refused(tmp_path, file):
     save_hf(random_model(), tmp_path / "model", max_shard_bytes=20_000)
     index = json.loads((tmp_path / "model" / INDEX).read_text())
