@@ -79,7 +79,7 @@ def sample_tokens(logits_BV, temperature, u_B, top_p=1.0):
     else:
         p_BV = logp_BV.exp()
         if top_p < 1:
-            sorted_BV, order_BV = p_BV.sort(-1, descending=True, stable=True)
+            sorted_BV, order_BV = p_BV.sort(dim=-1, descending=True, stable=True)
             before_BV = sorted_BV.cumsum(-1) - sorted_BV
             p_BV = torch.zeros_like(p_BV).scatter(1, order_BV, sorted_BV.where(before_BV < top_p, 0.0))
         cdf_BV = p_BV.cumsum(-1, dtype=torch.float64)

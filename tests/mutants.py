@@ -132,6 +132,9 @@ MUTANTS = [
      "the KL is that of the reference from the policy",
      ["test_statistics_of_a_worked_example",
       "test_loss_and_gradient_equal_a_loop_over_the_tokens_of_unpacked_sequences"]),
+    ("grpo.py", "(ref_logp_L.detach() - logp_L)", "(ref_logp_L - logp_L)",
+     "the reference is trained",
+     ["test_old_and_reference_log_probs_receive_no_gradient"]),
     ("grpo.py", "loss = loss_L.sum() / denominator", "loss = loss_L.mean()",
      "the mean of each micro-batch: the loss depends on the split, and is NaN without tokens",
      ["test_loss_and_gradient_do_not_depend_on_the_split_into_micro_batches",
@@ -163,7 +166,7 @@ MUTANTS = [
     ("train.py", "\"temperature\": temperature, \"vocab_size\"", "\"temperature\": 1.0, \"vocab_size\"",
      "the trainer scores another distribution than the one sampled from",
      ["test_sampled_log_probs_equal_those_of_the_trainer"]),
-    ("train.py", "logp_L.detach() if part.old_logp_L is None", "part.sampled_logp_L if part.old_logp_L is None",
+    ("train.py", "old_logp_L = logp_L.detach() if", "old_logp_L = part.sampled_logp_L if",
      "the old log-probs of the first mini-batch are the sampler's",
      ["test_the_first_mini_batch_is_on_policy"]),
     ("train.py", "    if not skipped:\n        optimizer.step()\n", "    optimizer.step()\n",
@@ -175,8 +178,8 @@ MUTANTS = [
 
 def homes_of_tests():
     """{name of a test: its file}"""
-    return {name: file for file in TEST_FILES
-            for name in re.findall(r"^def (test_\w+)", (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE)}
+    texts = {file: (ROOT / file).read_text(encoding="utf-8") for file in TEST_FILES}
+    return {name: file for file in TEST_FILES for name in re.findall(r"(?m)^def (test_\w+)", texts[file])}
 
 
 def run_tests(tests, file=None, old=None, new=None):
@@ -199,7 +202,7 @@ def run_tests(tests, file=None, old=None, new=None):
             [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=no",
              *(f"{homes[test]}::{test}" for test in tests)],
             cwd=copy, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        failed = set(re.findall(r"^FAILED [^:\s]+::(test_\w+)", done.stdout, re.MULTILINE))
+        failed = set(re.findall(r"(?m)^FAILED [^:\s]+::(test_\w+)", done.stdout))
         return done.returncode, failed, done.stdout + done.stderr
 
 

@@ -209,7 +209,7 @@ def test_whole_numbers_are_rewards_too():
 def test_permuting_rollouts_and_groups_permutes_advantages():
     generator = torch.Generator().manual_seed(0)
     rewards_PG = torch.rand(6, 5, generator=generator, dtype=torch.float64)
-    rows, columns = torch.randperm(6, generator=generator), torch.randperm(5, generator=generator)
+    rows, columns = torch.tensor([2, 5, 0, 1, 4, 3]), torch.tensor([3, 0, 4, 1, 2])
     permuted_PG = group_advantages(rewards_PG[rows][:, columns])
     close(permuted_PG, group_advantages(rewards_PG)[rows][:, columns])
 
@@ -594,11 +594,11 @@ def test_log_probs_and_entropy_equal_their_definitions(temperature):
     hidden_LD, weight_VD, targets_L = random_head(6, 5, 9)
     logp_L, entropy_L = token_logprobs(hidden_LD, weight_VD, targets_L, temperature)
     for i, target in enumerate(targets_L.tolist()):
-        scores = [float(hidden_LD[i] @ row) / temperature for row in weight_VD]
+        scores = [(hidden_LD[i] @ row).item() / temperature for row in weight_VD]
         total = math.fsum(map(math.exp, scores))
         p = [math.exp(score) / total for score in scores]
-        assert float(logp_L[i]) == pytest.approx(math.log(p[target]), rel=1e-12)
-        assert float(entropy_L[i]) == pytest.approx(-math.fsum(x * math.log(x) for x in p), rel=1e-12)
+        assert logp_L[i].item() == pytest.approx(math.log(p[target]), rel=1e-12)
+        assert entropy_L[i].item() == pytest.approx(-math.fsum(x * math.log(x) for x in p), rel=1e-12)
     assert logp_L.requires_grad and not entropy_L.requires_grad
 
 
