@@ -77,8 +77,9 @@ def test_command_line_prints_a_table_and_writes_json(tmp_path, capsys):
     assert f"{100 * report['rows'][-1]['accuracy']:.1f}" in printed
 
 
-@pytest.mark.parametrize("change, told", [("--data=missing.jsonl", "missing.jsonl"),
-                                          ("--scheme=exact", "exact"), ("--system_prompt=none.txt", "none.txt")])
+@pytest.mark.parametrize("change, told", [
+    ("--data=missing.jsonl", "missing.jsonl"), ("--scheme=exact", "exact"),
+    ("--system_prompt=none.txt", "none.txt")])
 def test_bad_input_is_one_line_and_status_2(tmp_path, capsys, change, told):
     write_jsonl(tmp_path / "held.jsonl", synthetic(2, 0, "heldout"))
     with pytest.raises(SystemExit) as stopped:

@@ -98,7 +98,7 @@ def test_a_folder_that_transformers_wrote_loads(tmp_path, tied, shard):
     torch.manual_seed(0)
     peer = Qwen2ForCausalLM(Qwen2Config(
         vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, initializer_range=0.3, tie_word_embeddings=tied, rms_norm_eps=1e-5,
+        num_key_value_heads=2, initializer_range=0.3, tie_word_embeddings=tied, rms_norm_eps=0.1,
         rope_parameters={"rope_theta": 5e5, "rope_type": "default"})).eval()
     with torch.no_grad():
         for name, parameter in peer.named_parameters():
@@ -271,6 +271,13 @@ def test_a_config_of_another_model_is_one_clear_line(folder, changes, message):
     kept = {key: value for key, value in raw.items() if value is not None}
     (folder / "config.json").write_text(json.dumps(kept))
     assert_one_line_error(folder, rf"config\.json: .*{message}")
+
+
+def test_null_in_a_config_counts_as_absent(folder):
+    raw = json.loads((folder / "config.json").read_text())
+    raw |= {"head_dim": None, "rope_scaling": None, "initializer_range": None}
+    (folder / "config.json").write_text(json.dumps(raw))
+    assert ModelConfig.from_hf(folder) == config(initializer_range=0.02)
 
 
 def test_weights_that_are_missing_empty_or_truncated_are_one_clear_line(folder):

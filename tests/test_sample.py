@@ -94,6 +94,12 @@ def test_noise_is_uniform_and_uncorrelated_along_each_axis(axis):
         assert abs(correlation) < 5 / len(u) ** 0.5
 
 
+def test_noise_is_the_published_hash():
+    # SplitMix64 started at 0: its first three outputs
+    outputs = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
+    assert [int(fold(0, i)) % 2**64 for i in range(3)] == outputs
+
+
 def test_noise_differs_for_every_seed_sample_and_position():
     seeds, samples, positions = torch.arange(-20, 20), torch.arange(16), torch.arange(64)
     u = uniform(fold(seeds[:, None, None], samples[:, None]), positions)
@@ -157,6 +163,11 @@ def test_top_p_draws_from_the_smallest_set_that_reaches_the_mass(top_p):
         assert drawn <= wanted and all(probabilities[token] < 2**-13 for token in wanted - drawn)
         # Log-probs stay those of the whole softmax.
         torch.testing.assert_close(logp.double(), probabilities.log()[ids], atol=1e-5, rtol=0)
+
+
+def test_top_p_takes_no_more_than_it_needs_among_equals():
+    ids, _ = sample_tokens(torch.zeros(64, 4), 1.0, torch.linspace(0, 0.99, 64, dtype=torch.float64), 0.5)
+    assert set(ids.tolist()) == {0, 1}
 
 
 def test_top_p_keeps_the_proportions_of_what_it_keeps():
@@ -285,19 +296,27 @@ def test_a_cache_that_has_to_grow_gives_the_same_replies(sampled, monkeypatch):
     assert_same(draw(model, prompts, 5, **settings), wanted)
 
 
-def test_prompts_computed_in_parts_give_the_same_replies(sampled, monkeypatch):
+@pytest.fixture
+def forward_sizes(sampled):
+    """How many tokens each forward of the model takes."""
+    sizes = []
+    hook = sampled[0].register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    yield sizes
+    hook.remove()
+
+
+def test_each_prompt_is_computed_once_for_its_replies(sampled, forward_sizes):
+    model, prompts, settings, _ = sampled
+    draw(model, prompts, 5, **settings)
+    assert forward_sizes[0] == sum(map(len, prompts)) and forward_sizes[1] <= 65
+
+
+def test_prompts_computed_in_parts_give_the_same_replies(sampled, forward_sizes, monkeypatch):
     model, prompts, settings, wanted = sampled
     monkeypatch.setattr(sample, "PREFILL_TOKENS", 60)
     assert_same(draw(model, prompts, 5, **settings), wanted)
-
-
-def test_each_prompt_is_computed_once_for_its_replies(sampled, monkeypatch):
-    model, prompts, settings, _ = sampled
-    lengths = []
-    hook = model.register_forward_pre_hook(lambda _, inputs: lengths.append(len(inputs[0])))
-    draw(model, prompts, 5, **settings)
-    hook.remove()
-    assert lengths[0] == sum(map(len, prompts)) and lengths[1] <= 65
+    parts = [sum(forward_sizes[:i]) for i in range(len(forward_sizes))].index(sum(map(len, prompts)))
+    assert parts > 3 and max(forward_sizes[:parts]) <= 60
 
 
 # generate: greedy decoding, ends, the order of the rollouts.
@@ -376,7 +395,7 @@ def test_sampling_under_bf16_autocast_stays_near_fp32(sampled):
 
 
 @pytest.mark.parametrize(("prompts", "changes", "message"), [
-    ([[1], [2] * 21], {}, "prompt 1 has 21 tokens; .*max_new_tokens 12 .*32 positions leave room for 1 to 20"),
+    ([[1], [2] * 21], {}, "prompt 1 has 21 tokens; .* max_new_tokens 12 .* 32 positions .* 1 to 20"),
     ([[1], []], {}, "prompt 1 has 0 tokens"),
     ([[1, VOCAB]], {}, r"prompt 0 holds id 48, but the model's last is 47"),
     ([[1]], {"max_new_tokens": 0}, "max_new_tokens 0"),

@@ -1,11 +1,11 @@
-"""Speed, measured side by side with peers: `python tools/bench.py [NAME ...]`; without names, every benchmark.
+"""Speed, measured side by side with peers: `python tools/bench.py [NAME ...]`, by default every benchmark.
 
 Ours and the peer's run in turns in one process, after a warm-up of both; what counts is the ratio of each
-pair of neighbours, so that a machine that slows down slows both. One JSON file a benchmark goes to
-tools/results/, with versions and hardware. The peers come with `pip install -e .[dev]`.
+pair of neighbours, so that a machine that slows down slows both. Each benchmark writes one JSON file, with
+versions and hardware, to tools/results/. Peers: transformers, of the `dev` extra.
 
-A benchmark is a function of BENCHMARKS that returns (what is measured, the bar of the ratio, units of work a
-call, unit, ours, peer), the last two without arguments.
+A benchmark is a function that returns (bar of the ratio, units of work a call, name of the unit, ours,
+peer), the last two to be called without arguments; its docstring says what it measures.
 """
 
 import argparse
@@ -41,15 +41,15 @@ def rollouts():
         peer = Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     prompts = torch.randint(0, 2048, (P, prompt_tokens), generator=torch.Generator().manual_seed(0))
 
-    def run_ours():
+    def ours():
         generate(model, prompts.tolist(), G, max_new_tokens=reply_tokens, temperature=1.0, stop_ids=(),
                  seeds_P=prompt_seeds(0, 0, 0, P))
 
-    def run_peer():
-        peer.generate(prompts.repeat_interleave(G, 0), max_new_tokens=reply_tokens, min_new_tokens=reply_tokens,
-                      do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=0)
+    def theirs():
+        peer.generate(prompts.repeat_interleave(G, 0), max_new_tokens=reply_tokens, pad_token_id=0,
+                      min_new_tokens=reply_tokens, do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
 
-    return rollouts.__doc__, 1.7, P * G * reply_tokens, "tokens", run_ours, run_peer
+    return 1.7, P * G * reply_tokens, "tokens", ours, theirs
 
 
 BENCHMARKS = {"rollouts": rollouts}
@@ -58,7 +58,17 @@ BENCHMARKS = {"rollouts": rollouts}
 def seconds(run):
     began = time.perf_counter()
     run()
-    return time.perf_counter() - began
+    return round(time.perf_counter() - began, 4)
+
+
+def machine():
+    """Processor, threads and versions, as they go into the results."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return {"processor": (names or [platform.machine()])[0], "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(), "python": platform.python_version(),
+            **{package: version(package) for package in ("torch", "transformers")}}
 
 
 def main(argv=None):
@@ -68,35 +78,24 @@ def main(argv=None):
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args(argv)
     if unknown := set(args.names) - set(BENCHMARKS):
-        parser.error(f"no benchmark {min(unknown)}; there are {', '.join(BENCHMARKS)}")
+        parser.error(f"no benchmark {min(unknown)!r}; there are {', '.join(BENCHMARKS)}")
     torch.set_num_threads(args.threads)
-    machine = {"processor": processor(), "threads": args.threads, "cores": os.cpu_count(),
-               "python": platform.python_version()}
-    machine |= {package: version(package) for package in ("torch", "transformers")}
-    print(*(f"{key} {value}" for key, value in machine.items()), sep=", ")
+    print(*(f"{key} {value}" for key, value in machine().items()), sep=", ")
     for name in args.names or BENCHMARKS:
-        what, bar, work, unit, ours, peer = BENCHMARKS[name]()
-        seconds(ours), seconds(peer)
-        pairs = [(seconds(ours), seconds(peer)) for _ in range(args.pairs)]
-        ratios = sorted(theirs / own for own, theirs in pairs)
-        speeds = [work / median(column) for column in zip(*pairs, strict=True)]
-        print(f"\n{name}: {what}\n  ours {speeds[0]:,.0f} {unit}/s, peer {speeds[1]:,.0f} {unit}/s; ratio "
-              f"{median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f} in {len(pairs)} pairs; bar {bar})")
-        result = {"what": what, "bar": bar, "ratio_median": median(ratios), "ratios": ratios,
-                  "seconds_ours_peer": pairs, f"{unit}_per_second_ours_peer": speeds, "machine": machine,
-                  "command": f"python tools/bench.py {name} --pairs {args.pairs} --threads {args.threads}",
-                  "date": time.strftime("%Y-%m-%d")}
+        what = BENCHMARKS[name].__doc__
+        bar, work, unit, ours, theirs = BENCHMARKS[name]()
+        seconds(ours), seconds(theirs)
+        pairs = [(seconds(ours), seconds(theirs)) for _ in range(args.pairs)]
+        ratios = sorted(round(b / a, 3) for a, b in pairs)
+        speeds = [round(work / median(column)) for column in zip(*pairs, strict=True)]
+        print(f"\n{name}: {what}\n  {unit}/s: ours {speeds[0]:,}, peer {speeds[1]:,}: {median(ratios)} "
+              f"times as fast ({ratios[0]} to {ratios[-1]} in {len(pairs)} pairs; bar {bar})")
+        result = {"what": what, "date": time.strftime("%Y-%m-%d"), "machine": machine(),
+                  "bar": bar, "median_ratio": median(ratios), "ratios": ratios, "unit": f"{unit}/s",
+                  "ours": speeds[0], "peer": speeds[1], "pairs_of_seconds": pairs}
         file = ROOT / "tools" / "results" / f"{name}.json"
         file.parent.mkdir(exist_ok=True)
         file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-
-
-def processor():
-    """The name of the processor where the system tells it, else its architecture."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")),
-                platform.machine())
 
 
 if __name__ == "__main__":
