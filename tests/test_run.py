@@ -1,5 +1,6 @@
 """train.py as a whole, on the demo's base: the run folder, the console, resuming, and what it refuses."""
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -135,7 +136,7 @@ def test_sft_lowers_the_loss_and_keeps_only_so_many_checkpoints(files, tmp_path)
 def test_training_moves_weights_only_where_replies_earned_differently(files, tmp_path):
     """With a reward that nothing earns, every group is flat and the policy must not move."""
     write_jsonl(tmp_path / "never.jsonl", [
-        type(example)(**{**vars(example), "answer": [{"name": "no_such_tool", "arguments": {}}]})
+        dataclasses.replace(example, answer=[{"name": example.tools[0]["name"], "arguments": {"never": 1}}])
         for example in synthetic(8, 0, "train")])
     out = tmp_path / "flat"
     train.main(arguments(files, out, f"--data.train={tmp_path / 'never.jsonl'}", "--train.steps=2"))
