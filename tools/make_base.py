@@ -166,7 +166,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Make the base model of the demo from nothing.")
     parser.add_argument("--out", type=Path, default=Path("assets/tiny"))
     parser.add_argument("--work", type=Path, default=Path("runs/base"), help="emptied first")
-    parser.add_argument("--pretrain_steps", type=int, default=2000)
+    parser.add_argument("--pretrain_steps", type=int, default=4000)
     parser.add_argument("--sft_steps", type=int, default=600)
     args = parser.parse_args(argv)
     began = time.perf_counter()
