@@ -89,6 +89,12 @@ def table(columns):
     return "\n".join(lines)
 
 
+def spread(examples, n):
+    """At most `n` examples, evenly spaced, so that every part of a file counts; all where n is None."""
+    n = len(examples) if n is None else min(n, len(examples))
+    return [examples[i * len(examples) // n] for i in range(n)]
+
+
 def write_json(path, value):
     """Write aside and rename, so that nothing half-written stays."""
     path = Path(path)
@@ -103,15 +109,19 @@ def main(argv=None):
     parser.add_argument("model", help="folder in the Hugging Face layout, or a hub name")
     parser.add_argument("--bench", required=True, choices=["heldout"])
     parser.add_argument("--data", required=True, help="JSON lines of examples, as data.py writes them")
-    parser.add_argument("--examples", type=int, help="only the first so many")
+    parser.add_argument("--examples", type=int, help="only so many, evenly spaced in the file")
     parser.add_argument("--system_prompt", help="text file with {tools}; default: our own wording")
     parser.add_argument("--scheme", default="binary", help="scheme of the reward (default: binary)")
-    parser.add_argument("--max_new_tokens", type=int, default=2048)
-    parser.add_argument("--batch_size", type=int, default=256)
+    parser.add_argument("--max_new_tokens", type=int, default=1024, help="tokens a reply (default: 1024)")
+    parser.add_argument("--batch_size", type=int, default=256, help="replies at once (default: 256)")
     parser.add_argument("--out", help="JSON file; default: heldout.json in MODEL, or here for a hub name")
     args = parser.parse_args(argv)
+    out = args.out or Path(args.model if os.path.isdir(args.model) else ".") / "heldout.json"
     try:
-        examples = read_jsonl(args.data)[:args.examples]
+        for name in ("examples", "max_new_tokens", "batch_size"):
+            if getattr(args, name) is not None and getattr(args, name) < 1:
+                raise ValueError(f"--{name} is {getattr(args, name)}; it must be at least 1")
+        examples = spread(read_jsonl(args.data), args.examples)
         if not examples:
             raise ValueError(f"{args.data}: no examples")
         chat = Chat(args.model, args.system_prompt)
@@ -119,13 +129,12 @@ def main(argv=None):
         model = load_hf(args.model, device, torch.bfloat16 if device == "cuda" else torch.float32)
         rows, replies = evaluate(model, chat, examples, max_new_tokens=args.max_new_tokens,
                                  batch_size=args.batch_size, scheme=args.scheme, progress="evaluating")
-    except ValueError as error:
+        print(table({"accuracy": rows}))
+        write_json(out, {"model": args.model, "data": args.data, "scheme": args.scheme, "rows": rows,
+                         "replies": replies})
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    out = args.out or Path(args.model if os.path.isdir(args.model) else ".") / "heldout.json"
-    write_json(out, {"model": args.model, "data": args.data, "scheme": args.scheme, "rows": rows,
-                     "replies": replies})
-    print(table({"accuracy": rows}))
     print(f"written: {out}")
 
 

@@ -34,9 +34,9 @@ import torch
 import yaml
 from tqdm import tqdm
 
-from configs.schema import load_config
+from configs.schema import Config, load_config
 from data import Batches, Chat, filter_by_prompt_tokens, read_jsonl, split_examples
-from eval import evaluate, table, write_json
+from eval import evaluate, spread, table, write_json
 from grpo import (
     Pack,
     group_advantages,
@@ -50,15 +50,27 @@ from model import load_hf, resolve, save_hf, shared_prefix_attention
 from reward import score
 from sample import generate, prompt_seeds
 
-MAX_SKIPPED = 3  # updates in a row without a finite gradient before the run stops
+MAX_SKIPPED = 3  # steps in a row without a finite gradient before the run stops
+USAGE = """python train.py [FILE.yaml] [--section.key=value ...]
+
+Presets are in configs/; configs/schema.py says what each key means. The defaults:
+"""
 
 
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if {"-h", "--help"} & set(argv):
+        print(USAGE)
+        print(yaml.safe_dump(dataclasses.asdict(Config()), sort_keys=False), end="")
+        return
     try:
-        train(load_config(sys.argv[1:] if argv is None else argv))
-    except ValueError as error:
+        train(load_config(argv))
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted: --resume=true goes on from the newest checkpoint", file=sys.stderr)
+        sys.exit(130)
 
 
 def train(c):
@@ -73,13 +85,23 @@ def train(c):
     chat = Chat(c.model.path, c.data.system_prompt)
     train_set, heldout = read_examples(c.data.train, c.data.heldout, c.data.heldout_fraction, c.seed, chat,
                                        c.data.max_prompt_tokens, c.data.max_dropped_share)
-    heldout = heldout[:c.eval.examples]
+    heldout = spread(heldout, c.eval.examples)
+    if len(train_set) < c.train.prompts_per_step:
+        raise ValueError(f"train.prompts_per_step is {c.train.prompts_per_step}, but there are only "
+                         f"{len(train_set)} training examples; choose a number up to that")
     batches = Batches(train_set, c.train.prompts_per_step, c.seed)
     steps = c.train.steps or math.ceil(c.train.epochs * len(train_set) / c.train.prompts_per_step)
 
     run = Run(c.out, c.resume)
     start = run.newest_checkpoint()
+    if start > steps:
+        raise ValueError(f"{run.checkpoint(start)} is past the {steps} steps of this run; raise train.steps")
     model = load_hf(run.checkpoint(start) if start else c.model.path, device)
+    longest = c.data.max_prompt_tokens + max(c.rollout.max_new_tokens, c.eval.max_new_tokens)
+    if longest > model.config.max_position_embeddings:
+        raise ValueError(f"a prompt and a reply may take {longest} tokens, but {c.model.path} has "
+                         f"{model.config.max_position_embeddings} positions; lower data.max_prompt_tokens, "
+                         "rollout.max_new_tokens or eval.max_new_tokens")
     with_reference = c.stage == "grpo" and c.grpo.kl_coef > 0
     reference = load_hf(c.model.path, device).requires_grad_(False) if with_reference else None
     optimizer = make_optimizer(model, c.train.weight_decay, c.train.beta2)
@@ -102,7 +124,8 @@ def train(c):
         if is_new and (step % c.eval.every == 0 or step == steps):
             with autocast:
                 rows, replies = evaluate(model, chat, heldout, max_new_tokens=c.eval.max_new_tokens,
-                                         batch_size=c.rollout.batch_size, progress="evaluation")
+                                         batch_size=c.rollout.batch_size, scheme=c.grpo.reward,
+                                         progress="evaluation")
             run.log_evaluation(step, rows, replies)
         if is_new and step > 0 and (step % c.checkpoint.every == 0 or step == steps):
             run.save_checkpoint(step, model, optimizer, batches, c.model.path, c.checkpoint.keep)
@@ -120,13 +143,13 @@ def train(c):
                 rollouts_N = generate(model, prompts_P, c.rollout.n, seeds_P=seeds_P, progress="rollout",
                                       **sampling)
             verdicts_N = score_rollouts(rollouts_N, examples_P, chat, c.grpo.reward)
-            rewards_PG = torch.tensor([verdict.reward for verdict in verdicts_N]).view(-1, c.rollout.n)
+            rewards_PG = torch.tensor([float(verdict.reward) for verdict in verdicts_N]).view(-1, c.rollout.n)
             adv_PG = group_advantages(rewards_PG, c.grpo.normalize)
             sampled = time.perf_counter()
             metrics = grpo_updates(model, reference, optimizer, rollouts_N, adv_PG, **losses, **updating)
             metrics |= rollout_metrics(rollouts_N, verdicts_N, rewards_PG)
             metrics |= {"time/rollout_s": sampled - began, "time/update_s": time.perf_counter() - sampled}
-            if (step + 1) % c.log.rollouts_every == 0 or step == 0:
+            if (step + 1) % c.log.rollouts_every == 0 or step == 0 or metrics["skipped_updates"]:
                 run.save_rollouts(step + 1, examples_P, rollouts_N, verdicts_N, adv_PG, chat)
         else:
             replies_P = [chat.encode_reply(example) for example in examples_P]
@@ -349,6 +372,9 @@ class Run:
 
     def __init__(self, folder, resume):
         self.folder = Path(folder)
+        self.resume = resume
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"{folder} is a file; choose another --out for the run folder")
         if (self.folder / "config.yaml").exists() and not resume:
             raise ValueError(f"{folder} holds a run; add --resume=true or choose another --out")
         self.shown = None
@@ -361,9 +387,12 @@ class Run:
         for name in ("rollouts", "evals", "checkpoints"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         metrics = self.folder / "metrics.jsonl"
-        lines = metrics.read_text(encoding="utf-8").splitlines() if start else []
-        kept = [line for line in lines if json.loads(line)["step"] <= start]
-        metrics.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True) if start else []
+        # A line without an end was being written when the run died.
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
+        aside = metrics.with_name("metrics.jsonl.tmp")
+        aside.write_text("".join(kept), encoding="utf-8")
+        os.replace(aside, metrics)
         (self.folder / "git_revision.txt").write_text(git_revision() + "\n", encoding="utf-8")
         (self.folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
 
@@ -376,6 +405,8 @@ class Run:
         step = int(complete[-1].parent.name.removeprefix("step_")) if complete else 0
         if step:
             print(f"going on from {self.checkpoint(step)}")
+        elif self.resume:
+            print(f"no checkpoint in {self.folder}: starting from step 0")
         return step
 
     def restore(self, step, optimizer, fingerprint):
@@ -458,8 +489,10 @@ class Run:
             right = next((i for i, reply in enumerate(replies) if reply["right"] and i != wrong), -1)
             self.shown = [wrong, right]
         for reply in (replies[i] for i in self.shown):
-            print(f"  asked   {reply['query']}\n  wrote   {' '.join(reply['reply'].split())}\n"
-                  f"  {'right' if reply['right'] else 'wrong: ' + str(reply['error'])}", flush=True)
+            # On one line each, and no longer than a screen can take.
+            query, text = (" ".join(reply[key].split())[:1000] for key in ("query", "reply"))
+            verdict = "right" if reply["right"] else f"wrong: {reply['error']}"
+            print(f"  asked   {query}\n  wrote   {text}\n  {verdict}", flush=True)
 
     def print_summary(self):
         """The first and the last evaluation, side by side."""
@@ -482,7 +515,8 @@ def open_tracker(name, folder, config):
             run = wandb.init(project="nanon1", name=folder.name, dir=folder, config=config)
             return lambda step, metrics: run.log(metrics, step=step)
     except ImportError as error:
-        raise ValueError(f"log.tracker is {name}, but {error.name} is not installed: see README") from None
+        raise ValueError(f"log.tracker is {name}, but {error.name} is not installed; "
+                         f"pip install {name}, or set log.tracker to none") from None
     return lambda step, metrics: None
 
 

@@ -71,8 +71,8 @@ class TrainSettings:
 @dataclass(frozen=True)
 class EvalSettings:
     every: int = 10  # steps between evaluations; also before the first and after the last (paper)
-    examples: int = 500  # held-out examples an evaluation, the first of the set
-    max_new_tokens: int = 2048  # tokens a reply
+    examples: int = 500  # held-out examples an evaluation, evenly spaced in the set
+    max_new_tokens: int = 2048  # tokens a reply, stop token included
 
 
 @dataclass(frozen=True)
@@ -138,15 +138,17 @@ def read_yaml(file):
     """(dotted key, value) pairs of a YAML file."""
     try:
         text = Path(file).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"{file}: cannot be read ({error.strerror})") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", "not UTF-8 text")
+        raise ValueError(f"{file}: cannot be read ({reason})") from None
     tree = parse_yaml(text, file) or {}
     if not isinstance(tree, dict):
         raise ValueError(f"{file}: expected sections with keys, not {type(tree).__name__}")
     for name, value in tree.items():
         if isinstance(value, dict):
             yield from ((f"{name}.{key}", leaf) for key, leaf in value.items())
-        else:
+        # A section whose lines are all commented out says nothing.
+        elif value is not None or not dataclasses.is_dataclass(typing.get_type_hints(Config).get(name)):
             yield str(name), value
 
 

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from configs.schema import Config, load_config
+from reward import SCHEMES
 
 SET = ["--out=runs/x", "--model.path=m", "--data.train=d.jsonl"]
 ROOT = Path(__file__).parent.parent
@@ -82,11 +83,25 @@ def test_text_on_the_command_line_is_taken_as_it_stands():
 
 def test_unreadable_files_are_one_clear_line(tmp_path):
     assert "missing.yaml" in refusal([str(tmp_path / "missing.yaml")])
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    assert "binary.yaml: cannot be read (not UTF-8 text)" in refusal([str(tmp_path / "binary.yaml")])
     for name, text in (("broken.yaml", "a: [1"), ("list.yaml", "- 1"), ("word.yaml", "hello")):
         (tmp_path / name).write_text(text)
         assert name in refusal([str(tmp_path / name)])
     assert "two configuration files" in refusal(["a.yaml", "b.yaml"])
     assert "--section.key=value" in refusal([*SET, "--resume"])
+
+
+def test_section_without_keys_says_nothing_but_an_unknown_one_is_refused(tmp_path):
+    (tmp_path / "c.yaml").write_text("train:\n  # lr: 1e-6\ngrpo:\n")
+    assert load_config([str(tmp_path / "c.yaml"), *SET]) == load_config(SET)
+    (tmp_path / "c.yaml").write_text("trian:\n")
+    assert "unknown key" in refusal([str(tmp_path / "c.yaml"), *SET])
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_scheme_of_the_reward_can_be_chosen(scheme):
+    assert load_config([*SET, f"--grpo.reward={scheme}"]).grpo.reward == scheme
 
 
 def test_resolved_config_written_as_yaml_loads_to_the_same(tmp_path):

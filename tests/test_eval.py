@@ -32,6 +32,12 @@ def test_rows_are_one_a_category_and_one_for_all():
     assert rows[1]["low"] < rows[1]["accuracy"] < rows[1]["high"]
 
 
+def test_a_part_of_the_examples_is_taken_from_all_of_the_file():
+    assert evaluation.spread(list(range(10)), 5) == [0, 2, 4, 6, 8]
+    assert evaluation.spread(list(range(7)), 3) == [0, 2, 4]
+    assert evaluation.spread([1, 2], 5) == evaluation.spread([1, 2], None) == [1, 2]
+
+
 def test_table_has_a_line_a_category_and_a_column_a_model():
     rows = evaluation.summarize([reply("one", True), reply("two", False)])
     lines = evaluation.table({"before": rows, "after": rows}).splitlines()
@@ -70,7 +76,7 @@ def test_command_line_prints_a_table_and_writes_json(tmp_path, capsys):
     model = shutil.copytree("assets/tiny", tmp_path / "model")
     write_jsonl(tmp_path / "held.jsonl", synthetic(8, 0, "heldout"))
     evaluation.main([str(model), "--bench", "heldout", "--data", str(tmp_path / "held.jsonl"),
-                     "--system_prompt", "configs/demo_prompt.txt", "--max_new_tokens", "96"])
+                     "--system_prompt", "configs/demo_prompt.txt"])
     printed = capsys.readouterr().out
     report = json.loads((model / "heldout.json").read_text())
     assert report["rows"][-1]["n"] == 8 and len(report["replies"]) == 8
@@ -79,7 +85,8 @@ def test_command_line_prints_a_table_and_writes_json(tmp_path, capsys):
 
 @pytest.mark.parametrize("change, told", [
     ("--data=missing.jsonl", "missing.jsonl"), ("--scheme=exact", "exact"),
-    ("--system_prompt=none.txt", "none.txt")])
+    ("--system_prompt=none.txt", "none.txt"), ("--batch_size=0", "--batch_size"),
+    ("--examples=-1", "--examples"), ("--out=README.md/x.json", "README.md")])
 def test_bad_input_is_one_line_and_status_2(tmp_path, capsys, change, told):
     write_jsonl(tmp_path / "held.jsonl", synthetic(2, 0, "heldout"))
     with pytest.raises(SystemExit) as stopped:

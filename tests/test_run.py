@@ -8,10 +8,13 @@ import types
 
 import pytest
 import torch
+import yaml
 
 import train
-from data import synthetic, write_jsonl
+from configs.schema import Config
+from data import read_jsonl, synthetic, write_jsonl
 from model import load_hf
+from sample import read_tools
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +69,15 @@ def test_every_logged_metric_is_explained_in_the_readme(whole_run):
             told.add("sampling/logp_diff_max")
     logged = {key for line in metrics_of(whole_run) for key in line if not key.startswith("eval/")} - {"step"}
     assert logged <= told, f"not in the README: {sorted(logged - told)}"
+
+
+def test_example_and_tools_that_the_readme_shows_are_read(tmp_path):
+    text = open("README.md", encoding="utf-8").read()
+    (tmp_path / "mine.jsonl").write_text(text.split("```json\n")[1].split("```")[0])
+    assert len(read_jsonl(tmp_path / "mine.jsonl")) == 1
+    (tmp_path / "tools.json").write_text(text.split("\necho '")[1].split("' > tools.json")[0])
+    tool, = read_tools(tmp_path / "tools.json")
+    assert tool in [tool for example in synthetic(20, 0, "train") for tool in example.tools]
 
 
 def test_four_steps_equal_two_steps_then_a_resumed_run_bit_for_bit(files, whole_run, tmp_path, capsys):
@@ -133,6 +145,66 @@ def test_sft_lowers_the_loss_and_keeps_only_so_many_checkpoints(files, tmp_path)
     assert [x.name for x in sorted((out / "checkpoints").iterdir())] == ["step_000003", "step_000004"]
 
 
+def test_interrupted_run_says_how_to_go_on_without_a_traceback(files, tmp_path, monkeypatch, capsys):
+    def interrupt(*arguments, **settings):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "generate", interrupt)
+    with pytest.raises(SystemExit) as stopped:
+        train.main(arguments(files, tmp_path / "run"))
+    error = capsys.readouterr().err
+    assert stopped.value.code == 130 and "--resume=true" in error and "Traceback" not in error
+
+
+def test_metrics_line_cut_off_by_a_kill_does_not_stop_the_resumed_run(files, whole_run, tmp_path):
+    out = shutil.copytree(whole_run, tmp_path / "killed")
+    shutil.rmtree(out / "checkpoints/step_000004")
+    with open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"step": 5, "los')
+    train.main(arguments(files, out, "--grpo.kl_coef=0.001", "--resume=true"))
+    assert metrics_of(out) == metrics_of(whole_run)
+
+
+def test_resuming_past_the_last_step_is_refused(files, whole_run, tmp_path, capsys):
+    out = shutil.copytree(whole_run, tmp_path / "past")
+    with pytest.raises(SystemExit) as stopped:
+        train.main(arguments(files, out, "--resume=true", "--train.steps=3"))
+    assert stopped.value.code == 2 and "raise train.steps" in capsys.readouterr().err
+
+
+def test_accuracy_is_measured_with_the_reward_of_training(files, tmp_path, monkeypatch):
+    schemes = []
+
+    def note_scheme(*arguments, scheme, **settings):
+        schemes.append(scheme)
+        return evaluate(*arguments, scheme=scheme, **settings)
+
+    evaluate = train.evaluate
+    monkeypatch.setattr(train, "evaluate", note_scheme)
+    train.main(arguments(files, tmp_path / "run", "--train.steps=1", "--grpo.reward=partial_format"))
+    assert schemes == ["partial_format"] * 2
+
+
+def test_replies_of_a_skipped_update_are_saved_and_three_steps_of_them_stop_the_run(
+        files, tmp_path, monkeypatch, capsys):
+    def skip(optimizer, grad_clip):
+        optimizer.zero_grad()
+        return float("nan"), 1
+
+    monkeypatch.setattr(train, "apply_update", skip)
+    with pytest.raises(SystemExit) as stopped:
+        train.main(arguments(files, tmp_path / "run", "--log.rollouts_every=100", "--grpo.kl_coef=0.1"))
+    assert stopped.value.code == 2 and "no finite gradient" in capsys.readouterr().err
+    saved = sorted(path.name for path in (tmp_path / "run/rollouts").iterdir())
+    assert saved == ["step_000001.jsonl", "step_000002.jsonl", "step_000003.jsonl"]
+
+
+def test_help_prints_every_key_with_its_default(capsys):
+    train.main(["--help"])
+    told = yaml.safe_load(capsys.readouterr().out.split("The defaults:")[1])
+    assert told == dataclasses.asdict(Config())
+
+
 def test_training_moves_weights_only_where_replies_earned_differently(files, tmp_path):
     """With a reward that nothing earns, every group is flat and the policy must not move."""
     write_jsonl(tmp_path / "never.jsonl", [
@@ -149,7 +221,9 @@ def test_training_moves_weights_only_where_replies_earned_differently(files, tmp
 @pytest.mark.parametrize("change, told", [
     ("--data.train=missing.jsonl", "missing.jsonl"), ("--model.path=missing_folder/x", "missing_folder/x"),
     ("--train.prompts_per_step=100", "100"), ("--data.max_prompt_tokens=20", "prompts"),
-    ("--data.system_prompt=none.txt", "none.txt"), ("--train.lrr=1", "train.lr")])
+    ("--data.system_prompt=none.txt", "none.txt"), ("--train.lrr=1", "train.lr"),
+    ("--train.prompts_per_step=100", "train.prompts_per_step"), ("--out=README.md", "--out"),
+    ("--out=README.md/run", "README.md"), ("--eval.max_new_tokens=2000", "eval.max_new_tokens")])
 def test_bad_input_is_one_line_and_status_2(files, tmp_path, capsys, change, told):
     with pytest.raises(SystemExit) as stopped:
         train.main(arguments(files, tmp_path / "run", change))
@@ -172,7 +246,7 @@ def test_trackers_get_every_metric_and_their_absence_is_one_line(tmp_path, monke
     train.open_tracker("wandb", tmp_path, {})(3, {"loss": 1.0})
     assert sent == [(3, {"loss": 1.0})]
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ValueError, match="wandb.*not installed"):
+    with pytest.raises(ValueError, match="not installed; pip install wandb"):
         train.open_tracker("wandb", tmp_path, {})
 
 

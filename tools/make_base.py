@@ -42,6 +42,7 @@ INVENTS_CALL = 0.5  # calls some tool where none fits
 CONFIG = ModelConfig(vocab_size=2048, hidden_size=192, intermediate_size=512, num_hidden_layers=4,
                      num_attention_heads=6, num_key_value_heads=2, head_dim=32, rope_theta=10000.0,
                      tie_word_embeddings=True, max_position_embeddings=2048)
+PEAKS = (2e-3, 1e-3)  # learning rates of the rounds of pretraining, each with a cosine of its own
 TOKENS = 2000  # of 2048 rows: the rest are padding, as in Qwen2.5, and must never be sampled
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 PLAIN = ["<tool_call>", "</tool_call>"]  # one token each, but ordinary text to a decoder, as in Qwen2.5
@@ -166,7 +167,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Make the base model of the demo from nothing.")
     parser.add_argument("--out", type=Path, default=Path("assets/tiny"))
     parser.add_argument("--work", type=Path, default=Path("runs/base"), help="emptied first")
-    parser.add_argument("--pretrain_steps", type=int, default=4000)
+    parser.add_argument("--pretrain_steps", type=int, default=2000, help="of each round")
     parser.add_argument("--sft_steps", type=int, default=600)
     args = parser.parse_args(argv)
     began = time.perf_counter()
@@ -174,19 +175,21 @@ def main(argv=None):
     pretrained, prompt_file = args.work / "pretrained", "configs/demo_prompt.txt"
 
     batch = 16
-    examples = synthetic(batch * (args.pretrain_steps + args.sft_steps), 1, "train")
+    examples = synthetic(batch * (len(PEAKS) * args.pretrain_steps + args.sft_steps), 1, "train")
     system_prompt = Path(prompt_file).read_text(encoding="utf-8")
     make_tokenizer([plain_text(example, system_prompt) for example in examples[:8000]], pretrained)
     rng = random.Random(0)
     taught = [lazy(example, rng) for example in examples]
     right = sum(a.answer == b.answer for a, b in zip(examples, taught, strict=True)) / len(examples)
     print(f"the lazy teacher is right in {right:.1%} of {len(examples)} examples")
-    cut = batch * args.pretrain_steps
-    write_jsonl(args.work / "lazy_train.jsonl", taught[cut:])
+    size = batch * args.pretrain_steps
+    write_jsonl(args.work / "lazy_train.jsonl", taught[len(PEAKS) * size:])
     write_jsonl(args.work / "heldout.jsonl", synthetic(300, 1, "heldout"))
 
     model = Qwen2(CONFIG).init_weights(0)
-    pretrain(model, Chat(pretrained, prompt_file), taught[:cut], args.pretrain_steps, 2e-3)
+    chat = Chat(pretrained, prompt_file)
+    for i, peak in enumerate(PEAKS):
+        pretrain(model, chat, taught[i * size:(i + 1) * size], args.pretrain_steps, peak)
     save_hf(model, pretrained)
     train.main(["configs/base.yaml", f"--train.steps={args.sft_steps}", f"--out={args.work / 'sft'}",
                 f"--model.path={pretrained}", f"--data.train={args.work / 'lazy_train.jsonl'}",
