@@ -72,6 +72,8 @@ print(*(project["optional-dependencies"][extra] if extra else project["dependenc
 endef
 export REQUIREMENTS
 
+# bfcl-eval is the oracle of one test; its own requirements are the software kits of every vendor it covers,
+# none of which its checker needs.
 # Each stamp is touched last: what was interrupted is not taken as done, but done again.
 $(RUNTIME): $(VENV)/.made pyproject.toml $(LOCK)
 	@$(PY) -c "$$REQUIREMENTS" "" >$(VENV)/runtime.txt
@@ -81,6 +83,7 @@ $(RUNTIME): $(VENV)/.made pyproject.toml $(LOCK)
 $(DEV): $(RUNTIME)
 	@$(PY) -c "$$REQUIREMENTS" dev >$(VENV)/dev.txt
 	$(PIP_INSTALL) -r $(VENV)/dev.txt
+	$(PIP_INSTALL) --no-deps bfcl-eval
 	@touch $@
 
 # A .venv whose interpreter has gone, as after an upgrade of the system's Python, is made anew. Debian and

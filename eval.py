@@ -1,13 +1,15 @@
-"""Evaluation: greedy replies to held-out examples, scored by training's own reward, in one table and one
-JSON file.
+"""Evaluation: held-out examples, BFCL, API-Bank and ACEBench, each in one table and one JSON file.
 
-In:  a model, a tokenizer folder, examples. Out: for each category (an example's `source`) and for all of
-them: how many, the share of right replies with its 95 % confidence interval, the share of right formats and
-of right names.
+In:  a model and a benchmark's data, or existing outputs ({"id", "category", "calls"} a line) in its place.
+Out: accuracies by category with the benchmark's own averages, the paper's rows beside them, scores.json.
+
+Replies are greedy. Held-out examples are scored by training's own reward, with a 95 % confidence interval:
 
     interval = (p + z²/2n ± z √(p(1-p)/n + z²/4n²)) / (1 + z²/n),  z = 1.96         Wilson (1927)
 
-The public benchmarks are not here yet; they will be further values of --bench.
+The public benchmarks are scored as their official scorers do; the rules stand in benchmarks/, a module each.
+Their replies are written as they come, so an evaluation that was stopped goes on where it was, and what is
+missing counts as wrong and is told: a denominator never shrinks.
 """
 
 import argparse
@@ -19,12 +21,16 @@ from pathlib import Path
 
 import torch
 
-from data import Chat, read_jsonl
+from benchmarks import acebench, api_bank, bfcl
+from benchmarks.acebench import check_acebench as check_acebench
+from benchmarks.api_bank import check_api_bank as check_api_bank
+from benchmarks.bfcl import check_bfcl as check_bfcl
+from data import Chat, Example, read_jsonl
 from model import load_hf
 from reward import score
 from sample import generate
 
-
+BENCHES = {"bfcl": bfcl, "api_bank": api_bank, "acebench": acebench}
 def wilson(right, n, z=1.96):
     """The 95 % confidence interval (low, high) of a share of `right` in `n`; (0, 1) where n is 0."""
     if n == 0:
@@ -104,38 +110,249 @@ def write_json(path, value):
     os.replace(aside, path)
 
 
+# The public benchmarks.
+
+
+def answer_entries(model, chat, bench, entries, file, settings, *, max_new_tokens, batch_size):
+    """Greedy replies to the entries: {id: reply text}, from `file` where it has them, else generated.
+
+    `file` gets a line {"id", "category", "reply"} for each reply, after every batch; `settings` stands beside
+    it. ValueError where it holds the replies of other settings, or what is not a reply.
+    """
+    replies = read_replies(file, entries, settings)
+    prompts = {}
+    for entry in entries:
+        if entry.id not in replies:
+            tools, messages = bench.prompt(entry, settings["paper_prompt"])
+            prompts[entry.id] = chat.encode_prompt(Example(entry.id, entry.category, tools, messages, []))
+    # Prompts of like length share a batch; the longest come first, so that memory fails at once if it fails.
+    waiting = [entry for entry in entries if entry.id in prompts]
+    waiting.sort(key=lambda entry: len(prompts[entry.id]), reverse=True)
+    if replies:
+        print(f"{file}: {len(replies)} replies are there, {len(waiting)} to go", flush=True)
+    with open(file, "a", encoding="utf-8") as out:
+        for start in range(0, len(waiting), batch_size):
+            batch = waiting[start:start + batch_size]
+            rollouts = generate(model, [prompts[entry.id] for entry in batch], 1, temperature=0.0,
+                                max_new_tokens=max_new_tokens, stop_ids=chat.stop_ids,
+                                seeds_P=[0] * len(batch), vocab_size=chat.vocab_size, progress="replies")
+            for entry, rollout in zip(batch, rollouts, strict=True):
+                replies[entry.id] = chat.decode(rollout.ids)
+                line = {"id": entry.id, "category": entry.category, "reply": replies[entry.id]}
+                out.write(json.dumps(line, ensure_ascii=False) + "\n")
+            out.flush()
+            print(f"{min(start + batch_size, len(waiting))} of {len(waiting)} replies", flush=True)
+    return replies
+
+
+def read_replies(file, entries, settings):
+    """The replies that an evaluation with these settings left in `file`; a last line cut short goes."""
+    beside = file.with_name("settings.json")
+    if not beside.exists() or not file.exists():
+        write_json(beside, settings)
+        file.unlink(missing_ok=True)
+        return {}
+    earlier = json.loads(beside.read_text(encoding="utf-8"))
+    for key in settings:
+        if earlier.get(key) != settings[key]:
+            raise ValueError(f"{file} was made with {key} {earlier.get(key)!r}, not {settings[key]!r}; "
+                             "choose another --out, or remove it")
+    text = file.read_text(encoding="utf-8")
+    if not text.endswith("\n"):
+        text = text[:text.rfind("\n") + 1]
+        file.write_text(text, encoding="utf-8")
+    return {id: line["reply"] for id, line in read_outputs(file, entries, "reply").items()}
+
+
+def read_outputs(file, entries, key):
+    """{id: line} of a file of JSON lines with id and `key`. ValueError names file, line and id."""
+    categories = {entry.id: entry.category for entry in entries}
+    lines = {}
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: cannot be read as UTF-8 text ({error})") from None
+    for number, raw in enumerate(text.split("\n"), 1):
+        if not raw.strip():
+            continue
+        try:
+            line = json.loads(raw)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{file}:{number}: not JSON ({error}); is the line cut off?") from None
+        if not isinstance(line, dict) or not isinstance(line.get("id"), str) or key not in line:
+            raise ValueError(f'{file}:{number}: not an object with "id" and "{key}"')
+        id = line["id"]
+        if id not in categories:
+            raise ValueError(f"{file}:{number}: unknown id {id!r}; is it of this benchmark and version?")
+        if line.get("category", categories[id]) != categories[id]:
+            raise ValueError(f"{file}:{number}: {id!r} is of {categories[id]}, not {line['category']!r}")
+        if id in lines:
+            raise ValueError(f"{file}:{number}: the id {id!r} stands twice")
+        lines[id] = line
+    return lines
+
+
+def score_calls(bench, entries, calls):
+    """Verdicts of {id: calls}: {metric: {category: {id: (valid, reason)}}}, of the entries it has."""
+    metrics = getattr(bench, "METRICS", None)
+    verdicts = {}
+    for metric in metrics or ("official",):
+        of_metric = verdicts[metric] = {entry.category: {} for entry in entries}
+        for entry in entries:
+            if entry.id in calls:
+                extra = (metric,) if metrics else ()
+                of_metric[entry.category][entry.id] = bench.check(entry, calls[entry.id], *extra)
+    return verdicts
+
+
+def bench_table(rows_by_metric):
+    """A text table of {metric: rows of `summarize`}: a line a row, a column a metric, what is missing."""
+    first = next(iter(rows_by_metric.values()))
+    width = max(len(row["label"]) for row in first)
+    lines = [f"{'':<{width}}      n" + "".join(f"  {metric:>9}" for metric in rows_by_metric)]
+    for i, row in enumerate(first):
+        cells = "".join(f"  {100 * rows[i]['accuracy']:9.2f}" for rows in rows_by_metric.values())
+        covered = ""
+        if row["n"] < row["expected"]:
+            share = row["n"] / row["expected"]
+            covered = f"   only {row['n']} scored ({share:.1%}); the rest counts as wrong"
+        lines.append(f"{row['label']:<{width}}  {row['expected']:>5}{cells}{covered}")
+    return "\n".join(lines)
+
+
+def paper_table(name, rows_by_metric, model):
+    """The paper's figures with a row for this model, in percent."""
+    found = {metric: {row["label"]: 100 * row["accuracy"] for row in rows}
+             for metric, rows in rows_by_metric.items()}
+    if name == "bfcl":
+        rows = found["official"]
+        categories = [label for label in rows if label.startswith("simple")][:1] + [
+            "multiple", "parallel", "parallel_multiple", "live_simple", "live_multiple", "live_parallel",
+            "live_parallel_multiple", "Non-Live AST"]
+        ours = [rows["Simple AST"], *(rows[label] for label in categories[1:])]
+        lines = {label + ("" if label in bfcl.PAPER_LIVE_IS_AST_ONLY else " *"): row
+                 for label, row in bfcl.PAPER.items()}
+        lines[model] = [*ours, rows["Live AST"], rows["Overall"]]
+        lines[model + " *"] = [*ours, rows["Live, v3 leaderboard"], rows["Overall, v3 leaderboard"]]
+        heads = ("Simple", "Mult.", "Par.", "P.Mult.", "L-Sim.", "L-Mult.", "L-Par.", "L-P.M.",
+                 "NonLive", "Live", "Overall")
+        note = "* Live counts live_irrelevance and live_relevance, as the v3 leaderboard: compare * with *"
+    else:
+        label = {"api_bank": "All entries", "acebench": "Pooled"}[name]
+        lines = {who: [figure] for who, figure in BENCHES[name].PAPER.items()}
+        lines |= {f"{model}, {metric}": [rows[label]] for metric, rows in found.items()}
+        heads, note = ("accuracy",), f"the paper's protocol is not published; see benchmarks/{name}.py"
+    width = max(map(len, lines))
+    text = [f"{'':<{width}}" + "".join(f"  {head:>8}" for head in heads)]
+    text += [f"{who:<{width}}" + "".join(f"  {x:8.2f}" for x in figures) for who, figures in lines.items()]
+    return "\n".join([*text, note])
+
+
+# Command line.
+
+
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Score a model; prints one table, writes one JSON file.")
-    parser.add_argument("model", help="folder in the Hugging Face layout, or a hub name")
-    parser.add_argument("--bench", required=True, choices=["heldout"])
-    parser.add_argument("--data", required=True, help="JSON lines of examples, as data.py writes them")
-    parser.add_argument("--examples", type=int, help="only so many, evenly spaced in the file")
+    parser = argparse.ArgumentParser(description="Score a model or existing outputs: a table, a JSON file.")
+    parser.add_argument("model", nargs="?", help="folder in the Hugging Face layout, or a hub name")
+    parser.add_argument("--bench", required=True, choices=["heldout", *BENCHES])
+    parser.add_argument("--data", required=True, help="the benchmark's folder; heldout: a file of examples")
+    parser.add_argument("--score", metavar="FILE", help='lines {"id", "category", "calls"}; needs no model')
+    parser.add_argument("--out", type=Path, help="folder of results; default: BENCH in MODEL, or here")
+    parser.add_argument("--examples", type=int, help="only so many of each category, evenly spaced")
     parser.add_argument("--system_prompt", help="text file with {tools}; default: our own wording")
-    parser.add_argument("--scheme", default="binary", help="scheme of the reward (default: binary)")
+    parser.add_argument("--paper_prompt", action="store_true", help="leave out an entry's own system message")
+    parser.add_argument("--export_official", type=Path, metavar="DIR", help="bfcl: files for its own scorer")
+    parser.add_argument("--scheme", default="binary", help="heldout: scheme of the reward (default: binary)")
     parser.add_argument("--max_new_tokens", type=int, default=1024, help="tokens a reply (default: 1024)")
     parser.add_argument("--batch_size", type=int, default=256, help="replies at once (default: 256)")
-    parser.add_argument("--out", help="JSON file; default: heldout.json in MODEL, or here for a hub name")
     args = parser.parse_args(argv)
-    out = args.out or Path(args.model if os.path.isdir(args.model) else ".") / "heldout.json"
     try:
         for name in ("examples", "max_new_tokens", "batch_size"):
             if getattr(args, name) is not None and getattr(args, name) < 1:
                 raise ValueError(f"--{name} is {getattr(args, name)}; it must be at least 1")
-        examples = spread(read_jsonl(args.data), args.examples)
-        if not examples:
-            raise ValueError(f"{args.data}: no examples")
-        chat = Chat(args.model, args.system_prompt)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = load_hf(args.model, device, torch.bfloat16 if device == "cuda" else torch.float32)
-        rows, replies = evaluate(model, chat, examples, max_new_tokens=args.max_new_tokens,
-                                 batch_size=args.batch_size, scheme=args.scheme, progress="evaluating")
-        print(table({"accuracy": rows}))
-        write_json(out, {"model": args.model, "data": args.data, "scheme": args.scheme, "rows": rows,
-                         "replies": replies})
+        if args.bench in BENCHES:
+            evaluate_bench(args)
+        else:
+            evaluate_heldout(args)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def results_folder(args):
+    if args.out:
+        return args.out
+    return Path(args.model if args.model and os.path.isdir(args.model) else ".") / args.bench
+
+
+def load_model(args):
+    if not args.model:
+        raise ValueError("no model: name its folder or hub name first, or give existing outputs with --score")
+    chat = Chat(args.model, args.system_prompt)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return load_hf(args.model, device, torch.bfloat16 if device == "cuda" else torch.float32), chat
+
+
+def evaluate_heldout(args):
+    if args.score or args.export_official:
+        raise ValueError("--score and --export_official are for the public benchmarks, not for heldout")
+    examples = of_each(read_jsonl(args.data), args.examples, lambda example: example.source)
+    if not examples:
+        raise ValueError(f"{args.data}: no examples")
+    model, chat = load_model(args)
+    rows, replies = evaluate(model, chat, examples, max_new_tokens=args.max_new_tokens,
+                             batch_size=args.batch_size, scheme=args.scheme, progress="evaluation")
+    print(table({"accuracy": rows}))
+    out = results_folder(args) / "scores.json"
+    write_json(out, {"model": args.model, "data": args.data, "scheme": args.scheme, "rows": rows,
+                     "replies": replies})
     print(f"written: {out}")
+
+
+def evaluate_bench(args):
+    if args.export_official and args.bench != "bfcl":
+        raise ValueError("--export_official writes the result files of BFCL; use it with --bench bfcl")
+    if args.score and args.model:
+        raise ValueError("--score scores existing outputs; leave out the model")
+    bench = BENCHES[args.bench]
+    entries = of_each(bench.load(args.data), args.examples, lambda entry: entry.category)
+    folder = results_folder(args)
+    if args.score:
+        calls = {id: line["calls"] for id, line in read_outputs(args.score, entries, "calls").items()}
+    else:
+        model, chat = load_model(args)
+        settings = {"model": args.model, "bench": args.bench, "data": args.data,
+                    "paper_prompt": args.paper_prompt, "system_prompt": args.system_prompt,
+                    "max_new_tokens": args.max_new_tokens}
+        folder.mkdir(parents=True, exist_ok=True)
+        replies = answer_entries(model, chat, bench, entries, folder / "replies.jsonl", settings,
+                                 max_new_tokens=args.max_new_tokens, batch_size=args.batch_size)
+        calls = {id: bench.decode(reply) for id, reply in replies.items()}
+    verdicts = score_calls(bench, entries, calls)
+    rows = {metric: bench.summarize(of_metric) for metric, of_metric in verdicts.items()}
+    name = args.score or args.model
+    lines = [{"id": entry.id, "category": entry.category, "calls": calls[entry.id],
+              **{metric: verdicts[metric][entry.category][entry.id] for metric in verdicts}}
+             for entry in entries if entry.id in calls]
+    write_json(folder / "scores.json", {"model": name, "bench": args.bench, "data": args.data, "rows": rows,
+                                        "verdicts": lines})
+    if args.export_official:
+        outputs = {entry.category: {} for entry in entries}
+        for line in lines:
+            outputs[line["category"]][line["id"]] = line["calls"]
+        print(f"written: {len(bfcl.export_official(outputs, args.export_official))} official result files")
+    print(bench_table(rows))
+    print()
+    print(paper_table(args.bench, rows, Path(name).name))
+    print(f"\nwritten: {folder / 'scores.json'}")
+
+
+def of_each(items, n, category):
+    """At most n items of each category, evenly spaced; all where n is None."""
+    groups = {}
+    for item in items:
+        groups.setdefault(category(item), []).append(item)
+    return [item for group in groups.values() for item in spread(group, n)]
 
 
 if __name__ == "__main__":

@@ -149,7 +149,7 @@ def _strict_calls(text):
     if len(payload.encode()) > MAX_BYTES:
         raise ValueError(f"the payload has more than {MAX_BYTES} bytes")
     hooks = {"object_pairs_hook": _unique_keys, "parse_float": _finite, "parse_constant": _finite}
-    return _check_calls(_loads(payload, MAX_DEPTH, MAX_DIGITS, **hooks), "reply")
+    return _check_calls(loads_within(payload, MAX_DEPTH, MAX_DIGITS, **hooks), "reply")
 
 
 def _official_calls(reply):
@@ -161,9 +161,9 @@ def _official_calls(reply):
         at = end + len(END_CALL)
     if payload is None or THINK not in text or END_THINK not in text:
         raise ValueError(f"the reply lacks {THINK}, {END_THINK} or a whole {CALL}...{END_CALL}")
-    calls = _loads(payload.strip(), OFFICIAL_DEPTH, OFFICIAL_DIGITS)
+    calls = loads_within(payload.strip(), OFFICIAL_DEPTH, OFFICIAL_DIGITS)
     if isinstance(calls, str):
-        calls = _loads(calls, OFFICIAL_DEPTH, OFFICIAL_DIGITS)
+        calls = loads_within(calls, OFFICIAL_DEPTH, OFFICIAL_DIGITS)
     calls = [calls] if isinstance(calls, dict) else calls
     # A string inside the string is walked like a list there: only the empty one has nothing wrong in it.
     if not isinstance(calls, (list, str)) or any(type(c) is not dict or _FIELDS - c.keys() for c in calls):
@@ -171,7 +171,7 @@ def _official_calls(reply):
     return list(calls)
 
 
-def _loads(payload, max_depth, max_digits, **hooks):
+def loads_within(payload, max_depth, max_digits, **hooks):
     """json.loads within limits; depth is measured before, as the parser recurses."""
 
     def parse_int(text):

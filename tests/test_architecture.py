@@ -23,7 +23,13 @@ BUDGETS = {
     "eval.py": 550,
     "train.py": 650,
     "configs/schema.py": 250,
+    "benchmarks/__init__.py": 20,
+    "benchmarks/acebench.py": 450,
+    "benchmarks/api_bank.py": 450,
+    "benchmarks/bfcl.py": 450,
+    "benchmarks/bfcl_languages.py": 450,
 }
+CHECKERS = sorted(name for name in BUDGETS if name.startswith("benchmarks/"))
 PRODUCT = sorted(BUDGETS)
 TOP_LEVEL = sorted(name for name in BUDGETS if "/" not in name)
 PRESETS = sorted(f"configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml"))
@@ -35,12 +41,13 @@ MAY_IMPORT = {
     "grpo.py": set(),
     "data.py": {"reward"},
     "sample.py": {"model"},
-    "eval.py": {"model", "data", "reward", "sample"},
+    "eval.py": {"model", "data", "reward", "sample", "benchmarks"},
     "train.py": {"model", "data", "reward", "sample", "grpo", "eval"},
     "configs/schema.py": set(),
+    **dict.fromkeys(CHECKERS, {"reward", "benchmarks"}),
 }
 MAIN_MAY_ALSO_IMPORT = {"sample.py": {"data", "reward"}}  # the command line of sample.py, not generate()
-OWN_MODULES = {Path(name).stem for name in TOP_LEVEL} | {"configs", "tests", "tools"}
+OWN_MODULES = {Path(name).stem for name in TOP_LEVEL} | {"benchmarks", "configs", "tests", "tools"}
 
 SIX_PACKAGES = {"torch", "safetensors", "tokenizers", "numpy", "triton", "pyyaml"}
 # What can be imported on every platform: triton has wheels for Linux only; tokenizers brings the last two.
@@ -174,8 +181,14 @@ def test_only_runtime_packages_are_imported_and_those_some_machines_lack_only_wh
             assert package in ANYWHERE, f"{name} imports {package}, which is not a runtime dependency"
 
 
-def test_reward_is_pure_python():
+def test_reward_and_the_checkers_are_pure_python():
     assert imported_packages("reward.py") <= sys.stdlib_module_names
+    for name in CHECKERS:
+        assert imported_packages(name) <= sys.stdlib_module_names | {"reward", "benchmarks"}, name
+
+
+def test_every_benchmark_module_is_under_these_rules():
+    assert CHECKERS == sorted(relative(path) for path in (ROOT / "benchmarks").rglob("*.py"))
 
 
 def test_the_runtime_packages_are_exactly_six():

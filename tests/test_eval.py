@@ -78,7 +78,7 @@ def test_command_line_prints_a_table_and_writes_json(tmp_path, capsys):
     evaluation.main([str(model), "--bench", "heldout", "--data", str(tmp_path / "held.jsonl"),
                      "--system_prompt", "configs/demo_prompt.txt"])
     printed = capsys.readouterr().out
-    report = json.loads((model / "heldout.json").read_text())
+    report = json.loads((model / "heldout/scores.json").read_text())
     assert report["rows"][-1]["n"] == 8 and len(report["replies"]) == 8
     assert f"{100 * report['rows'][-1]['accuracy']:.1f}" in printed
 
