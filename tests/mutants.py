@@ -189,7 +189,7 @@ def run_tests(tests, file=None, old=None, new=None):
         copy = Path(folder)
         for path in [*ROOT.glob("*.py"), ROOT / "pyproject.toml"]:
             shutil.copy(path, copy)
-        for name in ("configs", "tests"):
+        for name in ("benchmarks", "configs", "tests"):
             shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
         if file:
             text = (copy / file).read_text(encoding="utf-8")
