@@ -152,9 +152,20 @@ def read_yaml(file):
             yield str(name), value
 
 
+class StrictLoader(yaml.SafeLoader):
+    """YAML as usual, but a key that stands twice is an error and not the last one's."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{key} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def parse_yaml(text, where):
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, StrictLoader)
     except yaml.YAMLError as error:
         raise ValueError(f"{where}: not valid YAML ({' '.join(str(error).split())})") from None
 

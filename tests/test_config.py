@@ -85,7 +85,9 @@ def test_unreadable_files_are_one_clear_line(tmp_path):
     assert "missing.yaml" in refusal([str(tmp_path / "missing.yaml")])
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     assert "binary.yaml: cannot be read (not UTF-8 text)" in refusal([str(tmp_path / "binary.yaml")])
-    for name, text in (("broken.yaml", "a: [1"), ("list.yaml", "- 1"), ("word.yaml", "hello")):
+    for name, text in (
+            ("broken.yaml", "a: [1"), ("twice.yaml", "train: {lr: 1.0, lr: 2.0}"),
+            ("list.yaml", "- 1"), ("word.yaml", "hello")):
         (tmp_path / name).write_text(text)
         assert name in refusal([str(tmp_path / name)])
     assert "two configuration files" in refusal(["a.yaml", "b.yaml"])

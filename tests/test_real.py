@@ -42,7 +42,15 @@ def real_examples(real_data, tmp_path_factory):
 
 
 def test_two_grpo_steps_on_real_prompts_then_the_checkpoint_loads_and_is_evaluated(
-        qwen_folder, real_examples, tmp_path, capsys):
+        qwen_folder, real_examples, tmp_path, capsys, monkeypatch):
+    """A random model earns nothing, so what its replies are paid here is another thing: an even length."""
+    score, verdicts = train.score, []
+
+    def pay_even_lengths(reply, answer, scheme):
+        verdicts.append(score(reply, answer, scheme))
+        return verdicts[-1]._replace(reward=float(len(reply) % 2 == 0))
+
+    monkeypatch.setattr(train, "score", pay_even_lengths)
     out = tmp_path / "run"
     train.main([f"--out={out}", f"--model.path={qwen_folder}", f"--data.train={real_examples}",
                 "--train.steps=2", "--train.prompts_per_step=4", "--train.updates_per_step=2",
@@ -53,10 +61,9 @@ def test_two_grpo_steps_on_real_prompts_then_the_checkpoint_loads_and_is_evaluat
     steps = [line for line in lines if "reward/mean" in line]
     assert [line["step"] for line in steps] == [1, 2]
     for line in steps:
-        # A random model earns nothing: no advantage, and at step 1 no distance from the reference either.
-        assert line["reward/mean"] == 0 and line["reward/all_zero"] == 1
-        assert line["sampling/logp_diff_max"] < 1e-3
-    assert steps[0]["kl"] == 0 and steps[0]["ratio/dev_first"] == 0
+        assert line["sampling/logp_diff_max"] < 1e-3 and line["ratio/dev_first"] == 0
+        assert 0 < line["reward/mean"] < 1 and line["grad_norm"] > 0 and line["updates"] == 2
+    assert len(verdicts) == 16 and all(verdict.reward == 0 and verdict.error for verdict in verdicts)
 
     sources = set()
     for step in (1, 2):
@@ -70,6 +77,7 @@ def test_two_grpo_steps_on_real_prompts_then_the_checkpoint_loads_and_is_evaluat
     ours = load_hf(checkpoint)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
     assert torch.equal(ours.embed_tokens.weight, theirs.model.embed_tokens.weight)
+    assert not torch.equal(ours.embed_tokens.weight, load_hf(qwen_folder).embed_tokens.weight)
     capsys.readouterr()
     evaluate_main([str(checkpoint), "--bench", "heldout", "--data", str(real_examples), "--examples", "2",
                    "--max_new_tokens", "4"])
