@@ -126,6 +126,11 @@ def answer_entries(model, chat, bench, entries, file, settings, *, max_new_token
             tools, messages = bench.prompt(entry, settings["paper_prompt"])
             prompts[entry.id] = chat.encode_prompt(Example(entry.id, entry.category, tools, messages, []))
     # Prompts of like length share a batch; the longest come first, so that memory fails at once if it fails.
+    room = model.config.max_position_embeddings - max_new_tokens
+    long = [id for id, prompt in prompts.items() if len(prompt) > room]
+    if long:
+        raise ValueError(f"{len(long)} of {len(prompts)} prompts, {long[0]} the first, have more than the "
+                         f"{room} tokens that the model's positions leave beside --max_new_tokens")
     waiting = [entry for entry in entries if entry.id in prompts]
     waiting.sort(key=lambda entry: len(prompts[entry.id]), reverse=True)
     if replies:
