@@ -115,11 +115,11 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(H * E, D, bias=False)
 
     def forward(self, x_TD, cos, sin, layer, attend):
-        T, E = len(x_TD), self.head_dim
-        q_THE = rotate(self.q_proj(x_TD).view(T, -1, E), cos, sin)
-        k_TKE = rotate(self.k_proj(x_TD).view(T, -1, E), cos, sin)
-        v_TKE = self.v_proj(x_TD).view(T, -1, E)
-        return self.o_proj(attend(layer, q_THE, k_TKE, v_TKE).reshape(T, -1))
+        E = self.head_dim
+        q_THE = rotate(self.q_proj(x_TD).unflatten(1, (-1, E)), cos, sin)
+        k_TKE = rotate(self.k_proj(x_TD).unflatten(1, (-1, E)), cos, sin)
+        v_TKE = self.v_proj(x_TD).unflatten(1, (-1, E))
+        return self.o_proj(attend(layer, q_THE, k_TKE, v_TKE).flatten(1))
 
 
 class MLP(nn.Module):
@@ -223,7 +223,7 @@ def shared_prefix_attention(groups):
                 q, k, v = next(parts)
                 mask_RS = torch.ones(R, P + R, dtype=torch.bool, device=q.device).tril(P)
                 out.append(sdpa(q, torch.cat((k_prompt, k)), torch.cat((v_prompt, v)), mask_RS))
-        return torch.cat(out)
+        return torch.cat(out) if out else q_THE  # a pack of nothing, with a graph
 
     return attend
 
@@ -237,7 +237,8 @@ def resolve(path):
         return Path(path)
     from huggingface_hub import snapshot_download
     try:
-        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "merges.txt"]))
+        patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
+        return Path(snapshot_download(str(path), allow_patterns=patterns))
     except (ValueError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{path}: no local folder, and the hub gave no such model ({reason})") from None

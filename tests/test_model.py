@@ -448,3 +448,12 @@ def test_the_head_is_the_embedding_where_tied_and_its_own_where_not():
     assert tied.head_weight() is tied.embed_tokens.weight
     assert untied.head_weight() is untied.lm_head.weight
     assert tied.head_weight().shape == untied.head_weight().shape == (50, 32)
+
+
+def test_a_pack_of_nothing_goes_through_and_has_a_graph():
+    model = Qwen2(ModelConfig(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=2,
+                              num_attention_heads=2, num_key_value_heads=1, head_dim=4)).init_weights(0)
+    nothing = torch.empty(0, dtype=torch.int64)
+    hidden_TD = model(nothing, nothing, shared_prefix_attention([]))
+    hidden_TD.sum().backward()
+    assert hidden_TD.shape == (0, 8) and model.embed_tokens.weight.grad.abs().sum() == 0
