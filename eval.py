@@ -41,6 +41,13 @@ def wilson(right, n, z=1.96):
     return max(0.0, (middle - spread) / (1 + z * z / n)), min(1.0, (middle + spread) / (1 + z * z / n))
 
 
+def generate_greedily(model, chat, prompts, max_new_tokens, batch_size, progress):
+    """One greedy rollout a prompt; it draws no noise, so its seeds say nothing."""
+    return generate(model, prompts, 1, max_new_tokens=max_new_tokens, temperature=0.0, stop_ids=chat.stop_ids,
+                    seeds_P=[0] * len(prompts), vocab_size=chat.vocab_size, batch_size=batch_size,
+                    progress=progress)
+
+
 def evaluate(model, chat, examples, *, max_new_tokens, batch_size=256, scheme="binary", progress=None):
     """Greedy replies to `examples`. Returns (rows, replies).
 
@@ -49,9 +56,7 @@ def evaluate(model, chat, examples, *, max_new_tokens, batch_size=256, scheme="b
     its reward is 1.
     """
     prompts = [chat.encode_prompt(example) for example in examples]
-    rollouts = generate(model, prompts, 1, max_new_tokens=max_new_tokens, temperature=0.0,
-                        stop_ids=chat.stop_ids, seeds_P=[0] * len(prompts), vocab_size=chat.vocab_size,
-                        batch_size=batch_size, progress=progress)
+    rollouts = generate_greedily(model, chat, prompts, max_new_tokens, batch_size, progress)
     replies = []
     for example, rollout in zip(examples, rollouts, strict=True):
         text = chat.decode(rollout.ids)
@@ -125,12 +130,12 @@ def answer_entries(model, chat, bench, entries, file, settings, *, max_new_token
         if entry.id not in replies:
             tools, messages = bench.prompt(entry, settings["paper_prompt"])
             prompts[entry.id] = chat.encode_prompt(Example(entry.id, entry.category, tools, messages, []))
-    # Prompts of like length share a batch; the longest come first, so that memory fails at once if it fails.
     room = model.config.max_position_embeddings - max_new_tokens
     long = [id for id, prompt in prompts.items() if len(prompt) > room]
     if long:
         raise ValueError(f"{len(long)} of {len(prompts)} prompts, {long[0]} the first, have more than the "
                          f"{room} tokens that the model's positions leave beside --max_new_tokens")
+    # Prompts of like length share a batch; the longest come first, so that memory fails at once if it fails.
     waiting = [entry for entry in entries if entry.id in prompts]
     waiting.sort(key=lambda entry: len(prompts[entry.id]), reverse=True)
     if replies:
@@ -138,9 +143,8 @@ def answer_entries(model, chat, bench, entries, file, settings, *, max_new_token
     with open(file, "a", encoding="utf-8") as out:
         for start in range(0, len(waiting), batch_size):
             batch = waiting[start:start + batch_size]
-            rollouts = generate(model, [prompts[entry.id] for entry in batch], 1, temperature=0.0,
-                                max_new_tokens=max_new_tokens, stop_ids=chat.stop_ids,
-                                seeds_P=[0] * len(batch), vocab_size=chat.vocab_size, progress="replies")
+            rollouts = generate_greedily(model, chat, [prompts[entry.id] for entry in batch],
+                                         max_new_tokens, batch_size, "replies")
             for entry, rollout in zip(batch, rollouts, strict=True):
                 replies[entry.id] = chat.decode(rollout.ids)
                 line = {"id": entry.id, "category": entry.category, "reply": replies[entry.id]}
@@ -153,10 +157,12 @@ def answer_entries(model, chat, bench, entries, file, settings, *, max_new_token
 def read_replies(file, entries, settings):
     """The replies that an evaluation with these settings left in `file`; a last line cut short goes."""
     beside = file.with_name("settings.json")
-    if not beside.exists() or not file.exists():
+    if not file.exists():
         write_json(beside, settings)
-        file.unlink(missing_ok=True)
         return {}
+    if not beside.exists():
+        raise ValueError(f"{file} has no {beside.name} beside it, so what made it is unknown; choose another "
+                         "--out, or remove it")
     earlier = json.loads(beside.read_text(encoding="utf-8"))
     for key in settings:
         if earlier.get(key) != settings[key]:
@@ -199,14 +205,12 @@ def read_outputs(file, entries, key):
 
 def score_calls(bench, entries, calls):
     """Verdicts of {id: calls}: {metric: {category: {id: (valid, reason)}}}, of the entries it has."""
-    metrics = getattr(bench, "METRICS", None)
     verdicts = {}
-    for metric in metrics or ("official",):
+    for metric in bench.METRICS:
         of_metric = verdicts[metric] = {entry.category: {} for entry in entries}
         for entry in entries:
             if entry.id in calls:
-                extra = (metric,) if metrics else ()
-                of_metric[entry.category][entry.id] = bench.check(entry, calls[entry.id], *extra)
+                of_metric[entry.category][entry.id] = bench.check(entry, calls[entry.id], metric)
     return verdicts
 
 
@@ -231,10 +235,9 @@ def paper_table(name, rows_by_metric, model):
              for metric, rows in rows_by_metric.items()}
     if name == "bfcl":
         rows = found["official"]
-        categories = [label for label in rows if label.startswith("simple")][:1] + [
-            "multiple", "parallel", "parallel_multiple", "live_simple", "live_multiple", "live_parallel",
-            "live_parallel_multiple", "Non-Live AST"]
-        ours = [rows["Simple AST"], *(rows[label] for label in categories[1:])]
+        ours = [rows[label] for label in (
+            "Simple AST", "multiple", "parallel", "parallel_multiple", "live_simple", "live_multiple",
+            "live_parallel", "live_parallel_multiple", "Non-Live AST")]
         lines = {label + ("" if label in bfcl.PAPER_LIVE_IS_AST_ONLY else " *"): row
                  for label, row in bfcl.PAPER.items()}
         lines[model] = [*ours, rows["Live AST"], rows["Overall"]]

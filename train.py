@@ -82,7 +82,8 @@ def train(c):
     bf16 = c.model.precision == "bf16" or (c.model.precision == "auto" and has_bf16)
     autocast = torch.autocast(device, torch.bfloat16) if bf16 else contextlib.nullcontext()
 
-    chat = Chat(c.model.path, c.data.system_prompt)
+    base = resolve(c.model.path)
+    chat = Chat(base, c.data.system_prompt)
     train_set, heldout = read_examples(c.data.train, c.data.heldout, c.data.heldout_fraction, c.seed, chat,
                                        c.data.max_prompt_tokens, c.data.max_dropped_share)
     heldout = spread(heldout, c.eval.examples)
@@ -96,14 +97,14 @@ def train(c):
     start = run.newest_checkpoint()
     if start > steps:
         raise ValueError(f"{run.checkpoint(start)} is past the {steps} steps of this run; raise train.steps")
-    model = load_hf(run.checkpoint(start) if start else c.model.path, device)
+    model = load_hf(run.checkpoint(start) if start else base, device)
     longest = c.data.max_prompt_tokens + max(c.rollout.max_new_tokens, c.eval.max_new_tokens)
     if longest > model.config.max_position_embeddings:
         raise ValueError(f"a prompt and a reply may take {longest} tokens, but {c.model.path} has "
                          f"{model.config.max_position_embeddings} positions; lower data.max_prompt_tokens, "
                          "rollout.max_new_tokens or eval.max_new_tokens")
     with_reference = c.stage == "grpo" and c.grpo.kl_coef > 0
-    reference = load_hf(c.model.path, device).requires_grad_(False) if with_reference else None
+    reference = load_hf(base, device).requires_grad_(False) if with_reference else None
     optimizer = make_optimizer(model, c.train.weight_decay, c.train.beta2)
     if start:
         batches.cursor = run.restore(start, optimizer, batches.fingerprint)
@@ -128,7 +129,7 @@ def train(c):
                                          progress="evaluation")
             run.log_evaluation(step, rows, replies)
         if is_new and step > 0 and (step % c.checkpoint.every == 0 or step == steps):
-            run.save_checkpoint(step, model, optimizer, batches, c.model.path, c.checkpoint.keep)
+            run.save_checkpoint(step, model, optimizer, batches, base, c.checkpoint.keep)
         if step == steps:
             break
 
@@ -426,8 +427,8 @@ class Run:
         save_hf(model, aside)
         for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "vocab.json",
                      "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"):
-            if (resolve(base) / name).exists():
-                shutil.copyfile(resolve(base) / name, aside / name)
+            if (base / name).exists():
+                shutil.copyfile(base / name, aside / name)
         torch.save({"optimizer": optimizer.state_dict(), "cursor": batches.cursor,
                     "fingerprint": batches.fingerprint}, aside / "training.pt")
         files = {file.name: file.stat().st_size for file in sorted(aside.iterdir())}

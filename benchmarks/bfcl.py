@@ -49,6 +49,7 @@ V3 = {"simple": 400, "java": 100, "javascript": 50, "multiple": 200, "parallel":
 V4_NAMES = {"simple": "simple_python", "java": "simple_java", "javascript": "simple_javascript"}
 V4 = {V4_NAMES.get(name, name): n for name, n in V3.items()} | {"live_irrelevance": 884, "live_relevance": 16}
 COUNTS = {"v3": V3, "v4": V4}
+METRICS = ("official",)
 
 # Table 1 in percent: Simple, Multiple, Parallel, Parallel Multiple, those four live, Non-live, Live, Overall.
 PAPER = {
@@ -164,8 +165,9 @@ def _are_calls(calls):
 
 
 # ---- verdicts
-def check(entry, calls):
-    """(whether the calls are right, "" or why not); calls is any JSON value, None: could not be decoded."""
+def check(entry, calls, metric="official"):
+    """(whether the calls are right, "" or why not); calls is any JSON value, None: could not be decoded.
+    metric: one of METRICS, as in the other benchmarks; here there is only one."""
     return check_bfcl(entry.functions, calls, entry.answer, language_of(entry.category), entry.category)
 
 

@@ -117,6 +117,14 @@ def test_generating_goes_on_where_it_was_stopped(real_data, toy, tmp_path, capsy
     assert "3 replies are there" in capsys.readouterr().out
 
 
+def test_replies_of_unknown_origin_are_refused_and_kept(real_data, toy, tmp_path, capsys):
+    words = [toy, "--bench=api_bank", "--data", real_data / DATA["api_bank"], "--examples=1",
+             "--out", tmp_path]
+    (tmp_path / "replies.jsonl").write_text("kept")
+    assert "settings.json" in refusal(capsys, *words)
+    assert (tmp_path / "replies.jsonl").read_text() == "kept"
+
+
 def test_prompts_that_the_model_cannot_take_are_told_at_once(real_data, tmp_path, capsys):
     error = refusal(capsys, "assets/tiny", "--bench=acebench", "--data", real_data / DATA["acebench"],
                     "--examples=1", "--out", tmp_path, "--max_new_tokens=1500")
