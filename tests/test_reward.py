@@ -846,3 +846,12 @@ def oracle(reply, answer, scheme):
     if scheme == "binary_no_reasoning":
         return int(right)
     return 0.2 * reasoning + (0.8 if right else 0.2 if named and scheme == "partial_format_names" else 0)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_letter_case_counts_in_names_keys_and_values(scheme):
+    answer = [{"name": "f", "arguments": {"a": "x"}}]
+    for calls in ([{"name": "F", "arguments": {"a": "x"}}], [{"name": "f", "arguments": {"A": "x"}}],
+                  [{"name": "f", "arguments": {"a": "X"}}]):
+        assert score(format_reply(answer), answer, scheme).reward == 1
+        assert score(format_reply(calls), answer, scheme).reward < 1
