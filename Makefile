@@ -1,5 +1,6 @@
-# make demo      GRPO from assets/tiny on two CPU cores, then held-out accuracy before and after; each time into
-#                a new folder below runs/ (ARGS="--seed=1 --train.steps=20" goes to train.py)
+# make demo      GRPO from assets/tiny on two CPU cores, then held-out accuracy before and after; fails where too
+#                little was gained. Each time into a new folder (ARGS="--seed=1 --train.steps=20" goes to train.py)
+# make demo-control   as many minutes of imitation in place of RL, compared with the newest run of make demo
 # make base      how assets/tiny is made: tokenizer, synthetic data, SFT from random weights
 # make test      the tests (PYTEST_ARGS="-k grpo -x" goes to pytest)
 # make check     ruff, then the tests
@@ -27,13 +28,20 @@ RUNTIME := $(VENV)/.runtime-installed
 DEV := $(VENV)/.dev-installed
 PIP_INSTALL := $(PY) -m pip install --disable-pip-version-check $(addprefix -c ,$(LOCK))
 
-.PHONY: help demo base test check mutants
+.PHONY: help demo demo-control base test check mutants
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
+demo: OUT := runs/demo-$(shell date +%Y%m%d-%H%M%S)
 demo: $(RUNTIME) runs/data/demo_train.jsonl runs/data/demo_heldout.jsonl
-	$(PY) train.py configs/demo.yaml --out=runs/demo-$$(date +%Y%m%d-%H%M%S) $(ARGS)
+	$(PY) train.py configs/demo.yaml --out=$(OUT) $(ARGS)
+	@$(PY) tools/demo.py judge $(OUT)
+
+demo-control: DEMO = $(lastword $(sort $(filter-out %-control,$(wildcard runs/demo-*))))
+demo-control: $(RUNTIME) runs/data/demo_heldout.jsonl
+	@test -n "$(DEMO)" || { echo "error: no run of the demo below runs/; make demo first" >&2; exit 2; }
+	$(PY) tools/demo.py control $(DEMO) $(ARGS)
 
 base: $(RUNTIME)
 	$(PY) tools/make_base.py
@@ -56,7 +64,7 @@ runs/data/demo_train.jsonl: data.py $(wildcard assets/synthetic.json) | $(RUNTIM
 
 runs/data/demo_heldout.jsonl: data.py $(wildcard assets/synthetic.json) | $(RUNTIME)
 	@mkdir -p $(@D)
-	$(PY) data.py synthetic 400 $(@D)/unfinished_$(@F) --split heldout --seed 0
+	$(PY) data.py synthetic 900 $(@D)/unfinished_$(@F) --split heldout --seed 0
 	@mv $(@D)/unfinished_$(@F) $@
 
 # The packages come from pyproject.toml, so that each is named in one place; the scripts run from this folder

@@ -280,25 +280,34 @@ def _json_string(body):
 
 
 # ---- synthetic tool calling
-SPLITS = ("train", "heldout")
+HELDOUT = ("values", "paraphrases", "tools")
+SPLITS = ("train", *HELDOUT, "heldout")
 
 
-def synthetic(n, seed, split):
+def synthetic(n, seed, split, asked_of_each=1):
     """n examples of procedural tool calling; example k is a pure function of (seed, split, k).
-    Six in ten ask for one call, a quarter for two, the rest for a tool that is not offered (answer []); half
-    the time a wrong tool shares a parameter's name. assets/synthetic.json has the tools, the ways to ask for
-    each, phrases for true and false, and frames of a query ({A} is request {a} with a capital). Open values
-    (made-up words, times, numbers) are divided between the splits, "train" and "heldout", by a checksum of
-    their text; every tool has one, no wording holds a digit or a made-up word: no query can be in both."""
+
+    A tool is a verb and a noun with one to three of the noun's parameters. Two to four are drawn anew for
+    each example (for each `asked_of_each` in a row), half the time such that they share a verb or a noun.
+    Six in ten queries ask for one of them, a quarter for two, the rest for a tool that is not offered (answer
+    []), half of these for one that shares a word with them. assets/synthetic.json has the words. Three ways
+    to be new divide the held-out splits from "train"; "heldout" deals out the three in turn:
+        values       open values (made-up words, times, numbers) of another checksum; so in all three splits
+        paraphrases  of every list of wordings, the last, which the other splits never take
+        tools        pairs of verb and noun of another checksum
+    """
     if split not in SPLITS:
         raise ValueError(f"split {split!r}: choose one of {', '.join(SPLITS)}")
-    wordings = _read_text(ASSETS / "synthetic.json")
-
-    def is_allowed(value):
-        return zlib.crc32(value.encode()) % 2 == (split != "train") and value.lower() not in wordings
-
-    world = json.loads(wordings)
-    return [_synthetic_example(world, is_allowed, f"{split}/{seed}/{number}") for number in range(n)]
+    words = _read_text(ASSETS / "synthetic.json")
+    world, known = json.loads(words), set(re.findall("[a-z]+", words.lower()))
+    parts, examples = HELDOUT if split == "heldout" else (split,), []
+    for k in range(n):
+        part = parts[k % len(parts)]
+        pairs = [(verb, noun) for noun, entry in world["nouns"].items() for verb in entry["verbs"]
+                 if (zlib.crc32(f"{verb}_{noun}".encode()) % 5 == 0) == (part == "tools")]
+        tools = _offer(world, pairs, random.Random(f"tools/{split}/{seed}/{k // asked_of_each}"))
+        examples.append(_ask(world, known, pairs, tools, part, f"{split}/{seed}/{k}"))
+    return examples
 
 
 def synthetic_reasoning(calls):
@@ -307,40 +316,69 @@ def synthetic_reasoning(calls):
     return "; ".join(plans) + "." if calls else "No tool fits."
 
 
-def _synthetic_example(world, is_allowed, key):
-    rng = random.Random(key)
-    kind = rng.choices(("single", "two_calls", "no_tool"), (60, 25, 15))[0]
-    asked = [rng.choice(world["tools"]) for _ in range(1 + (kind == "two_calls"))]
-    answer, requests = [], []
-    for entry in asked:
-        tool, phrases = entry["tool"], entry["phrases"]
-        values = {name: _value(rng, name, schema, is_allowed)
-                  for name, schema in tool["parameters"]["properties"].items()}
-        said = {name: phrases[name][not values[name]] if name in phrases else values[name] for name in values}
-        answer.append({"name": tool["name"], "arguments": values})
-        requests.append(rng.choice(entry["requests"]).format(**said))
-    frame = rng.choice(world["two" if kind == "two_calls" else "one"])
-    query = frame.format(a=requests[0], A=requests[0][0].upper() + requests[0][1:], b=requests[-1])
-
-    wrong = [entry for entry in world["tools"] if entry not in asked]
-    rng.shuffle(wrong)
-    if rng.random() < 0.5:
-        right = asked[0]["tool"]["parameters"]["required"]
-        wrong.sort(key=lambda entry: set(right).isdisjoint(entry["tool"]["parameters"]["required"]))
-    offered = [entry for entry in world["tools"] if entry in asked and kind != "no_tool"]
-    offered += wrong[: rng.choices((2, 3, 4), (50, 35, 15))[0] - len(offered)]
+def _offer(world, pairs, rng):
+    """{(verb, noun): schema} of two to four tools."""
+    first, are_alike = rng.choice(pairs), rng.random() < 0.5
+    others = [pair for pair in pairs if pair != first]
+    rng.shuffle(others)
+    if are_alike:
+        others.sort(key=lambda pair: set(pair).isdisjoint(first))
+    offered = [first, *others[: rng.choices((1, 2, 3), (50, 35, 15))[0]]]
     rng.shuffle(offered)
-    answer, messages = answer if kind != "no_tool" else [], [{"role": "user", "content": query}]
-    return Example(f"synthetic/{key}", f"synthetic_{kind}", [entry["tool"] for entry in offered], messages,
-                   answer, synthetic_reasoning(answer))
+    return {pair: _tool(world, *pair, rng) for pair in offered}
 
 
-def _value(rng, name, schema, is_allowed):
-    """A value of a parameter; one of an open set is drawn until it is allowed in the split."""
-    if schema["type"] == "boolean" or "enum" in schema:
+def _tool(world, verb, noun, rng):
+    entry, schemas = world["nouns"][noun], {}
+    while all(map(_is_closed, schemas.values())):
+        names = rng.sample(entry["parameters"], rng.choices((1, 2, 3), (20, 40, 40))[0])
+        schemas = {name: world["parameters"][name]["schema"] for name in names}
+    return {"name": f"{verb}_{noun}", "description": f"{verb.capitalize()} {entry['said'][0]}.",
+            "parameters": {"type": "object", "properties": schemas, "required": names}}
+
+
+def _ask(world, known, pairs, tools, part, key):
+    """The example that offers these tools, asking for one, for two or for none of them."""
+    rng = random.Random(key)
+
+    def wording(choices):
+        return rng.choice(choices[-1:] if part == "paraphrases" else choices[:-1])
+
+    kind = rng.choices(("single", "two_calls", "no_tool"), (60, 25, 15))[0]
+    asked = rng.sample(list(tools), 1 + (kind == "two_calls"))
+    schemas, answer, requests = tools, [], []
+    if kind == "no_tool":
+        others, is_alike = [pair for pair in pairs if pair not in tools], rng.random() < 0.5
+        alike = [pair for pair in others if not set(pair).isdisjoint(asked[0])]
+        asked = [rng.choice(alike if is_alike and alike else others)]
+        schemas = {asked[0]: _tool(world, *asked[0], rng)}
+    for verb, noun in asked:
+        arguments, phrases = {}, []
+        for name, schema in schemas[verb, noun]["parameters"]["properties"].items():
+            value = arguments[name] = _value(rng, name, schema, known, part != "train")
+            said = wording(world["parameters"][name]["said"])
+            phrases.append(said[not value] if isinstance(value, bool) else said.format(value))
+        rng.shuffle(phrases)
+        what = f"{rng.choice(world['verbs'][verb])} {rng.choice(world['nouns'][noun]['said'])}"
+        requests.append(wording(world["request"]).format(what=what, how=" ".join(phrases)))
+        answer.append({"name": f"{verb}_{noun}", "arguments": arguments})
+    frame = wording(world["two" if kind == "two_calls" else "one"])
+    query = frame.format(a=requests[0], A=requests[0][0].upper() + requests[0][1:], b=requests[-1])
+    answer = [] if kind == "no_tool" else answer
+    return Example(f"synthetic/{key}", f"{part}/{kind}", list(tools.values()),
+                   [{"role": "user", "content": query}], answer, synthetic_reasoning(answer))
+
+
+def _is_closed(schema):
+    return schema["type"] == "boolean" or "enum" in schema
+
+
+def _value(rng, name, schema, known, is_new):
+    """A value of a parameter; one of an open set is drawn until it is of the split and no known word."""
+    if _is_closed(schema):
         return rng.choice(schema.get("enum", (True, False)))
     value = None
-    while value is None or not is_allowed(str(value)):
+    while value is None or zlib.crc32(str(value).encode()) % 2 != is_new or str(value).lower() in known:
         if schema["type"] == "integer":
             value = rng.randrange(2, 100)
         elif schema["type"] == "number":

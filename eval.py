@@ -69,11 +69,12 @@ def evaluate(model, chat, examples, *, max_new_tokens, batch_size=256, scheme="b
 
 
 def summarize(replies):
-    """Table rows from scored replies: one a category in alphabetical order, then "all"."""
-    categories = sorted({reply["category"] for reply in replies})
+    """Table rows from scored replies: one a category in alphabetical order, then "all". A category such as
+    "tools/single" counts in a row "tools" as well, before its parts."""
+    rows_of = {name: {name, name.split("/")[0], "all"} for name in {reply["category"] for reply in replies}}
     rows = []
-    for category in [*categories, "all"]:
-        part = [reply for reply in replies if category in ("all", reply["category"])]
+    for category in [*sorted(set().union(*rows_of.values()) - {"all"}), "all"]:
+        part = [reply for reply in replies if category in rows_of[reply["category"]]]
         right = sum(reply["right"] for reply in part)
         low, high = wilson(right, len(part))
         share = {key: sum(reply[key] for reply in part) / max(1, len(part))

@@ -27,6 +27,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,6 +52,7 @@ from reward import score
 from sample import generate, prompt_seeds
 
 MAX_SKIPPED = 3  # steps in a row without a finite gradient before the run stops
+MAX_DEAD = 10  # steps in a row that have nothing to learn from before the run stops, see `diagnose`
 USAGE = """python train.py [FILE.yaml] [--section.key=value ...]
 
 Presets are in configs/; configs/schema.py says what each key means. The defaults:
@@ -120,17 +122,20 @@ def train(c):
                 "micro_batch_tokens": c.train.micro_batch_tokens, "grad_clip": c.train.grad_clip}
     losses = {"temperature": c.rollout.temperature, "kl_coef": c.grpo.kl_coef, "clip_low": c.grpo.clip_low,
               "clip_high": c.grpo.clip_high}
+    trained_s, limit_s = 0.0, 60 * (c.train.max_minutes or math.inf)
     for step in range(start, steps + 1):
+        is_last = step == steps or trained_s >= limit_s
         is_new = step > start or start == 0  # else it was evaluated and saved before the interruption
-        if is_new and (step % c.eval.every == 0 or step == steps):
+        if is_new and (step % c.eval.every == 0 or is_last):
+            began = time.perf_counter()
             with autocast:
                 rows, replies = evaluate(model, chat, heldout, max_new_tokens=c.eval.max_new_tokens,
                                          batch_size=c.rollout.batch_size, scheme=c.grpo.reward,
                                          progress="evaluation")
-            run.log_evaluation(step, rows, replies)
-        if is_new and step > 0 and (step % c.checkpoint.every == 0 or step == steps):
+            run.log_evaluation(step, rows, replies, time.perf_counter() - began)
+        if is_new and step > 0 and (step % c.checkpoint.every == 0 or is_last):
             run.save_checkpoint(step, model, optimizer, batches, base, c.checkpoint.keep)
-        if step == steps:
+        if is_last:
             break
 
         began = time.perf_counter()
@@ -157,6 +162,7 @@ def train(c):
             metrics = sft_updates(model, optimizer, prompts_P, replies_P, **updating)
         metrics |= {"lr": lr, "epoch": batches.epoch, "time/step_s": time.perf_counter() - began}
         metrics["tokens_per_s"] = metrics["tokens"] / metrics["time/step_s"]
+        trained_s += metrics["time/step_s"]
         run.log_step(step + 1, steps, metrics)
     run.print_summary()
 
@@ -332,14 +338,29 @@ def rollout_metrics(rollouts_N, verdicts_N, rewards_PG):
     N = len(rollouts_N)
     return {
         "reward/mean": rewards_PG.mean().item(),
+        "reward/live": (rewards_PG != rewards_PG[:, :1]).any(1).float().mean().item(),
         "reward/all_zero": (rewards_PG == 0).all(1).float().mean().item(),
         "reward/all_one": (rewards_PG == 1).all(1).float().mean().item(),
         "reward/format_ok": sum(verdict.format_ok for verdict in verdicts_N) / N,
         "reward/names_ok": sum(verdict.names_ok for verdict in verdicts_N) / N,
         "reward/no_calls": sum(verdict.calls == [] for verdict in verdicts_N) / N,
+        "reward/commonest": Counter(tuple(rollout.ids) for rollout in rollouts_N).most_common(1)[0][1] / N,
         "length/mean": sum(lengths) / N, "length/min": min(lengths), "length/max": max(lengths),
         "length/cut": sum(not rollout.finished for rollout in rollouts_N) / N,
     }
+
+
+def diagnose(metrics):
+    """What keeps the rollouts of a step from teaching anything, with advice; None where something can."""
+    if metrics.get("reward/commonest", 0) > 0.95:
+        return ("nearly all replies to all prompts were the same: the policy has collapsed; go back to an "
+                "earlier checkpoint, lower train.lr or raise grpo.kl_coef")
+    if metrics.get("reward/live", 1) > 0:
+        return None
+    if metrics["reward/all_one"] == 1:
+        return "every reply was right, so nothing is left to learn; take harder examples"
+    return ("no group had a reply that earned more than another, so there was nothing to reinforce; teach "
+            "the task first (stage: sft), raise rollout.n or rollout.temperature, or look into rollouts/")
 
 
 def sft_updates(model, optimizer, prompts_P, replies_P, *, vocab_size, updates, grad_clip, micro_batch_tokens,
@@ -381,6 +402,7 @@ class Run:
         self.shown = None
         self.step_times = []
         self.skipped_in_a_row = 0
+        self.dead_in_a_row = 0
 
     def open(self, start, config, tracker):
         """Make the folder, once all is read. A resumed run drops what was logged after `start`."""
@@ -476,13 +498,19 @@ class Run:
         if self.skipped_in_a_row >= MAX_SKIPPED:
             raise ValueError(f"no finite gradient in {MAX_SKIPPED} steps in a row, up to step {step}; "
                              "lower train.lr, or look at the last file in rollouts/")
+        finding = diagnose(metrics)
+        self.dead_in_a_row = self.dead_in_a_row + 1 if finding else 0
+        if self.dead_in_a_row >= MAX_DEAD:
+            raise ValueError(f"stopped at step {step}: for {MAX_DEAD} steps in a row {finding}")
 
-    def log_evaluation(self, step, rows, replies):
+    def log_evaluation(self, step, rows, replies, seconds):
         """Write an evaluation, print its line and two replies, the same two examples every time."""
         report = {"step": step, "rows": rows, "replies": replies}
         write_json(self.folder / "evals" / f"step_{step:06d}.json", report)
-        self.log(step, {f"eval/{row['category']}": row["accuracy"] for row in rows})
-        by_category = "  ".join(f"{row['category']} {row['accuracy']:.1%}" for row in rows[:-1])
+        accuracies = {f"eval/{row['category']}": row["accuracy"] for row in rows}
+        self.log(step, {**accuracies, "time/eval_s": seconds})
+        by_category = "  ".join(f"{row['category']} {row['accuracy']:.1%}" for row in rows[:-1]
+                                if "/" not in row["category"])
         print(f"held-out accuracy at step {step}: {rows[-1]['accuracy']:.1%} of {rows[-1]['n']}  "
               f"({by_category})")
         if self.shown is None:

@@ -57,6 +57,7 @@ class GrpoSettings:
 class TrainSettings:
     epochs: float = 7.0  # passes over the training set (paper); used where steps is null
     steps: int | None = None  # steps of the run; null: from epochs
+    max_minutes: float | None = None  # minutes of steps, in this process, after which it ends; null: no limit
     prompts_per_step: int = 1024  # prompts (grpo) or examples (sft) a step (paper)
     updates_per_step: int = 4  # mini-batches a step, one optimizer update each (code: 256 prompts an update)
     micro_batch_tokens: int = 30720  # packed tokens of one forward and backward: bounds memory (code)

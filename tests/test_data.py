@@ -408,18 +408,30 @@ def test_unreadable_files_and_missing_columns_are_errors_that_name_them(tmp_path
 
 # ---- synthetic tool calling
 
-TRAIN, HELDOUT = synthetic(3000, 0, "train"), synthetic(3000, 1, "heldout")
+WORLD = json.loads((ROOT / "assets" / "synthetic.json").read_text())
+WORDS = set(re.findall(r"[a-z]+", json.dumps(WORLD).lower()))
+TRAIN = synthetic(3000, 0, "train")
+SPLITS = {split: synthetic(1000, 1, split) for split in ("values", "paraphrases", "tools")}
+HELDOUT = sum(SPLITS.values(), [])
 
 
 def query_of(example):
     return example.messages[-1]["content"]
 
 
-def open_values(example, world=json.loads((ROOT / "assets" / "synthetic.json").read_text())):  # noqa: B008
+def open_values(example):
     """Made-up words, times and numbers of a query, read from its text alone."""
-    wordings = set(re.findall(r"[a-z]+", json.dumps(world).lower()))
     words = re.findall(r"\d+(?:[.:]\d+)?|[A-Za-z]+", query_of(example))
-    return {word for word in words if word[0].isdigit() or word.lower() not in wordings}
+    return {word for word in words if word[0].isdigit() or word.lower() not in WORDS}
+
+
+def wordings(which, *lists):
+    """Regular expressions of the wordings of `lists`: "train": all but the last of each, "new": the last."""
+    chosen = [
+        wording for choices in lists for wording in (choices[:-1] if which == "train" else choices[-1:])
+    ]
+    flat = [text for wording in chosen for text in ([wording] if isinstance(wording, str) else wording)]
+    return [re.sub(r"\\{\w*\\}", "(.+)", re.escape(text)) for text in flat]
 
 
 def test_train_and_heldout_share_no_value_and_so_no_query():
@@ -429,40 +441,75 @@ def test_train_and_heldout_share_no_value_and_so_no_query():
     assert not {query_of(e) for e in TRAIN} & {query_of(e) for e in HELDOUT}
 
 
-def test_no_wording_holds_an_open_value_and_every_tool_has_one():
-    text = (ROOT / "assets" / "synthetic.json").read_text()
-    assert not re.search(r"\d", text)
-    entries = {
-        entry["tool"]["name"]: entry["tool"]["parameters"]["properties"]
-        for entry in json.loads(text)["tools"]
-    }
+def test_no_wording_holds_an_open_value():
+    assert not re.search(r"\d", json.dumps(WORLD))
     for call in (call for made in TRAIN + HELDOUT for call in made.answer):
         for key, value in call["arguments"].items():
-            assert (
-                entries[call["name"]][key].keys() != {"type"}
-                or str(value).lower() not in text
-                or value in (True, False)
-            )
-    for entry in json.loads(text)["tools"]:
-        schemas = entry["tool"]["parameters"]["properties"]
-        assert any(s["type"] != "boolean" and "enum" not in s for s in schemas.values()), entry["tool"][
-            "name"
-        ]
+            is_closed = WORLD["parameters"][key]["schema"].keys() != {"type"} or isinstance(value, bool)
+            assert is_closed or str(value).lower() not in WORDS
 
 
-def test_every_tool_has_four_wordings_that_say_every_argument_in_varying_order():
-    entries = json.loads((ROOT / "assets" / "synthetic.json").read_text())["tools"]
-    types, orders = Counter(), 0
-    for entry in entries:
-        schema = entry["tool"]["parameters"]
-        types.update("enum" if "enum" in s else s["type"] for s in schema["properties"].values())
-        assert schema["required"] == list(schema["properties"]) and 1 <= len(schema["required"]) <= 4
-        assert set(entry["phrases"]) == {k for k, s in schema["properties"].items() if s["type"] == "boolean"}
-        said = [tuple(re.findall(r"{(\w+)}", request)) for request in entry["requests"]]
-        assert len(set(entry["requests"])) >= 4 and all(sorted(s) == sorted(schema["required"]) for s in said)
-        orders += len(set(said)) > 1 or len(schema["required"]) == 1
-    assert len(entries) >= 14 and set(types) == {"string", "integer", "number", "boolean", "enum"}
-    assert orders == len(entries)
+def test_a_frame_of_the_paraphrases_is_in_no_other_split_and_theirs_are_never_in_it():
+    frames = {which: wordings(which, WORLD["one"], WORLD["two"]) for which in ("train", "new")}
+    for split, examples in (("train", TRAIN), *SPLITS.items()):
+        for made in examples:
+            said = [
+                any(re.fullmatch(frame, query_of(made), re.I) for frame in frames[which])
+                for which in ("train", "new")
+            ]
+            # A new frame may look like an old one with a longer request in it, but not the other way round.
+            assert said[1] == (split == "paraphrases") and (said[0] or split == "paraphrases"), query_of(made)
+
+
+def test_every_phrase_of_the_paraphrases_is_new_and_no_other_split_has_one():
+    for split, examples in (("train", TRAIN), *SPLITS.items()):
+        for made in examples:
+            for call in made.answer:
+                for key, value in call["arguments"].items():
+                    said = WORLD["parameters"][key]["said"]
+                    texts = [s[not value] if isinstance(value, bool) else s.format(value) for s in said]
+                    found = [text in query_of(made) or text.capitalize() in query_of(made) for text in texts]
+                    assert found[-1] if split == "paraphrases" else any(found[:-1]), (query_of(made), texts)
+                    if split != "paraphrases" and not any(texts[-1] in text for text in texts[:-1]):
+                        assert not re.search(rf"\b{re.escape(texts[-1])}\b", query_of(made)), query_of(made)
+
+
+def test_paraphrases_say_nothing_in_words_that_training_never_used():
+    spoken = " ".join(query_of(made) + " ".join(map(json.dumps, made.tools)) for made in TRAIN).lower()
+    known = set(re.findall(r"[a-z]+", spoken))
+    for made in SPLITS["paraphrases"]:
+        words = set(re.findall(r"[a-z]+", query_of(made).lower()))
+        assert words - {value.lower() for value in open_values(made)} <= known, words - known
+
+
+def test_no_tool_of_the_tools_split_is_ever_offered_in_another():
+    names = {
+        split: {tool["name"] for made in examples for tool in made.tools}
+        for split, examples in (("train", TRAIN), *SPLITS.items())
+    }
+    assert len(names["tools"]) >= 12 and len(names["train"]) >= 100
+    assert not names["tools"] & (names["train"] | names["values"] | names["paraphrases"])
+    # Their words are known, each by itself: what is new is the pair.
+    parts = {part for name in names["train"] for part in name.split("_")}
+    assert {part for name in names["tools"] for part in name.split("_")} <= parts
+
+
+def test_a_heldout_set_holds_the_three_splits_in_equal_parts():
+    sources = Counter(made.source.split("/")[0] for made in synthetic(900, 0, "heldout"))
+    assert sources == {"values": 300, "paraphrases": 300, "tools": 300}
+
+
+def test_parameters_have_all_types_and_at_least_three_wordings():
+    types = Counter()
+    for entry in WORLD["parameters"].values():
+        schema, said = entry["schema"], entry["said"]
+        types["enum" if "enum" in schema else schema["type"]] += 1
+        assert len({json.dumps(wording) for wording in said}) == len(said) >= 3
+        assert all(len(s) == 2 if schema["type"] == "boolean" else s.count("{}") == 1 for s in said)
+    assert set(types) == {"string", "integer", "number", "boolean", "enum"}
+    used = {name for noun in WORLD["nouns"].values() for name in noun["parameters"]}
+    assert used == set(WORLD["parameters"])
+    assert {verb for noun in WORLD["nouns"].values() for verb in noun["verbs"]} == set(WORLD["verbs"])
 
 
 def test_synthetic_answers_score_1_and_fit_the_offered_schemas():
@@ -480,41 +527,43 @@ def test_synthetic_answers_score_1_and_fit_the_offered_schemas():
         assert data._problem(made) is None
 
 
-def test_synthetic_mixture_holds_all_three_kinds_and_distractors_that_share_parameters():
+def test_synthetic_mixture_holds_all_three_kinds_and_tools_that_are_alike():
     share = {kind: n / len(TRAIN) for kind, n in Counter(example.source for example in TRAIN).items()}
     assert share == {
-        "synthetic_single": pytest.approx(0.60, abs=0.03),
-        "synthetic_no_tool": pytest.approx(0.15, abs=0.03),
-        "synthetic_two_calls": pytest.approx(0.25, abs=0.03),
+        "train/single": pytest.approx(0.60, abs=0.03),
+        "train/no_tool": pytest.approx(0.15, abs=0.03),
+        "train/two_calls": pytest.approx(0.25, abs=0.03),
     }
     for made in TRAIN:
-        calls = {"synthetic_single": 1, "synthetic_two_calls": 2, "synthetic_no_tool": 0}[made.source]
-        assert len(made.answer) == calls
+        assert len(made.answer) == {"train/single": 1, "train/two_calls": 2, "train/no_tool": 0}[made.source]
     assert len({query_of(example) for example in TRAIN}) > 0.99 * len(TRAIN)
-    single = [example for example in TRAIN if example.source == "synthetic_single"]
-    shared = [
-        len(e.tools) > 1
-        and any(
-            tool["name"] != e.answer[0]["name"]
-            and tool["parameters"]["properties"].keys() & e.answer[0]["arguments"].keys()
-            for tool in e.tools
-        )
-        for e in single
+    alike = [
+        len(set().union(*(tool["name"].split("_") for tool in made.tools))) < 2 * len(made.tools)
+        for made in TRAIN
     ]
-    assert sum(shared) > 0.4 * len(single)
+    assert 0.4 * len(TRAIN) < sum(alike) < 0.9 * len(TRAIN)
 
 
 def test_a_tool_that_does_not_fit_is_never_among_those_offered():
-    entries = json.loads((ROOT / "assets" / "synthetic.json").read_text())["tools"]
-    for made in TRAIN[:500]:
-        if made.source == "synthetic_no_tool":
-            query = query_of(made)
-            for entry in entries:
-                patterns = (
-                    re.sub(r"\\{\w+\\}", ".+", re.escape(request[1:])) for request in entry["requests"]
-                )
-                if entry["tool"] in made.tools:
-                    assert not any(re.search(pattern + r"[.?]$", query) for pattern in patterns), query
+    said = {
+        f"{verb}_{noun}": [f"{v} {n}" for v in WORLD["verbs"][verb] for n in entry["said"]]
+        for noun, entry in WORLD["nouns"].items()
+        for verb in entry["verbs"]
+    }
+    for made in (made for made in TRAIN + HELDOUT if made.answer == []):
+        for tool in made.tools:
+            assert not any(
+                re.search(rf"\b{text}\b(?! room| message)", query_of(made), re.I)
+                for text in said[tool["name"]]
+            ), (query_of(made), tool["name"])
+
+
+def test_examples_that_share_their_tools_ask_different_things_of_them():
+    made = synthetic(40, 0, "train", asked_of_each=4)
+    for first in range(0, 40, 4):
+        assert all(example.tools == made[first].tools for example in made[first : first + 4])
+        assert len({query_of(example) for example in made[first : first + 4]}) == 4
+    assert made[0].tools != made[4].tools
 
 
 def test_synthetic_examples_depend_on_seed_split_and_number_only():
@@ -535,7 +584,7 @@ def test_synthetic_examples_depend_on_seed_split_and_number_only():
 
 
 def test_an_unknown_split_is_an_error_that_lists_the_known():
-    with pytest.raises(ValueError, match="train, heldout"):
+    with pytest.raises(ValueError, match="train, values, paraphrases, tools, heldout"):
         synthetic(1, 0, "test")
 
 

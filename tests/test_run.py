@@ -77,7 +77,12 @@ def test_example_and_tools_that_the_readme_shows_are_read(tmp_path):
     assert len(read_jsonl(tmp_path / "mine.jsonl")) == 1
     (tmp_path / "tools.json").write_text(text.split("\necho '")[1].split("' > tools.json")[0])
     tool, = read_tools(tmp_path / "tools.json")
-    assert tool in [tool for example in synthetic(20, 0, "train") for tool in example.tools]
+    known = {tool["name"]: tool for example in synthetic(2000, 0, "train") for tool in example.tools}
+    world = json.loads(open("assets/synthetic.json", encoding="utf-8").read())
+    assert tool["description"] == known[tool["name"]]["description"]
+    for name, schema in tool["parameters"]["properties"].items():
+        assert schema == world["parameters"][name]["schema"]
+        assert name in world["nouns"][tool["name"].split("_")[1]]["parameters"]
 
 
 def test_four_steps_equal_two_steps_then_a_resumed_run_bit_for_bit(files, whole_run, tmp_path, capsys):

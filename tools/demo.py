@@ -1,0 +1,158 @@
+"""The demo's judge and its control: did reinforcement learning do what more imitation cannot?
+
+In:  run folders of configs/demo.yaml, as `make demo` leaves them. Out: verdicts, tables, an exit status.
+
+    python tools/demo.py judge RUN       what was gained against the bars below; status 1 where one is missed
+    python tools/demo.py control RUN     goes on imitating the lazy teacher for as long as RUN learned
+    python tools/demo.py table RUN...    base, control and GRPO by split and kind, over the seeds of the RUNs
+
+Accuracies are greedy, in percent of the held-out queries of a category, whose names are split/kind. pass@8 is
+the share of queries of which at least one of 8 replies at temperature 1 is right: what there is to amplify.
+Confidence intervals are over seeds: mean ± t · s / √n, with Student's t at 95 %.
+"""
+
+import argparse
+import json
+import math
+import random
+import sys
+from pathlib import Path
+from statistics import mean, stdev
+
+import yaml
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from make_base import lazy  # noqa: E402
+
+import train  # noqa: E402
+from data import Chat, read_jsonl, synthetic, write_jsonl  # noqa: E402
+from eval import summarize, write_json  # noqa: E402
+from model import load_hf  # noqa: E402
+from reward import score  # noqa: E402
+from sample import generate, prompt_seeds  # noqa: E402
+
+GAINS = {"values": 25, "paraphrases": 15, "tools": 15}  # points that each split must gain at least
+LEAST = 75  # what every kind of query must reach on new values
+T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t at 95 %, by the number of seeds
+
+
+def evaluations(run):
+    """The evaluations of a run in order, each {category: accuracy in percent}. ValueError without two."""
+    files = sorted(Path(run).glob("evals/step_*.json"))
+    if len(files) < 2:
+        raise ValueError(f"{run}: {len(files)} evaluations, not a first and a last; is this a finished run?")
+    return [{row["category"]: 100 * row["accuracy"] for row in json.loads(file.read_text())["rows"]}
+            for file in files]
+
+
+def minutes(run):
+    """(minutes of training steps, minutes with evaluations) of a run."""
+    lines = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+    steps = sum(line.get("time/step_s", 0) for line in lines) / 60
+    return steps, steps + sum(line.get("time/eval_s", 0) for line in lines) / 60
+
+
+def judge(before, after, gains, least):
+    """Whether a run passes: a list of (what was asked, what was found, whether that passes)."""
+    found = [(f"gains {bar} points or more on new {split}", f"{after[split] - before[split]:+.1f}",
+              after[split] - before[split] >= bar) for split, bar in gains.items()]
+    kinds = {name: accuracy for name, accuracy in after.items() if "/" in name}
+    worst = min((name for name in kinds if name.startswith("values/")), key=kinds.get)
+    found.append((f"every kind of query reaches {least} % on new values", f"{worst} {kinds[worst]:.1f} %",
+                  kinds[worst] >= least))
+    change = {name: accuracy - before[name] for name, accuracy in kinds.items()}
+    lost = min(change, key=change.get)
+    found.append(("no kind of query is worse than before", f"{lost} {change[lost]:+.1f}", change[lost] >= 0))
+    return found
+
+
+def control(run, extra):
+    """Imitate on from the base of `run`, with its seed, for as many minutes of steps; both side by side."""
+    out = Path(f"{run}-control")
+    config = yaml.safe_load((Path(run) / "config.yaml").read_text())
+    rng = random.Random(0)  # other queries than those of the base and of the demo
+    write_jsonl("runs/data/demo_lazy.jsonl", [lazy(example, rng) for example in synthetic(20000, 2, "train")])
+    train.train(train.load_config(["configs/demo_control.yaml", f"--out={out}", f"--seed={config['seed']}",
+                                   f"--train.max_minutes={minutes(run)[0]}", *extra]))
+    print(f"\n{'':<22}    base  control    GRPO")
+    before, after, imitated = evaluations(run)[0], evaluations(run)[-1], evaluations(out)[-1]
+    for name in before:
+        print(f"{name:<22} {before[name]:7.1f}  {imitated[name]:7.1f} {after[name]:7.1f}")
+
+
+def pass_at(model, chat, examples, k):
+    """{category: percent of its examples that at least one of k replies at temperature 1 answers right}."""
+    rollouts = generate(model, [chat.encode_prompt(example) for example in examples], k, max_new_tokens=128,
+                        temperature=1.0, stop_ids=chat.stop_ids, vocab_size=chat.vocab_size,
+                        seeds_P=prompt_seeds(0, 0, 0, len(examples)), progress=f"pass@{k}")
+    marks = [score(chat.decode(rollout.ids), examples[i // k].answer).calls_ok
+             for i, rollout in enumerate(rollouts)]
+    replies = [{"category": example.source, "right": any(marks[i * k:(i + 1) * k]), "format_ok": True,
+                "names_ok": True, "finished": True} for i, example in enumerate(examples)]
+    return {row["category"]: 100 * row["accuracy"] for row in summarize(replies)}
+
+
+def interval(values):
+    """mean ± half a 95 % confidence interval over seeds."""
+    if len(values) < 2:
+        return f"{values[0]:.1f}"
+    return f"{mean(values):.1f} ± {T_95[len(values)] * stdev(values) / math.sqrt(len(values)):.1f}"
+
+
+def compare(runs):
+    """The README's table as Markdown, and all of its numbers as a dictionary."""
+    grpo, imitated = [evaluations(run) for run in runs], [evaluations(f"{run}-control") for run in runs]
+    config = yaml.safe_load((Path(runs[0]) / "config.yaml").read_text())
+    examples = read_jsonl(config["data"]["heldout"])
+    passes = {}
+    for name, folder in (("base", config["model"]["path"]), ("GRPO", newest_checkpoint(runs[0]))):
+        chat = Chat(folder, config["data"]["system_prompt"])
+        passes[name] = pass_at(load_hf(folder), chat, examples, 8)
+    lines = ["| split and kind | base | control | GRPO | pass@8, base | pass@8, GRPO |", "|---" * 6 + "|"]
+    rows = {}
+    for name in grpo[0][0]:
+        rows[name] = {"base": grpo[0][0][name], "control": [run[-1][name] for run in imitated],
+                      "grpo": [run[-1][name] for run in grpo],
+                      "pass@8": {who: passes[who][name] for who in passes}}
+        row, label = rows[name], name.replace("_", " ") if "/" in name else f"**{name}**"
+        cells = (label, f"{row['base']:.1f}", interval(row["control"]), interval(row["grpo"]),
+                 f"{row['pass@8']['base']:.1f}", f"{row['pass@8']['GRPO']:.1f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    spent = {who: [round(minutes(folder)[1], 2) for folder in folders] for who, folders in
+             (("grpo", runs), ("control", [f"{run}-control" for run in runs]))}
+    return "\n".join(lines), {"rows": rows, "minutes": spent, "seeds": len(runs)}
+
+
+def newest_checkpoint(run):
+    return sorted(Path(run).glob("checkpoints/step_??????"))[-1]
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("judge", "control"):
+        commands.add_parser(name).add_argument("run", type=Path)
+    commands.add_parser("table").add_argument("runs", type=Path, nargs="+")
+    args, extra = parser.parse_known_args(argv)
+    try:
+        if args.command == "judge":
+            before, *_, after = evaluations(args.run)
+            verdicts = judge(before, after, GAINS, LEAST)
+            for asked, found, passes in verdicts:
+                print(f"{'pass' if passes else 'MISSED':<7} {asked}: {found}")
+            sys.exit(not all(passes for _, _, passes in verdicts))
+        elif args.command == "control":
+            control(args.run, extra)
+        else:
+            text, numbers = compare(args.runs)
+            print(text)
+            write_json("tools/results/demo.json", numbers)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
