@@ -284,36 +284,51 @@ HELDOUT = ("values", "paraphrases", "tools")
 SPLITS = ("train", *HELDOUT, "heldout")
 
 
-def synthetic(n, seed, split, asked_of_each=1):
+def synthetic(n, seed, split):
     """n examples of procedural tool calling; example k is a pure function of (seed, split, k).
 
     A tool is a verb and a noun with one to three of the noun's parameters. Two to four are drawn anew for
-    each example (for each `asked_of_each` in a row), half the time such that they share a verb or a noun.
-    Six in ten queries ask for one of them, a quarter for two, the rest for a tool that is not offered (answer
-    []), half of these for one that shares a word with them. assets/synthetic.json has the words. Three ways
-    to be new divide the held-out splits from "train"; "heldout" deals out the three in turn:
+    each example, half the time such that they share a verb or a noun. Six in ten queries ask for one of them,
+    a quarter for two, the rest for a tool that is not offered (answer []), half of these for one that shares
+    a word with them. assets/synthetic.json has the words. Three ways to be new divide the held-out splits
+    from "train"; "heldout" deals out the three in turn:
         values       open values (made-up words, times, numbers) of another checksum; so in all three splits
         paraphrases  of every list of wordings, the last, which the other splits never take
         tools        pairs of verb and noun of another checksum
     """
     if split not in SPLITS:
         raise ValueError(f"split {split!r}: choose one of {', '.join(SPLITS)}")
-    words = _read_text(ASSETS / "synthetic.json")
-    world, known = json.loads(words), set(re.findall("[a-z]+", words.lower()))
+    world, known = _read_world()
     parts, examples = HELDOUT if split == "heldout" else (split,), []
     for k in range(n):
         part = parts[k % len(parts)]
         pairs = [(verb, noun) for noun, entry in world["nouns"].items() for verb in entry["verbs"]
                  if (zlib.crc32(f"{verb}_{noun}".encode()) % 5 == 0) == (part == "tools")]
-        tools = _offer(world, pairs, random.Random(f"tools/{split}/{seed}/{k // asked_of_each}"))
+        tools = _offer(world, pairs, random.Random(f"tools/{split}/{seed}/{k}"))
         examples.append(_ask(world, known, pairs, tools, part, f"{split}/{seed}/{k}"))
     return examples
+
+
+def synthetic_phrases(n, seed):
+    """n times ({parameter: value}, phrases that say these values), of the "train" split: what a call copies
+    from a query, without tools around it. A generator."""
+    (world, known), rng = _read_world(), random.Random(seed)
+    for _ in range(n):
+        names = rng.sample(list(world["parameters"]), rng.choice((1, 2)))
+        values, phrases = zip(*(_say(world, rng, name, known, "train") for name in names), strict=True)
+        yield dict(zip(names, values, strict=True)), rng.sample(phrases, len(phrases))
 
 
 def synthetic_reasoning(calls):
     """The line of reasoning that goes with these calls: which tools, with which parameters."""
     plans = (f"{call['name']} with {', '.join(call['arguments'])}" for call in calls)
     return "; ".join(plans) + "." if calls else "No tool fits."
+
+
+def _read_world():
+    """The words that synthetic examples are made of, and the set of them all."""
+    text = _read_text(ASSETS / "synthetic.json")
+    return json.loads(text), set(re.findall("[a-z]+", text.lower()))
 
 
 def _offer(world, pairs, rng):
@@ -341,9 +356,6 @@ def _ask(world, known, pairs, tools, part, key):
     """The example that offers these tools, asking for one, for two or for none of them."""
     rng = random.Random(key)
 
-    def wording(choices):
-        return rng.choice(choices[-1:] if part == "paraphrases" else choices[:-1])
-
     kind = rng.choices(("single", "two_calls", "no_tool"), (60, 25, 15))[0]
     asked = rng.sample(list(tools), 1 + (kind == "two_calls"))
     schemas, answer, requests = tools, [], []
@@ -354,19 +366,29 @@ def _ask(world, known, pairs, tools, part, key):
         schemas = {asked[0]: _tool(world, *asked[0], rng)}
     for verb, noun in asked:
         arguments, phrases = {}, []
-        for name, schema in schemas[verb, noun]["parameters"]["properties"].items():
-            value = arguments[name] = _value(rng, name, schema, known, part != "train")
-            said = wording(world["parameters"][name]["said"])
-            phrases.append(said[not value] if isinstance(value, bool) else said.format(value))
+        for name in schemas[verb, noun]["parameters"]["properties"]:
+            arguments[name], phrase = _say(world, rng, name, known, part)
+            phrases.append(phrase)
         rng.shuffle(phrases)
         what = f"{rng.choice(world['verbs'][verb])} {rng.choice(world['nouns'][noun]['said'])}"
-        requests.append(wording(world["request"]).format(what=what, how=" ".join(phrases)))
+        requests.append(_wording(rng, world["request"], part).format(what=what, how=" ".join(phrases)))
         answer.append({"name": f"{verb}_{noun}", "arguments": arguments})
-    frame = wording(world["two" if kind == "two_calls" else "one"])
+    frame = _wording(rng, world["two" if kind == "two_calls" else "one"], part)
     query = frame.format(a=requests[0], A=requests[0][0].upper() + requests[0][1:], b=requests[-1])
     answer = [] if kind == "no_tool" else answer
     return Example(f"synthetic/{key}", f"{part}/{kind}", list(tools.values()),
                    [{"role": "user", "content": query}], answer, synthetic_reasoning(answer))
+
+
+def _wording(rng, choices, part):
+    return rng.choice(choices[-1:] if part == "paraphrases" else choices[:-1])
+
+
+def _say(world, rng, name, known, part):
+    """A value of a parameter and a phrase that says it."""
+    value = _value(rng, name, world["parameters"][name]["schema"], known, part != "train")
+    said = _wording(rng, world["parameters"][name]["said"], part)
+    return value, said[not value] if isinstance(value, bool) else said.format(value)
 
 
 def _is_closed(schema):
@@ -386,8 +408,8 @@ def _value(rng, name, schema, known, is_new):
         elif name == "time":
             value = f"{rng.randrange(1, 13)}:{rng.randrange(60):02d}"
         else:
-            value = "".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") + rng.choice(("", "", *"lnrx"))
-                            for _ in range(rng.choice((2, 2, 3)))).capitalize()
+            syllables = (rng.choice("jkqvwxz") + rng.choice("aeiou") for _ in range(rng.choice((2, 3, 3))))
+            value = "".join(syllables).capitalize()
     return value
 
 

@@ -236,7 +236,8 @@ def test_the_readme_names_every_file_with_its_length():
 
 
 def test_the_presets_are_there():
-    assert {f"configs/{name}.yaml" for name in ("demo", "base", "tool_n1_7b", "tool_n1_14b")} <= set(PRESETS)
+    names = ("demo", "demo_control", "tool_n1_7b", "tool_n1_14b")
+    assert {f"configs/{name}.yaml" for name in names} <= set(PRESETS)
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -558,12 +558,16 @@ def test_a_tool_that_does_not_fit_is_never_among_those_offered():
             ), (query_of(made), tool["name"])
 
 
-def test_examples_that_share_their_tools_ask_different_things_of_them():
-    made = synthetic(40, 0, "train", asked_of_each=4)
-    for first in range(0, 40, 4):
-        assert all(example.tools == made[first].tools for example in made[first : first + 4])
-        assert len({query_of(example) for example in made[first : first + 4]}) == 4
-    assert made[0].tools != made[4].tools
+def test_phrases_say_their_values_and_are_those_of_training():
+    made = list(data.synthetic_phrases(500, 3))
+    assert made == list(data.synthetic_phrases(500, 3)) != list(data.synthetic_phrases(500, 4))
+    for values, phrases in made:
+        assert 1 <= len(values) == len(phrases) <= 2
+        texts = []
+        for name, value in values.items():
+            said = WORLD["parameters"][name]["said"][:-1]
+            texts.append({s[not value] if isinstance(value, bool) else s.format(value) for s in said})
+        assert sum(len(text & set(phrases)) for text in texts) >= len(phrases)
 
 
 def test_synthetic_examples_depend_on_seed_split_and_number_only():

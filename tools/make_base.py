@@ -5,7 +5,8 @@ demo`.
 
     1. tokenizer    byte-level BPE with Qwen2.5's chat and tool tokens; a word is a piece of its own, the
                     same in a query, in a tool's name and in JSON, or else copying would mean translating
-    2. imitation    of a lazy teacher, from random weights: supervised learning with Muon
+    2. copying      from phrases, each with a value, to the JSON of the values: a minute on what forms last
+    3. imitation    of a lazy teacher
 
 The teacher is lazy on purpose, with the rates stated below: it leaves out arguments and calls, and invents
 calls where no tool fits. A base that imitates it knows the right reply but does not always give it: faults
@@ -16,7 +17,6 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import os
 import random
 import shutil
 import sys
@@ -29,9 +29,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import train  # noqa: E402
-from data import Chat, synthetic, synthetic_reasoning  # noqa: E402
+from data import Chat, synthetic, synthetic_phrases, synthetic_reasoning  # noqa: E402
 from eval import evaluate, table, write_json  # noqa: E402
-from grpo import pack, sft_loss  # noqa: E402
 from model import ModelConfig, Qwen2, save_hf  # noqa: E402
 from reward import format_reply  # noqa: E402
 
@@ -40,13 +39,10 @@ DROPS_ARGUMENT = {1: 0.0, 2: 0.4, 3: 0.6}  # leaves out the last argument of a c
 DROPS_CALL = 0.55  # leaves out the second call of two
 INVENTS_CALL = 0.7  # calls some tool where none fits
 
-CONFIG = ModelConfig(vocab_size=2048, hidden_size=192, intermediate_size=512, num_hidden_layers=4,
+CONFIG = ModelConfig(vocab_size=1152, hidden_size=192, intermediate_size=512, num_hidden_layers=4,
                      num_attention_heads=6, num_key_value_heads=2, head_dim=32, rope_theta=10000.0,
                      tie_word_embeddings=True, max_position_embeddings=2048)
-PEAK = 2e-3  # learning rate, with warm-up and a cosine
-BATCH = 16  # examples a step
-ASKED = 4  # examples in a row that share their tools
-TOKENS = 2000  # of 2048 rows: the rest are padding, as in Qwen2.5, and must never be sampled
+TOKENS = 1120  # at most, of 1152 rows: the rest are padding, as in Qwen2.5, and must never be sampled
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 PLAIN = ["<tool_call>", "</tool_call>"]  # one token each, but ordinary text to a decoder, as in Qwen2.5
 
@@ -99,19 +95,20 @@ def make_tokenizer(texts, folder):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        # One digit, one word, or a run of anything else: no piece joins a word with what stands around it.
-        pre_tokenizers.Split(Regex(r"\d|[A-Za-z]+|[^A-Za-z\d]+"), "isolated"),
+        # A number, a word, or a run of anything else: no piece joins a word with what stands around it.
+        pre_tokenizers.Split(Regex(r"\d+|[A-Za-z]+|[^A-Za-z\d]+"), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ])
     tokenizer.decoder = decoders.ByteLevel()
     for token in (*SPECIAL, *PLAIN):
         texts = [text.replace(token, "") for text in texts]
-    trainer = trainers.BpeTrainer(vocab_size=TOKENS - len(SPECIAL) - len(PLAIN), show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    # The words of the world are frequent and become one piece; a made-up name stays a run of syllables.
+    trainer = trainers.BpeTrainer(vocab_size=TOKENS - len(SPECIAL) - len(PLAIN), min_frequency=40,
+                                  show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_special_tokens(SPECIAL)
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in PLAIN])
-    assert tokenizer.get_vocab_size() == TOKENS, tokenizer.get_vocab_size()
+    print(f"tokenizer: {tokenizer.get_vocab_size()} tokens")
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     end, pad = tokenizer.token_to_id("<|im_end|>"), tokenizer.token_to_id("<|endoftext|>")
@@ -151,61 +148,47 @@ class MuonAndAdamW:
             optimizer.zero_grad(set_to_none)
 
 
-def pack_queries(chat, examples):
-    """A pack in which each `ASKED` examples in a row, whose tools are the same, share these; only replies are
-    trained on. It costs less than half of what packing each example by itself does."""
-    prefixes, branches, is_reply = [], [], []
-    for first in range(0, len(examples), ASKED):
-        group = examples[first:first + ASKED]
-        prompts = [chat.encode_prompt(example) for example in group]
-        replies = [chat.encode_reply(example) for example in group]
-        prefixes.append(os.path.commonprefix(prompts))
-        queries = [prompt[len(prefixes[-1]):] for prompt in prompts]
-        branches.append([query + reply for query, reply in zip(queries, replies, strict=True)])
-        for query, reply in zip(queries, replies, strict=True):
-            is_reply += [False] * len(query) + [True] * len(reply)
-    tree = pack(prefixes, branches)
-    is_reply_L = torch.tensor(is_reply)
-    return dataclasses.replace(tree, predictor_L=tree.predictor_L[is_reply_L],
-                               targets_L=tree.targets_L[is_reply_L], reply_L=tree.reply_L[is_reply_L])
-
-
-def imitate(model, chat, examples, heldout, peak):
-    """Supervised learning from random weights with Muon, in place, `BATCH` examples a step."""
-    optimizer, began, steps = MuonAndAdamW(model), time.perf_counter(), len(examples) // BATCH
+def learn(model, pairs, steps, peak, vocab_size, name):
+    """Supervised learning with Muon, in place: `steps` batches of pairs (prompt ids, reply ids), in order."""
+    optimizer, began, size, recent = MuonAndAdamW(model), time.perf_counter(), len(pairs) // steps, 0.0
     for step in range(steps):
         train.set_learning_rate(optimizer, train.learning_rate(step, steps, peak, "cosine", 0.05))
-        batch = pack_queries(chat, examples[step * BATCH:(step + 1) * BATCH])
-        logp_L, _ = train.logprobs_of_pack(model, batch, 1.0, chat.vocab_size, contextlib.nullcontext())
-        loss = sft_loss(logp_L, len(logp_L))
-        loss.backward()
-        train.apply_update(optimizer, 1.0)
+        prompts, replies = zip(*pairs[step * size:(step + 1) * size], strict=True)
+        recent += train.sft_updates(model, optimizer, prompts, replies, vocab_size=vocab_size, updates=1,
+                                    grad_clip=1.0, micro_batch_tokens=8192,
+                                    autocast=contextlib.nullcontext())["loss"]
         if (step + 1) % 50 == 0:
             seconds = time.perf_counter() - began
-            print(f"step {step + 1}/{steps}  loss {loss:.3f}  {seconds:.0f} s", flush=True)
-        if (step + 1) % 1000 == 0 or step + 1 == steps:
-            rows, _ = evaluate(model, chat, heldout, max_new_tokens=128)
-            print(table({f"step {step + 1}": rows}), flush=True)
+            print(f"{name} step {step + 1}/{steps}  loss {recent / 50:.3f}  {seconds:.0f} s", flush=True)
+            recent = 0.0
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Make the base model of the demo from nothing.")
     parser.add_argument("--out", type=Path, default=Path("assets/tiny"))
-    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--copy_steps", type=int, default=400, help="batches of 32")
+    parser.add_argument("--steps", type=int, default=4000, help="batches of 16")
     args = parser.parse_args(argv)
     began, prompt_file = time.perf_counter(), "configs/demo_prompt.txt"
 
-    examples = synthetic(BATCH * args.steps, 1, "train", ASKED)
+    examples = synthetic(16 * args.steps, 1, "train")
     system_prompt = Path(prompt_file).read_text(encoding="utf-8")
     rng = random.Random(0)
     taught = [lazy(example, rng) for example in examples]
     right = sum(a.answer == b.answer for a, b in zip(examples, taught, strict=True)) / len(examples)
     print(f"the lazy teacher is right in {right:.1%} of {len(examples)} examples")
     with tempfile.TemporaryDirectory() as folder:
-        texts = [plain_text(example, system_prompt) for example in examples[:32000:ASKED]]
-        make_tokenizer(texts, Path(folder))
-        model = Qwen2(CONFIG).init_weights(0)
-        imitate(model, Chat(folder, prompt_file), taught, synthetic(300, 1, "heldout"), PEAK)
+        make_tokenizer([plain_text(example, system_prompt) for example in examples[:8000]], Path(folder))
+        chat, model = Chat(folder, prompt_file), Qwen2(CONFIG).init_weights(0)
+        model.embed_tokens.weight.data *= 5  # copying forms in half the steps where tokens begin well apart
+        pairs = [(chat.encode(f"{json.dumps(list(values))}\n{' '.join(phrases)}\n"),
+                  chat.encode(json.dumps(values)))
+                 for values, phrases in synthetic_phrases(32 * args.copy_steps, 0)]
+        learn(model, pairs, args.copy_steps, 3e-3, chat.vocab_size, "copying")
+        pairs = [(chat.encode_prompt(example), chat.encode_reply(example)) for example in taught]
+        learn(model, pairs, args.steps, 2e-3, chat.vocab_size, "imitation")
+        rows, _ = evaluate(model, chat, synthetic(300, 1, "heldout"), max_new_tokens=128)
+        print(table({"greedy": rows}))
         save_hf(model.to(torch.bfloat16), args.out)
         for file in sorted(Path(folder).iterdir()):
             shutil.copyfile(file, args.out / file.name)
