@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Physical lines. Raise one only with a reason in NOTES.md.
 BUDGETS = {
     "model.py": 350,
-    "data.py": 650,
+    "data.py": 660,
     "sample.py": 700,
     "reward.py": 250,
     "grpo.py": 450,
