@@ -17,18 +17,22 @@ Parameter names are those of the Hugging Face checkpoints without their leading 
 Axes: T packed tokens, D width, H query heads, K key/value heads, E head size, V vocabulary rows.
 """
 
+import functools
+import inspect
 import itertools
 import json
 import os
 import tempfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 INDEX = "model.safetensors.index.json"
 
@@ -147,7 +151,12 @@ class Block(nn.Module):
 
 
 class Qwen2(nn.Module):
-    """Qwen2.5 as one module; `Qwen2(config).init_weights(seed)` is random, `load_hf` trained."""
+    """Qwen2.5 as one module; `Qwen2(config).init_weights(seed)` is random, `load_hf` trained.
+
+    checkpoint_blocks: keep only the input of each block for backward and compute the block once more there.
+    """
+
+    checkpoint_blocks = False
 
     def __init__(self, config):
         super().__init__()
@@ -167,6 +176,8 @@ class Qwen2(nn.Module):
         x_TD = self.embed_tokens(tokens_T)
         cos, sin = rope_tables(positions_T, self.config.head_dim, self.config.rope_theta)
         for layer, block in enumerate(self.layers):
+            if self.checkpoint_blocks and torch.is_grad_enabled():
+                block = functools.partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)
             x_TD = block(x_TD, cos, sin, layer, attend)
         return self.norm(x_TD)
 
@@ -207,13 +218,17 @@ def shared_prefix_attention(groups):
 
     groups: for each group (prompt length, [reply lengths]), in the order of the pack. A prompt is causal
     within itself; a reply sees the whole prompt and, causally, itself, but no other reply. Equal to
-    `packed_attention` on prompt + reply for every reply, with the prompt computed once.
+    `packed_attention` on prompt + reply for every reply, with the prompt computed once. What stands here is
+    the definition; in bf16 or fp16 on a GPU `flash_attention` takes its place.
     """
     lengths = [length for prompt, replies in groups for length in (prompt, *replies)]
     total = sum(lengths)
+    attend_flash = flash_attention(groups)
 
     def attend(layer, q_THE, k_TKE, v_TKE):
         assert len(q_THE) == total, f"{len(q_THE)} tokens in a pack of {total}"
+        if q_THE.is_cuda and q_THE.dtype in (torch.bfloat16, torch.float16) and total:
+            return attend_flash(layer, q_THE, k_TKE, v_TKE)
         parts = zip(q_THE.split(lengths), k_TKE.split(lengths), v_TKE.split(lengths), strict=True)
         out = []
         for P, replies in groups:
@@ -226,6 +241,63 @@ def shared_prefix_attention(groups):
         return torch.cat(out) if out else q_THE  # a pack of nothing, with a graph
 
     return attend
+
+
+def flash_attention(groups):
+    """attend: `shared_prefix_attention` as two calls of FlashAttention over sequences of many lengths.
+
+    The first takes the prompts, each over itself; the second takes each reply over [its prompt; itself], so a
+    prompt's keys are gathered once for every reply. Two calls and not one, because a call launches as many
+    blocks for each sequence as its longest one needs.
+    """
+    @functools.cache  # once for all layers
+    def calls(device):
+        """[(queries, keys)] of the calls, and the place in their outputs of each of the T tokens."""
+        prompts, replies, keys, end = [], [], [], 0
+        for P, lengths in groups:
+            prompts.append(torch.arange(end, end + P))
+            end += P
+            for R in lengths:
+                replies.append(torch.arange(end, end + R))
+                keys.append(torch.cat((prompts[-1], replies[-1])))
+                end += R
+        pairs = [(prompts, prompts), (replies, keys)] if replies else [(prompts, prompts)]
+        place_T = torch.cat(prompts + replies).argsort().to(device)
+        return [(Runs.of(queries, device), Runs.of(keys, device)) for queries, keys in pairs], place_T
+
+    def attend(layer, q_THE, k_TKE, v_TKE):
+        pairs, place_T = calls(q_THE.device)
+        return torch.cat([varlen_causal(q_THE, k_TKE, v_TKE, *pair) for pair in pairs])[place_T]
+
+    return attend
+
+
+class Runs(NamedTuple):
+    """Sequences of tokens of a pack: the index of each token, int32 boundaries, tokens of the longest."""
+
+    index: torch.Tensor
+    bounds: torch.Tensor
+    longest: int
+
+    @classmethod
+    def of(cls, parts, device):
+        lengths = [len(part) for part in parts]
+        bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
+        return cls(torch.cat(parts).to(device), bounds, max(lengths))
+
+
+def varlen_causal(q_THE, k_TKE, v_TKE, queries, keys):
+    """FlashAttention of each run of queries over its run of keys, where the last query sees the last key."""
+    from torch.nn.attention.varlen import varlen_attn  # takes a second to import
+    # Plain indexing: its gradient adds up the copies of a prompt in a fixed order.
+    q, k, v = q_THE[queries.index], k_TKE[keys.index], v_TKE[keys.index]
+    grouped = {"enable_gqa": True}
+    if "enable_gqa" not in inspect.signature(varlen_attn).parameters:  # torch 2.11
+        share, grouped = q.shape[1] // k.shape[1], {}
+        k, v = k.repeat_interleave(share, 1), v.repeat_interleave(share, 1)
+    # The window, any key before and none after, is counted from the last query and the last key.
+    return varlen_attn(q, k, v, queries.bounds, keys.bounds, queries.longest, keys.longest,
+                       window_size=(-1, 0), **grouped)
 
 
 # Hugging Face folders.

@@ -100,6 +100,7 @@ def train(c):
     if start > steps:
         raise ValueError(f"{run.checkpoint(start)} is past the {steps} steps of this run; raise train.steps")
     model = load_hf(run.checkpoint(start) if start else base, device)
+    model.checkpoint_blocks = c.train.activation_checkpointing
     longest = c.data.max_prompt_tokens + max(c.rollout.max_new_tokens, c.eval.max_new_tokens)
     if longest > model.config.max_position_embeddings:
         raise ValueError(f"a prompt and a reply may take {longest} tokens, but {c.model.path} has "

@@ -61,6 +61,7 @@ class TrainSettings:
     prompts_per_step: int = 1024  # prompts (grpo) or examples (sft) a step (paper)
     updates_per_step: int = 4  # mini-batches a step, one optimizer update each (code: 256 prompts an update)
     micro_batch_tokens: int = 30720  # packed tokens of one forward and backward: bounds memory (code)
+    activation_checkpointing: bool = False  # blocks computed again in backward: saves memory, costs a third
     lr: float = 1e-6  # peak learning rate of AdamW (paper)
     schedule: str = "constant"  # constant (paper) | cosine, down to a tenth of lr
     warmup: float = 0.0  # share of all steps in which lr rises linearly (paper: none)

@@ -15,6 +15,10 @@ if str(ROOT) not in sys.path:
 # same order on every machine.
 torch.set_num_threads(1)
 
+# Without a GPU the kernels run in Triton's interpreter, which must be said before triton is first imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Physical lines. Raise one only with a reason in NOTES.md.
 BUDGETS = {
-    "model.py": 350,
+    "model.py": 450,
     "data.py": 660,
     "sample.py": 700,
     "reward.py": 250,
@@ -52,7 +52,7 @@ OWN_MODULES = {Path(name).stem for name in TOP_LEVEL} | {"benchmarks", "configs"
 SIX_PACKAGES = {"torch", "safetensors", "tokenizers", "numpy", "triton", "pyyaml"}
 # What can be imported on every platform: triton has wheels for Linux only; tokenizers brings the last two.
 ANYWHERE = {"torch", "safetensors", "tokenizers", "numpy", "yaml", "huggingface_hub", "tqdm"}
-INSIDE_FUNCTIONS_ONLY = {"triton", "tensorboard", "wandb", "torch.utils.tensorboard"}
+INSIDE_FUNCTION_OR_TRY = {"triton", "tensorboard", "wandb", "torch.utils.tensorboard"}
 HIDDEN_IMPORTS = ("__import__", "import_module")
 
 
@@ -67,7 +67,8 @@ def source(name: str) -> str:
 
 
 def imports(text: str) -> list[tuple[str, tuple[str, ...]]]:
-    """(dotted name, names of the enclosing functions) for each import; `from a import b` counts as a.b."""
+    """(dotted name, what encloses it) for each import; `from a import b` counts as a.b. Functions enclose, by
+    their names, and so does a `try` that catches ImportError, as "try"."""
     found = []
 
     def visit(node: ast.AST, inside: tuple[str, ...]) -> None:
@@ -81,6 +82,8 @@ def imports(text: str) -> list[tuple[str, tuple[str, ...]]]:
             assert called not in HIDDEN_IMPORTS, f"line {node.lineno}: {called} hides an import"
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
             inside = (*inside, getattr(node, "name", "<lambda>"))
+        if isinstance(node, ast.Try) and "except ImportError" in ast.unparse(node):
+            inside = (*inside, "try")
         for child in ast.iter_child_nodes(node):
             visit(child, inside)
 
@@ -135,7 +138,7 @@ def test_the_reader_of_imports_sees_every_form():
         ("e.f", ()),
         ("..g", ()),
         (".h.i", ()),
-        ("j", ()),
+        ("j", ("try",)),
         ("l", ()),
         ("o", ("m", "n")),
     ]
@@ -175,7 +178,7 @@ def test_only_runtime_packages_are_imported_and_those_some_machines_lack_only_wh
         package = imported.split(".")[0]
         if package in sys.stdlib_module_names or package in OWN_MODULES:
             continue
-        if is_or_within(imported, INSIDE_FUNCTIONS_ONLY):
+        if is_or_within(imported, INSIDE_FUNCTION_OR_TRY):
             assert inside, f"{name} imports {imported} at its top; some machines lack it"
         else:
             assert package in ANYWHERE, f"{name} imports {package}, which is not a runtime dependency"

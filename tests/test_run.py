@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 
+import model
 import train
 from configs.schema import Config
 from data import read_jsonl, synthetic, write_jsonl
@@ -102,6 +103,17 @@ def test_four_steps_equal_two_steps_then_a_resumed_run_bit_for_bit(files, whole_
     for number, state in theirs["optimizer"]["state"].items():
         ours_state = ours["optimizer"]["state"][number]
         assert all(torch.equal(ours_state[key], value) for key, value in state.items())
+
+
+def test_activation_checkpointing_reaches_the_model_and_changes_no_metric(
+        files, whole_run, tmp_path, monkeypatch):
+    recomputed = []
+    checkpoint = model.checkpoint
+    monkeypatch.setattr(model, "checkpoint", lambda *a, **k: recomputed.append(a) or checkpoint(*a, **k))
+    train.main(arguments(files, tmp_path / "run", "--grpo.kl_coef=0.001",
+                         "--train.activation_checkpointing=true"))
+    assert recomputed
+    assert metrics_of(tmp_path / "run") == metrics_of(whole_run)
 
 
 def test_resuming_on_changed_data_is_refused(files, whole_run, tmp_path, capsys):
