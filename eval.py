@@ -41,14 +41,15 @@ def wilson(right, n, z=1.96):
     return max(0.0, (middle - spread) / (1 + z * z / n)), min(1.0, (middle + spread) / (1 + z * z / n))
 
 
-def generate_greedily(model, chat, prompts, max_new_tokens, batch_size, progress):
+def generate_greedily(model, chat, prompts, max_new_tokens, batch_size, progress, kv_memory_gib=None):
     """One greedy rollout a prompt; it draws no noise, so its seeds say nothing."""
     return generate(model, prompts, 1, max_new_tokens=max_new_tokens, temperature=0.0, stop_ids=chat.stop_ids,
                     seeds_P=[0] * len(prompts), vocab_size=chat.vocab_size, batch_size=batch_size,
-                    progress=progress)
+                    kv_memory_gib=kv_memory_gib, progress=progress)
 
 
-def evaluate(model, chat, examples, *, max_new_tokens, batch_size=256, scheme="binary", progress=None):
+def evaluate(model, chat, examples, *, max_new_tokens, batch_size=256, kv_memory_gib=None, scheme="binary",
+             progress=None):
     """Greedy replies to `examples`. Returns (rows, replies).
 
     rows: one dictionary a category and a last one for "all", as `summarize` makes them; replies: one
@@ -56,7 +57,7 @@ def evaluate(model, chat, examples, *, max_new_tokens, batch_size=256, scheme="b
     its reward is 1.
     """
     prompts = [chat.encode_prompt(example) for example in examples]
-    rollouts = generate_greedily(model, chat, prompts, max_new_tokens, batch_size, progress)
+    rollouts = generate_greedily(model, chat, prompts, max_new_tokens, batch_size, progress, kv_memory_gib)
     replies = []
     for example, rollout in zip(examples, rollouts, strict=True):
         text = chat.decode(rollout.ids)

@@ -118,7 +118,8 @@ def train(c):
           f"{len(train_set)} examples, {len(heldout)} held out, {steps} steps; {run.folder}", flush=True)
 
     sampling = {"max_new_tokens": c.rollout.max_new_tokens, "temperature": c.rollout.temperature,
-                "stop_ids": chat.stop_ids, "vocab_size": chat.vocab_size, "batch_size": c.rollout.batch_size}
+                "stop_ids": chat.stop_ids, "vocab_size": chat.vocab_size, "batch_size": c.rollout.batch_size,
+                "kv_memory_gib": c.rollout.kv_memory_gib}
     updating = {"vocab_size": chat.vocab_size, "updates": c.train.updates_per_step, "autocast": autocast,
                 "micro_batch_tokens": c.train.micro_batch_tokens, "grad_clip": c.train.grad_clip}
     losses = {"temperature": c.rollout.temperature, "kl_coef": c.grpo.kl_coef, "clip_low": c.grpo.clip_low,
@@ -132,7 +133,7 @@ def train(c):
             with autocast:
                 rows, replies = evaluate(model, chat, heldout, max_new_tokens=c.eval.max_new_tokens,
                                          batch_size=c.rollout.batch_size, scheme=c.grpo.reward,
-                                         progress="evaluation")
+                                         kv_memory_gib=c.rollout.kv_memory_gib, progress="evaluation")
             run.log_evaluation(step, rows, replies, time.perf_counter() - began)
         if is_new and step > 0 and (step % c.checkpoint.every == 0 or is_last):
             run.save_checkpoint(step, model, optimizer, batches, base, c.checkpoint.keep)

@@ -41,7 +41,8 @@ class RolloutSettings:
     temperature: float = 0.7  # of sampling, and of every log-prob in training (paper)
     top_p: float = 1.0  # must be 1: training scores the whole softmax (paper)
     max_new_tokens: int = 8192  # tokens a reply, stop token included (paper)
-    batch_size: int = 256  # rows decoded at once: bounds the memory of the key/value cache
+    batch_size: int = 256  # rows decoded at once
+    kv_memory_gib: float | None = None  # of keys and values; null: a GPU's free memory, on a CPU no bound
 
 
 @dataclass(frozen=True)

@@ -276,18 +276,17 @@ def test_padding_changes_nothing():
     assert_same([together[1]], draw(model, [short], 1, seeds_P=[2]))
 
 
-def test_rows_dropped_midway_leave_the_others_right(sampled, monkeypatch):
+def test_a_row_that_moves_to_a_free_slot_stays_right(sampled, monkeypatch):
     model, prompts, settings, wanted = sampled
-    kept, keep = [], sample.Cache.keep
+    moves, move = [], sample.Cache.move
 
-    def counting_keep(cache, rows):
-        kept.append((len(cache.lengths_B), len(rows)))
-        keep(cache, rows)
-        assert len(cache.lengths_B) == len(rows) and cache.keys[0].shape[2] == cache.values[0].shape[1]
+    def counting_move(cache, source, target):
+        moves.append((source, target))
+        move(cache, source, target)
 
-    monkeypatch.setattr(sample.Cache, "keep", counting_keep)
+    monkeypatch.setattr(sample.Cache, "move", counting_move)
     assert_same(draw(model, prompts, 5, **settings), wanted)
-    assert len(kept) > 2 and all(after <= 0.75 * before for before, after in kept)
+    assert len(moves) > 10 and all(source > target for source, target in moves)
 
 
 def test_a_cache_that_has_to_grow_gives_the_same_replies(sampled, monkeypatch):
@@ -308,15 +307,25 @@ def forward_sizes(sampled):
 def test_each_prompt_is_computed_once_for_its_replies(sampled, forward_sizes):
     model, prompts, settings, _ = sampled
     draw(model, prompts, 5, **settings)
-    assert forward_sizes[0] == sum(map(len, prompts)) and forward_sizes[1] <= 65
+    # All but its last token, which is the first input of each of them
+    assert forward_sizes[0] == sum(len(prompt) - 1 for prompt in prompts) and forward_sizes[1] == 65
+
+
+@pytest.mark.parametrize("memory", [{}, {"kv_memory_gib": 1.0}], ids=["side by side", "in pages"])
+def test_replies_that_start_later_find_their_prompt_computed(sampled, forward_sizes, memory):
+    model, prompts, settings, wanted = sampled
+    assert_same(draw(model, prompts, 5, **settings, batch_size=4, **memory), wanted)
+    # Every other forward is a step: a token in for each token of a reply.
+    assert sum(forward_sizes) == sum(len(prompt) - 1 for prompt in prompts) + sum(map(len, ids_of(wanted)))
 
 
 def test_prompts_computed_in_parts_give_the_same_replies(sampled, forward_sizes, monkeypatch):
     model, prompts, settings, wanted = sampled
     monkeypatch.setattr(sample, "PREFILL_TOKENS", 60)
     assert_same(draw(model, prompts, 5, **settings), wanted)
-    parts = [sum(forward_sizes[:i]) for i in range(len(forward_sizes))].index(sum(map(len, prompts)))
-    assert parts > 3 and max(forward_sizes[:parts]) <= 60
+    prefilled = sum(len(prompt) - 1 for prompt in prompts)
+    parts = [sum(forward_sizes[:i]) for i in range(len(forward_sizes))].index(prefilled)
+    assert parts >= 3 and max(forward_sizes[:parts]) <= 60
 
 
 # generate: greedy decoding, ends, the order of the rollouts.
