@@ -301,7 +301,7 @@ def synthetic(n, seed, split):
     world, known = _read_world()
     parts, examples = HELDOUT if split == "heldout" else (split,), []
     for k in range(n):
-        part = parts[k % len(parts)]
+        part = parts[(k + k // 3) % len(parts)]  # so that every third example is not always of one part
         pairs = [(verb, noun) for noun, entry in world["nouns"].items() for verb in entry["verbs"]
                  if (zlib.crc32(f"{verb}_{noun}".encode()) % 5 == 0) == (part == "tools")]
         tools = _offer(world, pairs, random.Random(f"tools/{split}/{seed}/{k}"))
@@ -309,12 +309,12 @@ def synthetic(n, seed, split):
     return examples
 
 
-def synthetic_phrases(n, seed):
-    """n times ({parameter: value}, phrases that say these values), of the "train" split: what a call copies
-    from a query, without tools around it. A generator."""
+def synthetic_phrases(n, seed, least, most):
+    """n times ({parameter: value}, phrases that say these values), of the "train" split, `least` to `most` at
+    once: what a call copies from a query, without tools around it. A generator."""
     (world, known), rng = _read_world(), random.Random(seed)
     for _ in range(n):
-        names = rng.sample(list(world["parameters"]), rng.choice((1, 2)))
+        names = rng.sample(list(world["parameters"]), rng.randint(least, most))
         values, phrases = zip(*(_say(world, rng, name, known, "train") for name in names), strict=True)
         yield dict(zip(names, values, strict=True)), rng.sample(phrases, len(phrases))
 

@@ -498,6 +498,8 @@ def test_no_tool_of_the_tools_split_is_ever_offered_in_another():
 def test_a_heldout_set_holds_the_three_splits_in_equal_parts():
     sources = Counter(made.source.split("/")[0] for made in synthetic(900, 0, "heldout"))
     assert sources == {"values": 300, "paraphrases": 300, "tools": 300}
+    third = Counter(made.source.split("/")[0] for made in synthetic(900, 0, "heldout")[::3])
+    assert third == {"values": 100, "paraphrases": 100, "tools": 100}
 
 
 def test_parameters_have_all_types_and_at_least_three_wordings():
@@ -560,10 +562,10 @@ def test_a_tool_that_does_not_fit_is_never_among_those_offered():
 
 
 def test_phrases_say_their_values_and_are_those_of_training():
-    made = list(data.synthetic_phrases(500, 3))
-    assert made == list(data.synthetic_phrases(500, 3)) != list(data.synthetic_phrases(500, 4))
+    made = list(data.synthetic_phrases(500, 3, 1, 4))
+    assert made == list(data.synthetic_phrases(500, 3, 1, 4)) != list(data.synthetic_phrases(500, 4, 1, 4))
     for values, phrases in made:
-        assert 1 <= len(values) == len(phrases) <= 2
+        assert 1 <= len(values) == len(phrases) <= 4
         texts = []
         for name, value in values.items():
             said = WORLD["parameters"][name]["said"][:-1]

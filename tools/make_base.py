@@ -148,6 +148,13 @@ class MuonAndAdamW:
             optimizer.zero_grad(set_to_none)
 
 
+def phrase_pairs(chat, n, seed, least, most):
+    """n pairs (ids of phrases that say values, ids of these values as JSON)."""
+    return [(chat.encode(f"{json.dumps(list(values))}\n{' '.join(phrases)}\n"),
+             chat.encode(json.dumps(values)))
+            for values, phrases in synthetic_phrases(n, seed, least, most)]
+
+
 def learn(model, pairs, steps, peak, vocab_size, name):
     """Supervised learning with Muon, in place: `steps` batches of pairs (prompt ids, reply ids), in order."""
     optimizer, began, size, recent = MuonAndAdamW(model), time.perf_counter(), len(pairs) // steps, 0.0
@@ -167,7 +174,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Make the base model of the demo from nothing.")
     parser.add_argument("--out", type=Path, default=Path("assets/tiny"))
     parser.add_argument("--copy_steps", type=int, default=400, help="batches of 32")
-    parser.add_argument("--steps", type=int, default=4000, help="batches of 16")
+    parser.add_argument("--steps", type=int, default=4000, help="batches of 32")
     args = parser.parse_args(argv)
     began, prompt_file = time.perf_counter(), "configs/demo_prompt.txt"
 
@@ -181,11 +188,12 @@ def main(argv=None):
         make_tokenizer([plain_text(example, system_prompt) for example in examples[:8000]], Path(folder))
         chat, model = Chat(folder, prompt_file), Qwen2(CONFIG).init_weights(0)
         model.embed_tokens.weight.data *= 5  # copying forms in half the steps where tokens begin well apart
-        pairs = [(chat.encode(f"{json.dumps(list(values))}\n{' '.join(phrases)}\n"),
-                  chat.encode(json.dumps(values)))
-                 for values, phrases in synthetic_phrases(32 * args.copy_steps, 0)]
+        pairs = phrase_pairs(chat, 32 * args.copy_steps, 0, 1, 2)
         learn(model, pairs, args.copy_steps, 3e-3, chat.vocab_size, "copying")
+        # Copying goes on beside the imitation, with more values at once: 16 of each in a batch.
         pairs = [(chat.encode_prompt(example), chat.encode_reply(example)) for example in taught]
+        beside = phrase_pairs(chat, len(pairs), 1, 3, 6)
+        pairs = [pair for both in zip(pairs, beside, strict=True) for pair in both]
         learn(model, pairs, args.steps, 2e-3, chat.vocab_size, "imitation")
         rows, _ = evaluate(model, chat, synthetic(300, 1, "heldout"), max_new_tokens=128)
         print(table({"greedy": rows}))
