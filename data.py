@@ -288,10 +288,10 @@ def synthetic(n, seed, split):
     """n examples of procedural tool calling; example k is a pure function of (seed, split, k).
 
     A tool is a verb and a noun with one to three of the noun's parameters. Two to four are drawn anew for
-    each example, half the time such that they share a verb or a noun. Six in ten queries ask for one of them,
-    a quarter for two, the rest for a tool that is not offered (answer []), half of these for one that shares
-    a word with them. assets/synthetic.json has the words. Three ways to be new divide the held-out splits
-    from "train"; "heldout" deals out the three in turn:
+    each example, half the time such that they share a verb or a noun. Of 20 queries 9 ask for one of them, 5
+    for two, 6 for a tool that is not offered (answer []), half of these for one that shares a word with them.
+    assets/synthetic.json has the words. Three ways to be new divide the held-out splits from "train";
+    "heldout" deals out the three in turn:
         values       open values (made-up words, times, numbers) of another checksum; so in all three splits
         paraphrases  of every list of wordings, the last, which the other splits never take
         tools        pairs of verb and noun of another checksum
@@ -356,7 +356,7 @@ def _ask(world, known, pairs, tools, part, key):
     """The example that offers these tools, asking for one, for two or for none of them."""
     rng = random.Random(key)
 
-    kind = rng.choices(("single", "two_calls", "no_tool"), (60, 25, 15))[0]
+    kind = rng.choices(("single", "two_calls", "no_tool"), (45, 25, 30))[0]
     asked = rng.sample(list(tools), 1 + (kind == "two_calls"))
     schemas, answer, requests = tools, [], []
     if kind == "no_tool":

@@ -37,7 +37,7 @@ from reward import format_reply  # noqa: E402
 # How often the teacher …
 DROPS_ARGUMENT = {1: 0.0, 2: 0.3, 3: 0.6}  # leaves out the last argument of a call, by how many it has
 DROPS_CALL = 0.5  # leaves out the second call of two
-INVENTS_CALL = 0.5  # calls some tool where none fits
+INVENTS_CALL = 0.3  # calls some tool where none fits
 
 CONFIG = ModelConfig(vocab_size=1152, hidden_size=192, intermediate_size=512, num_hidden_layers=4,
                      num_attention_heads=6, num_key_value_heads=2, head_dim=32, rope_theta=10000.0,
