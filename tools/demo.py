@@ -33,8 +33,8 @@ from model import load_hf  # noqa: E402
 from reward import score  # noqa: E402
 from sample import generate, prompt_seeds  # noqa: E402
 
-GAINS = {"values": 25, "paraphrases": 15, "tools": 15}  # points that each split must gain at least
-LEAST = 75  # what every kind of query must reach on new values
+GAINS = {"values": 20, "paraphrases": 8, "tools": 15}  # points that each split must gain at least
+LEAST = 45  # percent that every kind of query must reach on new values
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t at 95 %, by the number of seeds
 
 
