@@ -299,11 +299,13 @@ def synthetic(n, seed, split):
     if split not in SPLITS:
         raise ValueError(f"split {split!r}: choose one of {', '.join(SPLITS)}")
     world, known = _read_world()
-    parts, examples = HELDOUT if split == "heldout" else (split,), []
+    parts, examples, pairs_of = HELDOUT if split == "heldout" else (split,), [], ([], [])
+    for noun, entry in world["nouns"].items():
+        for verb in entry["verbs"]:
+            pairs_of[zlib.crc32(f"{verb}_{noun}".encode()) % 5 == 0].append((verb, noun))
     for k in range(n):
         part = parts[(k + k // 3) % len(parts)]  # so that every third example is not always of one part
-        pairs = [(verb, noun) for noun, entry in world["nouns"].items() for verb in entry["verbs"]
-                 if (zlib.crc32(f"{verb}_{noun}".encode()) % 5 == 0) == (part == "tools")]
+        pairs = pairs_of[part == "tools"]
         tools = _offer(world, pairs, random.Random(f"tools/{split}/{seed}/{k}"))
         examples.append(_ask(world, known, pairs, tools, part, f"{split}/{seed}/{k}"))
     return examples
