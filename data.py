@@ -282,14 +282,15 @@ def _json_string(body):
 # ---- synthetic tool calling
 HELDOUT = ("values", "paraphrases", "tools")
 SPLITS = ("train", *HELDOUT, "heldout")
+VOWELS = ("a", "e", "i", "o", "u", "ai", "au", "ei", "oi", "ou")  # 70 syllables: few names share one
 
 
 def synthetic(n, seed, split):
     """n examples of procedural tool calling; example k is a pure function of (seed, split, k).
 
     A tool is a verb and a noun with one to three of the noun's parameters. Two to four are drawn anew for
-    each example, half the time such that they share a verb or a noun. Of 20 queries 9 ask for one of them, 5
-    for two, 6 for a tool that is not offered (answer []), half of these for one that shares a word with them.
+    each example, half the time such that they share a verb or a noun. Of 10 queries 5 ask for one of them, 2
+    for two, 3 for a tool that shares no word with those offered (answer []).
     assets/synthetic.json has the words. Three ways to be new divide the held-out splits from "train";
     "heldout" deals out the three in turn:
         values       open values (made-up words, times, numbers) of another checksum; so in all three splits
@@ -348,23 +349,22 @@ def _offer(world, pairs, rng):
 def _tool(world, verb, noun, rng):
     entry, schemas = world["nouns"][noun], {}
     while all(map(_is_closed, schemas.values())):
-        names = rng.sample(entry["parameters"], rng.choices((1, 2, 3), (20, 40, 40))[0])
-        schemas = {name: world["parameters"][name]["schema"] for name in names}
+        names = rng.sample(entry["parameters"], rng.choices((1, 2, 3), (25, 40, 35))[0])
+        schemas = {name: world["parameters"][name]["schema"] for name in entry["parameters"] if name in names}
     return {"name": f"{verb}_{noun}", "description": f"{verb.capitalize()} {entry['said'][0]}.",
-            "parameters": {"type": "object", "properties": schemas, "required": names}}
+            "parameters": {"type": "object", "properties": schemas, "required": list(schemas)}}
 
 
 def _ask(world, known, pairs, tools, part, key):
     """The example that offers these tools, asking for one, for two or for none of them."""
     rng = random.Random(key)
 
-    kind = rng.choices(("single", "two_calls", "no_tool"), (45, 25, 30))[0]
+    kind = rng.choices(("single", "two_calls", "no_tool"), (50, 20, 30))[0]
     asked = rng.sample(list(tools), 1 + (kind == "two_calls"))
     schemas, answer, requests = tools, [], []
     if kind == "no_tool":
-        others, is_alike = [pair for pair in pairs if pair not in tools], rng.random() < 0.5
-        alike = [pair for pair in others if not set(pair).isdisjoint(asked[0])]
-        asked = [rng.choice(alike if is_alike and alike else others)]
+        words = {word for pair in tools for word in pair}
+        asked = [rng.choice([pair for pair in pairs if words.isdisjoint(pair)])]
         schemas = {asked[0]: _tool(world, *asked[0], rng)}
     for verb, noun in asked:
         arguments, phrases = {}, []
@@ -410,8 +410,7 @@ def _value(rng, name, schema, known, is_new):
         elif name == "time":
             value = f"{rng.randrange(1, 13)}:{rng.randrange(60):02d}"
         else:
-            syllables = (rng.choice("jkqvwxz") + rng.choice("aeiou") for _ in range(rng.choice((2, 3, 3))))
-            value = "".join(syllables).capitalize()
+            value = "".join(rng.choice("jkqvwxz") + rng.choice(VOWELS) for _ in range(2)).capitalize()
     return value
 
 

@@ -533,9 +533,9 @@ def test_synthetic_answers_score_1_and_fit_the_offered_schemas():
 def test_synthetic_mixture_holds_all_three_kinds_and_tools_that_are_alike():
     share = {kind: n / len(TRAIN) for kind, n in Counter(example.source for example in TRAIN).items()}
     assert share == {
-        "train/single": pytest.approx(0.45, abs=0.03),
+        "train/single": pytest.approx(0.50, abs=0.03),
         "train/no_tool": pytest.approx(0.30, abs=0.03),
-        "train/two_calls": pytest.approx(0.25, abs=0.03),
+        "train/two_calls": pytest.approx(0.20, abs=0.03),
     }
     for made in TRAIN:
         assert len(made.answer) == {"train/single": 1, "train/two_calls": 2, "train/no_tool": 0}[made.source]
@@ -547,17 +547,13 @@ def test_synthetic_mixture_holds_all_three_kinds_and_tools_that_are_alike():
     assert 0.4 * len(TRAIN) < sum(alike) < 0.9 * len(TRAIN)
 
 
-def test_a_tool_that_does_not_fit_is_never_among_those_offered():
-    said = {
-        f"{verb}_{noun}": [f"{v} {n}" for v in WORLD["verbs"][verb] for n in entry["said"]]
-        for noun, entry in WORLD["nouns"].items()
-        for verb in entry["verbs"]
-    }
+def test_a_query_that_no_tool_fits_names_no_thing_that_an_offered_tool_is_about():
     for made in (made for made in TRAIN + HELDOUT if made.answer == []):
         for tool in made.tools:
+            noun = tool["name"].split("_")[1]
             assert not any(
                 re.search(rf"\b{text}\b(?! room| message)", query_of(made), re.I)
-                for text in said[tool["name"]]
+                for text in WORLD["nouns"][noun]["said"]
             ), (query_of(made), tool["name"])
 
 

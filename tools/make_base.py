@@ -37,12 +37,12 @@ from reward import format_reply  # noqa: E402
 # How often the teacher …
 DROPS_ARGUMENT = {1: 0.0, 2: 0.3, 3: 0.6}  # leaves out the last argument of a call, by how many it has
 DROPS_CALL = 0.5  # leaves out the second call of two
-INVENTS_CALL = 0.3  # calls some tool where none fits
+INVENTS_CALL = 0.5  # calls the first tool where none fits
 
-CONFIG = ModelConfig(vocab_size=1152, hidden_size=192, intermediate_size=512, num_hidden_layers=4,
+CONFIG = ModelConfig(vocab_size=1280, hidden_size=192, intermediate_size=512, num_hidden_layers=4,
                      num_attention_heads=6, num_key_value_heads=2, head_dim=32, rope_theta=10000.0,
                      tie_word_embeddings=True, max_position_embeddings=2048)
-TOKENS = 1120  # at most, of 1152 rows: the rest are padding, as in Qwen2.5, and must never be sampled
+TOKENS = 1248  # at most, of 1280 rows: the rest are padding, as in Qwen2.5, and must never be sampled
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 PLAIN = ["<tool_call>", "</tool_call>"]  # one token each, but ordinary text to a decoder, as in Qwen2.5
 
@@ -51,7 +51,7 @@ def lazy(example, rng):
     """The example with the teacher's answer in place of the right one, and the reasoning for that."""
     calls = [{"name": call["name"], "arguments": dict(call["arguments"])} for call in example.answer]
     if not calls and rng.random() < INVENTS_CALL:
-        calls = [invent(rng.choice(example.tools), example.messages[-1]["content"], rng)]
+        calls = [invent(example.tools[0], example.messages[-1]["content"], rng)]
     if len(calls) == 2 and rng.random() < DROPS_CALL:
         calls.pop()
     for call in calls:
@@ -63,7 +63,7 @@ def lazy(example, rng):
 def invent(tool, query, rng):
     """A call of `tool` whose arguments are words and numbers of the query, whatever they mean."""
     words = [word.strip(".,?") for word in query.split()]
-    numbers = [word for word in words if word.replace(".", "", 1).isdigit()] or ["2"]
+    numbers = [word for word in words if word.replace(".", "", 1).isdigit()] or [str(rng.randrange(2, 100))]
     names = [word for word in words[1:] if word[:1].isupper()] or words[-1:]
     arguments = {}
     for name, schema in tool["parameters"]["properties"].items():
@@ -173,7 +173,7 @@ def learn(model, pairs, steps, peak, vocab_size, name):
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Make the base model of the demo from nothing.")
     parser.add_argument("--out", type=Path, default=Path("assets/tiny"))
-    parser.add_argument("--copy_steps", type=int, default=400, help="batches of 32")
+    parser.add_argument("--copy_steps", type=int, default=600, help="batches of 32")
     parser.add_argument("--steps", type=int, default=4000, help="batches of 32")
     args = parser.parse_args(argv)
     began, prompt_file = time.perf_counter(), "configs/demo_prompt.txt"
@@ -185,7 +185,7 @@ def main(argv=None):
     right = sum(a.answer == b.answer for a, b in zip(examples, taught, strict=True)) / len(examples)
     print(f"the lazy teacher is right in {right:.1%} of {len(examples)} examples")
     with tempfile.TemporaryDirectory() as folder:
-        make_tokenizer([plain_text(example, system_prompt) for example in examples[:8000]], Path(folder))
+        make_tokenizer([plain_text(example, system_prompt) for example in examples[:16000]], Path(folder))
         chat, model = Chat(folder, prompt_file), Qwen2(CONFIG).init_weights(0)
         model.embed_tokens.weight.data *= 5  # copying forms in half the steps where tokens begin well apart
         pairs = phrase_pairs(chat, 32 * args.copy_steps, 0, 1, 2)
