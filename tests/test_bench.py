@@ -114,7 +114,7 @@ def test_trl_takes_a_whole_step_a_call():
         seen.append(len(ids))
         return len(seen) % 2
 
-    run = peers.trl_step(model, bench.random_ids(2, 5, 64), 4, 6, "fp32", reward_of, 8)
+    run = peers.trl_step(model, bench.random_ids(2, 5, 64), 4, 6, "fp32", reward_of, 8, bench.CLOCK)
     for calls in (1, 2):
         assert 0 < run() < 60
         assert len(seen) == 8 * calls and max(seen) == 6

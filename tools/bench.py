@@ -7,6 +7,7 @@ what it has; a table of all rows last.
 Contenders take turns in one process, after a first round that warms up and is thrown away. What counts
 is the ratio within a round, so that a machine that slows down slows all: `x` is how many times as fast
 ours is, the median of the rounds, with the lowest and the highest, and the bar is what it has to reach.
+Seconds are those of the wall on a GPU, and on a CPU, where one thread works, those of the processor.
 A peer that is not installed, or fails, has a row that says so. Peers: peers.py and the extra `peers`.
 
 A benchmark is a function (rounds, *setting) -> rows; its docstring says what it measures. Axes: those of
@@ -41,6 +42,8 @@ from train import grpo_updates, logprobs_of_pack, make_optimizer  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32  # of weights that are not trained
+# On a CPU, with one thread, what the process took: other work on the machine does not count.
+CLOCK = time.process_time if DEVICE == "cpu" else time.perf_counter
 BANDWIDTH, FLOPS = 4.3e12, 989e12  # of an H200: bytes/s as measured, bf16 FLOP/s as its data sheet says
 # width, width of the MLP, layers, heads, key/value heads, head size, rows of the vocabulary, tied
 SHAPES = {"tiny": (128, 384, 4, 4, 2, 32, 2048, True), "0.5B": (896, 4864, 24, 14, 2, 64, 151936, True),
@@ -91,15 +94,15 @@ def take_turns(contenders, rounds):
 def timed(run):
     """(seconds of one call, on a GPU the peak of its memory in GiB above what was held before)"""
     if DEVICE == "cpu":
-        began = time.perf_counter()
+        began = CLOCK()
         own = run()
-        return own or time.perf_counter() - began, None
+        return own or CLOCK() - began, None
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    held, began = torch.cuda.memory_allocated(), time.perf_counter()
+    held, began = torch.cuda.memory_allocated(), CLOCK()
     own = run()
     torch.cuda.synchronize()
-    seconds = own or time.perf_counter() - began
+    seconds = own or CLOCK() - began
     return seconds, (torch.cuda.max_memory_allocated() - held) / 2**30
 
 
@@ -302,7 +305,7 @@ def step(rounds, shape, P, G, prompt_tokens, R):
             contenders[name] = our_step(model, optimizer, prompts, G, R, precision, share, notes[name])
         contenders[f"TRL {precision}"] = peer(
             "trl", trl_step, make_model(shape, torch.float32), prompts, G, R, precision, reward_of,
-            P * G if DEVICE == "cpu" else 8)
+            P * G if DEVICE == "cpu" else 8, CLOCK)
     times = take_turns(contenders, rounds)
     setting = f"{shape}, {P} x {G} replies, {prompt_tokens} + {R} tokens"
     yield from rows(setting, times, P * G * R, "tokens/s",
@@ -329,11 +332,11 @@ def our_step(model, optimizer, prompts, G, R, precision, share, notes):
                                 seeds_P=prompt_seeds(0, 0, 0, len(asked)))
         rewards_N = torch.tensor([reward_of(rollout.ids) for rollout in rollouts])
         adv_PG = group_advantages(rewards_N.view(-1, G)).view(-1, n)
-        began = time.perf_counter()
+        began = CLOCK()
         metrics = grpo_updates(model, None, optimizer, rollouts, adv_PG, temperature=1.0, vocab_size=None,
                                updates=1, kl_coef=0.0, clip_low=0.2, clip_high=0.2, grad_clip=1.0,
                                micro_batch_tokens=8192, autocast=autocast)
-        notes.update(update_s=time.perf_counter() - began,
+        notes.update(update_s=CLOCK() - began,
                      logp_diff_mean=metrics["sampling/logp_diff_mean"],
                      logp_diff_max=metrics["sampling/logp_diff_max"])
         if DEVICE == "cuda":
@@ -409,14 +412,12 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Measure nanon1 side by side with its peers.")
     parser.add_argument("names", nargs="*", help=f"of {', '.join(BENCHMARKS)}; default: all")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1, help="on a machine without a GPU")
     parser.add_argument("--out", type=Path, default=ROOT / "tools/results", help="folder of JSON files")
     parser.add_argument("--show", action="store_true", help="measure nothing, show the files of --out")
     args = parser.parse_args(argv)
     if unknown := set(args.names) - set(BENCHMARKS):
         parser.error(f"no benchmark {min(unknown)!r}; there are {', '.join(BENCHMARKS)}")
-    if DEVICE == "cpu":
-        torch.set_num_threads(args.threads)
+    torch.set_num_threads(1 if DEVICE == "cpu" else torch.get_num_threads())
     names = args.names or list(BENCHMARKS)
     args.out.mkdir(parents=True, exist_ok=True)
     for name in [] if args.show else names:

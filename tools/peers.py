@@ -7,7 +7,6 @@ imported only where it is used, so that an ImportError tells which one is missin
 import contextlib
 import sys
 import tempfile
-import time
 
 import torch
 
@@ -59,8 +58,8 @@ def liger_loss():
     return function
 
 
-def trl_step(model, prompts, n, max_new_tokens, precision, reward_of, at_once):
-    """One step of TRL's GRPOTrainer, `at_once` replies a micro-batch; the function returns its seconds.
+def trl_step(model, prompts, n, max_new_tokens, precision, reward_of, at_once, clock):
+    """One step of TRL's GRPOTrainer, `at_once` replies a micro-batch; returns its seconds by clock().
 
     Counted from the step's beginning, rollouts included, to the end of the optimizer's step; not what the
     trainer sets up before, once for each run. reward_of(ids) -> number; id 0 ends a reply.
@@ -86,12 +85,12 @@ def trl_step(model, prompts, n, max_new_tokens, precision, reward_of, at_once):
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *_, **__):
-            began.append(time.perf_counter())
+            began.append(clock())
 
         def on_step_end(self, *_, **__):
             if not on_cpu:
                 torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - began[-1])
+            seconds.append(clock() - began[-1])
 
     def rewards(completion_ids, **_):
         return [reward_of(ids) for ids in completion_ids]
