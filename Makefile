@@ -99,7 +99,7 @@ $(DEV): $(RUNTIME)
 	$(PIP_INSTALL) --no-deps bfcl-eval
 	@touch $@
 
-$(PEERS): $(DEV)
+$(PEERS): $(RUNTIME)
 	@$(PY) -c "$$REQUIREMENTS" peers >$(VENV)/peers.txt
 	$(PIP_INSTALL) -r $(VENV)/peers.txt
 	@touch $@

@@ -3,10 +3,10 @@
 #
 #     OUT=folder PYTHON=python3 tools/gpu_check.sh
 #
-# In:  a machine with a CUDA GPU, and what is installed there; nothing is downloaded. Out: in $OUT, by default
-# tools/results/gpu, a JSON file of each benchmark, log.txt and table.txt; on the screen that table, last. Each
-# part has a time limit, so that one that fails or hangs costs the others nothing. What did not come to its end
-# stands in the table with the reason, and the status is 1.
+# In:  a machine with a CUDA GPU, and what is installed there or lies in PYTHONPATH, such as TRL and Liger; nothing
+# is downloaded. Out: in $OUT, by default tools/results/gpu, a JSON file of each benchmark, log.txt and table.txt;
+# on the screen that table, last. Each part has a time limit, so that one that fails or hangs costs the others
+# nothing. What did not come to its end stands in the table with the reason, and the status is 1.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 out="${OUT:-tools/results/gpu}"
