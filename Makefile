@@ -5,6 +5,7 @@
 # make test      the tests (PYTEST_ARGS="-k grpo -x" goes to pytest)
 # make check     ruff, then the tests
 # make mutants   plants known faults in the code and sees the tests catch each one
+# make bench     speed side by side with peers, in one table (ARGS="decode step --rounds=9" goes to bench.py)
 #
 # Each target sets up .venv by itself, from Python 3.10 or newer, pip and make. Variables:
 #   PYTHON=python3.12   the interpreter .venv is made from
@@ -26,9 +27,10 @@ VENV := .venv
 PY := $(VENV)/bin/python
 RUNTIME := $(VENV)/.runtime-installed
 DEV := $(VENV)/.dev-installed
+PEERS := $(VENV)/.peers-installed
 PIP_INSTALL := $(PY) -m pip install --disable-pip-version-check $(addprefix -c ,$(LOCK))
 
-.PHONY: help demo demo-control base test check mutants
+.PHONY: help demo demo-control base test check mutants bench
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -55,6 +57,9 @@ check: $(DEV)
 
 mutants: $(DEV)
 	$(PY) tests/mutants.py
+
+bench: $(PEERS)
+	OMP_NUM_THREADS=1 $(PY) tools/bench.py $(ARGS)
 
 # Written beside and renamed, so that an interrupted run leaves no half of a data set behind.
 runs/data/demo_train.jsonl: data.py $(wildcard assets/synthetic.json) | $(RUNTIME)
@@ -92,6 +97,11 @@ $(DEV): $(RUNTIME)
 	@$(PY) -c "$$REQUIREMENTS" dev >$(VENV)/dev.txt
 	$(PIP_INSTALL) -r $(VENV)/dev.txt
 	$(PIP_INSTALL) --no-deps bfcl-eval
+	@touch $@
+
+$(PEERS): $(RUNTIME)
+	@$(PY) -c "$$REQUIREMENTS" peers >$(VENV)/peers.txt
+	$(PIP_INSTALL) -r $(VENV)/peers.txt
 	@touch $@
 
 # A .venv whose interpreter has gone, as after an upgrade of the system's Python, is made anew. Debian and

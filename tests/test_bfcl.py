@@ -811,6 +811,8 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def exec_module(self, module):
         pass
 sys.meta_path.append(Finder())
+# pandas, where a peer of the benchmarks brings it, would take stand-ins for packages that it can do without.
+sys.modules["pandas"] = StandIn("pandas")
 from bfcl_eval.eval_checker.eval_runner import main
 main([sys.argv[1]], ["single_turn"], sys.argv[2], sys.argv[3])
 """

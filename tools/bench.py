@@ -1,101 +1,438 @@
-"""Speed, measured side by side with peers: `python tools/bench.py [NAME ...]`, by default every benchmark.
+"""Speed and accuracy, measured side by side with peers: `python tools/bench.py [NAME ...]`, default all.
 
-Ours and the peer's run in turns in one process, after a warm-up of both; what counts is the ratio of each
-pair of neighbours, so that a machine that slows down slows both. Each benchmark writes one JSON file, with
-versions and hardware, to tools/results/. Peers: transformers, of the `dev` extra.
+In:  the names of benchmarks; shapes are those of Qwen2.5 where there is a GPU, toys on a CPU. Out: a
+JSON file for each, with hardware and versions, written after each setting so that a run cut short keeps
+what it has; a table of all rows last.
 
-A benchmark is a function that returns (bar of the ratio, units of work a call, name of the unit, ours,
-peer), the last two to be called without arguments; its docstring says what it measures.
+Contenders take turns in one process, after a first round that warms up and is thrown away. What counts
+is the ratio within a round, so that a machine that slows down slows all: `x` is how many times as fast
+ours is, the median of the rounds, with the lowest and the highest, and the bar is what it has to reach.
+Seconds are those of the wall on a GPU, and on a CPU, where one thread works, those of the processor.
+A peer that is not installed, or fails, has a row that says so. Peers: peers.py and the extra `peers`.
+
+A benchmark is a function (rounds, *setting) -> rows; its docstring says what it measures. Axes: those of
+grpo.py and sample.py.
 """
 
 import argparse
+import contextlib
+import gc
 import json
 import os
 import platform
 import sys
-import tempfile
 import time
-from importlib.metadata import version
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
-from model import ModelConfig, Qwen2, load_hf, save_hf  # noqa: E402
-from sample import generate, prompt_seeds  # noqa: E402
+from peers import hf_generate, liger_loss, trl_step  # noqa: E402
 
+from grpo import group_advantages, pack, token_logprobs, token_logprobs_reference  # noqa: E402
+from model import ModelConfig, Qwen2, packed_attention, shared_prefix_attention  # noqa: E402
+from sample import fold, generate, gumbel_tokens, prompt_seeds, sample_tokens, uniform  # noqa: E402
+from train import grpo_updates, logprobs_of_pack, make_optimizer  # noqa: E402
 
-def rollouts():
-    """`generate` against transformers': 8 prompts of 128 tokens, 8 replies of 128 tokens each, fp32."""
-    from transformers import Qwen2ForCausalLM
-
-    P, G, prompt_tokens, reply_tokens = 8, 8, 128, 128
-    config = ModelConfig(vocab_size=2048, hidden_size=128, intermediate_size=384, num_hidden_layers=4,
-                         num_attention_heads=4, num_key_value_heads=2, head_dim=32, tie_word_embeddings=True)
-    with tempfile.TemporaryDirectory() as folder:
-        save_hf(Qwen2(config).init_weights(0), folder)
-        model = load_hf(folder)
-        peer = Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    prompts = torch.randint(0, 2048, (P, prompt_tokens), generator=torch.Generator().manual_seed(0))
-
-    def ours():
-        generate(model, prompts.tolist(), G, max_new_tokens=reply_tokens, temperature=1.0, stop_ids=(),
-                 seeds_P=prompt_seeds(0, 0, 0, P))
-
-    def theirs():
-        peer.generate(prompts.repeat_interleave(G, 0), max_new_tokens=reply_tokens, pad_token_id=0,
-                      min_new_tokens=reply_tokens, do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
-
-    return 1.7, P * G * reply_tokens, "tokens", ours, theirs
-
-
-BENCHMARKS = {"rollouts": rollouts}
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32  # of weights that are not trained
+# On a CPU, with one thread, what the process took: other work on the machine does not count.
+CLOCK = time.process_time if DEVICE == "cpu" else time.perf_counter
+BANDWIDTH, FLOPS = 4.3e12, 989e12  # of an H200: bytes/s as measured, bf16 FLOP/s as its data sheet says
+# width, width of the MLP, layers, heads, key/value heads, head size, rows of the vocabulary, tied
+SHAPES = {"tiny": (128, 384, 4, 4, 2, 32, 2048, True), "0.5B": (896, 4864, 24, 14, 2, 64, 151936, True),
+          "1.5B": (1536, 8960, 28, 12, 2, 128, 151936, True),
+          "7B": (3584, 18944, 28, 28, 4, 128, 152064, False)}
+SETTINGS = {  # what each benchmark is called with
+    "logprob": {"cpu": [("tiny", 2048)],  # shape, N reply tokens
+                "cuda": [("1.5B", 32768), ("7B", 32768), ("0.5B", 32768)]},
+    "decode": {"cpu": [("tiny", 8, 8, 128, 128)],  # shape, P, G, tokens of a prompt, of a reply
+               "cuda": [(shape, P, 8, 960, 128) for shape in ("1.5B", "0.5B", "7B") for P in (8, 32)]},
+    "sampling": {"cpu": [(64, 2048)], "cuda": [(64, 151936), (256, 151936)]},  # B, V
+    "step": {"cpu": [("tiny", 8, 8, 64, 64)],  # as decode
+             "cuda": [("0.5B", 8, 8, 896, 128), ("1.5B", 8, 8, 896, 128)]},
+    "prefix": {"cpu": [("tiny", 1, 8, 900, 120)], "cuda": [("1.5B", 4, 8, 900, 120)]},  # as decode
+}
 
 
-def seconds(run):
-    began = time.perf_counter()
-    run()
-    return round(time.perf_counter() - began, 4)
+@dataclass
+class Times:
+    """What a contender took: seconds of each round, GPU memory above what was held; or why nothing."""
+
+    seconds: list = field(default_factory=list)
+    peak_gib: float | None = None
+    outcome: str | None = None
+
+
+def take_turns(contenders, rounds):
+    """{name: Times} of contenders called in turns. Each is a function, or a text: why there is none.
+
+    A function may return its own seconds, where something comes before that does not count. A peer that
+    raises a RuntimeError, as when memory is out, is left out from then on; ours is not forgiven.
+    """
+    times = {name: Times(outcome=run if isinstance(run, str) else None)
+             for name, run in contenders.items()}
+    for turn in range(rounds + 1):
+        for name in [name for name in contenders if times[name].outcome is None]:
+            try:
+                seconds, times[name].peak_gib = timed(contenders[name])
+            except RuntimeError as error:
+                if name.startswith("ours"):
+                    raise
+                times[name].outcome = f"failed: {str(error).splitlines()[0][:60]}"
+                continue
+            times[name].seconds += [seconds] if turn else []
+    return times
+
+
+def timed(run):
+    """(seconds of one call, on a GPU the peak of its memory in GiB above what was held before)"""
+    if DEVICE == "cpu":
+        began = CLOCK()
+        own = run()
+        return own or CLOCK() - began, None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    held, began = torch.cuda.memory_allocated(), CLOCK()
+    own = run()
+    torch.cuda.synchronize()
+    seconds = own or CLOCK() - began
+    return seconds, (torch.cuda.max_memory_allocated() - held) / 2**30
+
+
+def rows(setting, times, work, unit, bars=(), notes=()):
+    """A row a contender: median seconds, work a second, how many times as fast "ours" is, its notes."""
+    bars, notes = dict(bars), dict(notes)
+    for name, found in times.items():
+        row = {"setting": setting, "who": name}
+        if found.outcome:
+            yield row | {"outcome": found.outcome}
+            continue
+        row |= {"seconds": median(found.seconds), "rounds": found.seconds,
+                "speed": work / median(found.seconds), "unit": unit}
+        row |= ratio(found.seconds, times["ours"].seconds, bars.get(name)) if name != "ours" else {}
+        row |= {"peak_gib": found.peak_gib} if DEVICE == "cuda" else {}
+        yield row | notes.get(name, {})
+
+
+def ratio(theirs, ours, bar=None):
+    """`x`, how many times as fast ours is: median, lowest and highest of the rounds."""
+    ratios = [a / b for a, b in zip(theirs, ours, strict=True)]
+    row = {"x": median(ratios), "x_low": min(ratios), "x_high": max(ratios)}
+    return row | ({"bar": bar, "passes": row["x"] >= bar} if bar else {})
+
+
+def peer(package, make, *arguments):
+    """make(*arguments), a contender; where its package is missing "not installed", said on stderr too."""
+    try:
+        return make(*arguments)
+    except ImportError as error:
+        print(f"{package} is not installed ({error}); the extra `peers` has it", file=sys.stderr)
+        return "not installed"
+
+
+def make_model(shape, dtype):
+    """Qwen2 of a shape with random weights, made on the device."""
+    D, width, layers, H, K, E, V, tied = SHAPES[shape]
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        model = Qwen2(ModelConfig(V, D, width, layers, H, K, E, tie_word_embeddings=tied)).to(dtype)
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+def random_ids(count, length, vocab_size):
+    """`count` lists of `length` ids above 0, the same each time."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(1, vocab_size, (count, length), generator=generator).tolist()
+
+
+def disagreement(model, rollouts, n):
+    """Mean and maximum of |log-prob of the sampler - log-prob of the trainer| over the first groups."""
+    most = max(1, 2**14 // (len(rollouts[0].prompt_ids) + n * len(rollouts[0].ids)))
+    groups = [rollouts[i:i + n] for i in range(0, len(rollouts), n)][:most]
+    tree = pack([group[0].prompt_ids for group in groups], [[r.ids for r in group] for group in groups])
+    with torch.no_grad():
+        logp_L, _ = logprobs_of_pack(model, tree.to(DEVICE), 1.0, None, contextlib.nullcontext())
+    sampled_L = torch.tensor([logp for group in groups for r in group for logp in r.logp])
+    diff_L = (logp_L.cpu() - sampled_L).abs()
+    return {"logp_diff_mean": diff_L.mean().item(), "logp_diff_max": diff_L.max().item()}
+
+
+def logprob(rounds, shape, N):
+    """Token log-probs, forward and backward, T = 0.7, with entropy, for the head of a shape.
+
+    TFLOP/s count 8NDV for all: what is done where the logits are made again in backward. `extra_gib`:
+    peak memory beyond the gradients of hidden states and, in fp32, of the weight. Errors are against
+    fp64 over 2,048 tokens: the mean of |Δ log p|, and |Δ| / |.| of both gradients. "naive" holds all
+    logits.
+    """
+    D, V = SHAPES[shape][0], SHAPES[shape][6]
+    torch.manual_seed(0)
+    hidden_LD = torch.randn(N, D, device=DEVICE, dtype=DTYPE).requires_grad_()
+    weight_VD = (torch.randn(V, D, device=DEVICE) * 0.02).to(DTYPE).requires_grad_()
+    targets_L = torch.randint(V, (N,), device=DEVICE)
+
+    def run(function, hidden_LD, weight_VD, targets_L):
+        logp_L, _ = function(hidden_LD, weight_VD, targets_L, 0.7)
+        gradients = torch.autograd.grad(logp_L.sum(), (hidden_LD, weight_VD))
+        return logp_L.detach(), *gradients
+
+    functions = {"ours": token_logprobs, "reference": token_logprobs_reference,
+                 "torch.compile": compiled_logprobs(), "naive": naive_logprobs,
+                 "Liger": peer("liger-kernel", liger_loss)}
+    whole = (hidden_LD, weight_VD, targets_L)
+    times = take_turns({name: f if isinstance(f, str) else lambda f=f: run(f, *whole) and None
+                        for name, f in functions.items()}, rounds)
+
+    few, notes = (hidden_LD[:2048].detach().requires_grad_(), weight_VD, targets_L[:2048]), {}
+    doubles = [x.detach().double().requires_grad_() for x in few[:2]]
+    exact = run(token_logprobs_reference, *doubles, few[2])
+    for name in [name for name in functions if not times[name].outcome]:
+        logp_L, *gradients = run(functions[name], *few)
+        errors = [((x - y).norm() / y.norm()).item() for x, y in zip(gradients, exact[1:], strict=True)]
+        notes[name] = {"tflops": 8 * N * D * V / median(times[name].seconds) / 1e12,
+                       "dhidden_error": errors[0], "dweight_error": errors[1]}
+        if logp_L.dim():
+            notes[name]["logp_error"] = (logp_L - exact[0]).abs().mean().item()
+        if DEVICE == "cuda":
+            notes[name]["extra_gib"] = times[name].peak_gib - (hidden_LD.nbytes + 4 * V * D) / 2**30
+    bars = {"naive": 0.87, "torch.compile": 1.0, "Liger": 2.0} if DEVICE == "cuda" else {}
+    return rows(f"{shape}, N {N}", times, N, "tokens/s", bars, notes)
+
+
+def naive_logprobs(hidden_LD, weight_VD, targets_L, temperature):
+    logp_LV = torch.log_softmax((hidden_LD @ weight_VD.T).float() / temperature, -1)
+    with torch.no_grad():
+        entropy_L = -(logp_LV.exp() * logp_LV).sum(-1)
+    return logp_LV.gather(1, targets_L[:, None])[:, 0], entropy_L
+
+
+def compiled_logprobs():
+    """What torch.compile makes of the naive version over 4,096 tokens, chunk by chunk, as in the kernels."""
+    compiled = torch.compile(naive_logprobs, dynamic=False)
+
+    def function(hidden_LD, weight_VD, targets_L, temperature):
+        chunks = zip(hidden_LD.split(4096), targets_L.split(4096), strict=True)
+        parts = [checkpoint(compiled, hidden_CD, weight_VD, targets_C, temperature, use_reentrant=False)
+                 for hidden_CD, targets_C in chunks]
+        return [torch.cat(part) for part in zip(*parts, strict=True)]
+
+    return function
+
+
+def decode(rounds, shape, P, G, prompt_tokens, R):
+    """Rollouts: `generate` against that of transformers, all replies of full length, temperature 1.
+
+    Seconds are those of the whole call, with prefill and the capture of graphs. `decode_share`: what
+    decoding alone, as the difference to a short call, reaches of the memory roofline on a GPU: the bytes
+    of weights, keys and values that each step has to read, at 4.3 TB/s.
+    """
+    model, last = make_model(shape, DTYPE), []
+    prompts, B = random_ids(P, prompt_tokens, model.config.vocab_size), P * G
+
+    def ours(tokens=R):
+        last[:] = generate(model, prompts, G, max_new_tokens=tokens, temperature=1.0, stop_ids=(),
+                           seeds_P=prompt_seeds(0, 0, 0, P))
+
+    theirs = peer("transformers", hf_generate, model, prompts, G, R)
+    times = take_turns({"ours": ours, "transformers": theirs}, rounds)
+    notes = disagreement(model, last, G)
+    if DEVICE == "cuda":
+        brief = min(timed(lambda: ours(8))[0] for _ in range(2))
+        seconds = (median(times["ours"].seconds) - brief) / (R - 8)
+        c = model.config
+        read = sum(p.numel() for p in (*model.layers.parameters(), model.head_weight()))
+        kv = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
+        read += kv * B * (prompt_tokens + R / 2)
+        notes |= {"decode_tokens_s": B / seconds, "decode_share": 2 * read / BANDWIDTH / seconds}
+    bar = {"tiny": 1.7, "7B": 3.0}.get(shape, 8.0)
+    return rows(f"{shape}, B {B}, {prompt_tokens} + {R} tokens", times, B * R, "tokens/s",
+                {"transformers": bar}, {"ours": notes})
+
+
+def sampling(rounds, B, V):
+    """One token a row and its log-prob from logits [B, V]: ours, `multinomial`, sorting as for top-p."""
+    logits_BV = torch.randn(B, V, device=DEVICE, dtype=DTYPE)
+    key_B, calls = prompt_seeds(0, 0, 0, B).to(DEVICE), 100
+
+    def ours(i):
+        if DEVICE == "cuda":
+            return gumbel_tokens(logits_BV, 1.0, fold(key_B, i))
+        return sample_tokens(logits_BV, 1.0, uniform(key_B, i))
+
+    def multinomial(_):
+        logp_BV = torch.log_softmax(logits_BV.float(), -1)
+        ids_B1 = torch.multinomial(logp_BV.exp(), 1)
+        return ids_B1[:, 0], logp_BV.gather(1, ids_B1)[:, 0]
+
+    def by_sorting(_):
+        logp_BV, order_BV = torch.log_softmax(logits_BV.float(), -1).sort(-1, descending=True)
+        p_BV = logp_BV.exp()
+        ids_B1 = torch.multinomial(p_BV.where(p_BV.cumsum(-1) - p_BV < 0.9999, 0.0), 1)
+        return order_BV.gather(1, ids_B1)[:, 0], logp_BV.gather(1, ids_B1)[:, 0]
+
+    functions = {"ours": ours, "multinomial": multinomial, "sort": by_sorting}
+    times = take_turns({name: lambda draw=draw: [draw(i) for i in range(calls)] and None
+                        for name, draw in functions.items()}, rounds)
+    notes = {"ours": {"gb_s": logits_BV.nbytes * calls / median(times["ours"].seconds) / 1e9}}
+    return rows(f"B {B}, V {V}, {calls} calls", times, B * calls, "tokens/s", notes=notes)
+
+
+def step(rounds, shape, P, G, prompt_tokens, R):
+    """A whole GRPO step: rollouts, reward, log-probs, backward, AdamW; ours against TRL's trainer.
+
+    TRL generates with transformers; its log-probs come from a fused head of its own, which has replaced
+    Liger's loss. Ours without the shared prefix makes a group of every reply, in rollouts and update.
+    Replies reach their limit but for a stop token by chance. `mfu`, of the update on a GPU: 6 FLOPs for
+    each parameter and token of the trees, the head on reply tokens only, no attention, over 989 TFLOP/s.
+    """
+    prompts, contenders, notes = random_ids(P, prompt_tokens, SHAPES[shape][6]), {}, {}
+    for precision in ("bf16",) if DEVICE == "cuda" else ("fp32", "bf16"):
+        model = make_model(shape, torch.float32)
+        optimizer = make_optimizer(model, 0.0, 0.999)
+        ours = f"ours {precision}" if contenders else "ours"
+        for name, share in ((ours, True), (f"{ours}, no shared prefix", False)):
+            notes[name] = {"precision": precision}
+            contenders[name] = our_step(model, optimizer, prompts, G, R, precision, share, notes[name])
+        contenders[f"TRL {precision}"] = peer(
+            "trl", trl_step, make_model(shape, torch.float32), prompts, G, R, precision, reward_of,
+            P * G if DEVICE == "cpu" else 8, CLOCK)
+    times = take_turns(contenders, rounds)
+    setting = f"{shape}, {P} x {G} replies, {prompt_tokens} + {R} tokens"
+    yield from rows(setting, times, P * G * R, "tokens/s",
+                    {"TRL fp32": 1.6} if DEVICE == "cpu" else {"TRL bf16": 3.0}, notes)
+    ours, theirs = (min((times[name].seconds for name in times if who in name and times[name].seconds),
+                        key=median, default=None) for who in ("ours", "TRL"))
+    if DEVICE == "cpu" and theirs:
+        yield {"setting": setting, "who": "TRL's best, and our best", **ratio(theirs, ours, 2.5)}
+
+
+def reward_of(ids):
+    """A reward that about half of all replies earn."""
+    return float(sum(ids) % 2)
+
+
+def our_step(model, optimizer, prompts, G, R, precision, share, notes):
+    """A step as in train.py, timed whole; `notes` gets what it measured of itself."""
+    asked, n = (prompts, G) if share else ([prompt for prompt in prompts for _ in range(G)], 1)
+    autocast = torch.autocast(DEVICE, torch.bfloat16, enabled=precision == "bf16")
+
+    def one():
+        with autocast:
+            rollouts = generate(model, asked, n, max_new_tokens=R, temperature=1.0, stop_ids=(0,),
+                                seeds_P=prompt_seeds(0, 0, 0, len(asked)))
+        rewards_N = torch.tensor([reward_of(rollout.ids) for rollout in rollouts])
+        adv_PG = group_advantages(rewards_N.view(-1, G)).view(-1, n)
+        began = CLOCK()
+        metrics = grpo_updates(model, None, optimizer, rollouts, adv_PG, temperature=1.0, vocab_size=None,
+                               updates=1, kl_coef=0.0, clip_low=0.2, clip_high=0.2, grad_clip=1.0,
+                               micro_batch_tokens=8192, autocast=autocast)
+        notes.update(update_s=CLOCK() - began,
+                     logp_diff_mean=metrics["sampling/logp_diff_mean"],
+                     logp_diff_max=metrics["sampling/logp_diff_max"])
+        if DEVICE == "cuda":
+            body = sum(p.numel() for p in model.layers.parameters()) * metrics["tokens"]
+            head = model.head_weight().numel() * sum(len(rollout.ids) for rollout in rollouts)
+            notes["mfu"] = 6 * (body + head) / notes["update_s"] / FLOPS
+
+    return one
+
+
+def prefix(rounds, shape, P, G, prompt_tokens, R):
+    """Log-probs and backward of groups as trees, each prompt once, against one prompt for each reply."""
+    model = make_model(shape, DTYPE)
+    prompts, replies = (random_ids(count, length, model.config.vocab_size)
+                        for count, length in ((P, prompt_tokens), (P * G, R)))
+    tree = pack(prompts, [replies[p * G:(p + 1) * G] for p in range(P)]).to(DEVICE)
+    plain = pack([prompts[i // G] for i in range(P * G)], [[reply] for reply in replies]).to(DEVICE)
+    ends = range(0, len(plain.tokens_T) + 1, prompt_tokens + R)
+
+    def one(packed, attend):
+        model.zero_grad()
+        hidden_TD = model(packed.tokens_T, packed.positions_T, attend)
+        hidden_LD = hidden_TD[packed.predictor_L]
+        logp_L, _ = token_logprobs(hidden_LD, model.head_weight(), packed.targets_L, 1.0)
+        logp_L.sum().backward()
+
+    times = take_turns({"ours": lambda: one(tree, shared_prefix_attention(tree.groups)),
+                        "plain packed": lambda: one(plain, packed_attention(ends))}, rounds)
+    setting = f"{shape}, {P} x {G} replies, {prompt_tokens} + {R} tokens"
+    notes = {"plain packed": {"ceiling": len(plain.tokens_T) / len(tree.tokens_T)}}
+    return rows(setting, times, P * G * R, "tokens/s", {"plain packed": 3.3}, notes)
+
+
+BENCHMARKS = {function.__name__: function for function in (logprob, decode, sampling, step, prefix)}
 
 
 def machine():
-    """Processor, threads and versions, as they go into the results."""
+    """Hardware and versions, as they go into the results."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return {"processor": (names or [platform.machine()])[0], "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(), "python": platform.python_version(),
-            **{package: version(package) for package in ("torch", "transformers")}}
+    found = {"processor": (names or [platform.machine()])[0], "cores": os.cpu_count(),
+             "threads": torch.get_num_threads(), "python": platform.python_version()}
+    found |= {"gpu": torch.cuda.get_device_name()} if DEVICE == "cuda" else {}
+    for package in ("torch", "triton", "transformers", "trl", "liger-kernel"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def table(found):
+    """All rows as text, in columns."""
+    lines = [["", "setting", "", "median", "speed", "ours is x times as fast", "bar", ""]]
+    columns = ("benchmark", "setting", "who", "outcome", "seconds", "rounds", "speed", "unit", "x", "x_low",
+               "x_high", "bar", "passes")
+    for row in found:
+        notes = [f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
+                 for key, value in row.items() if key not in columns]
+        lines.append([
+            row["benchmark"], row["setting"], row["who"],
+            f"{row['seconds']:.4g} s" if "seconds" in row else row.get("outcome", ""),
+            f"{row['speed']:,.0f} {row['unit']}" if "speed" in row else "",
+            f"{row['x']:.2f} ({row['x_low']:.2f} to {row['x_high']:.2f})" if "x" in row else "",
+            f"{row['bar']} {'passed' if row['passes'] else 'MISSED'}" if "bar" in row else "",
+            ", ".join(notes)])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Measure nanon1 side by side with its peers.")
     parser.add_argument("names", nargs="*", help=f"of {', '.join(BENCHMARKS)}; default: all")
-    parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=ROOT / "tools/results", help="folder of JSON files")
+    parser.add_argument("--show", action="store_true", help="measure nothing, show the files of --out")
     args = parser.parse_args(argv)
     if unknown := set(args.names) - set(BENCHMARKS):
         parser.error(f"no benchmark {min(unknown)!r}; there are {', '.join(BENCHMARKS)}")
-    torch.set_num_threads(args.threads)
-    print(*(f"{key} {value}" for key, value in machine().items()), sep=", ")
-    for name in args.names or BENCHMARKS:
-        what = BENCHMARKS[name].__doc__
-        bar, work, unit, ours, theirs = BENCHMARKS[name]()
-        seconds(ours), seconds(theirs)
-        pairs = [(seconds(ours), seconds(theirs)) for _ in range(args.pairs)]
-        ratios = sorted(round(b / a, 3) for a, b in pairs)
-        speeds = [round(work / median(column)) for column in zip(*pairs, strict=True)]
-        print(f"\n{name}: {what}\n  {unit}/s: ours {speeds[0]:,}, peer {speeds[1]:,}: {median(ratios)} "
-              f"times as fast ({ratios[0]} to {ratios[-1]} in {len(pairs)} pairs; bar {bar})")
-        result = {"what": what, "date": time.strftime("%Y-%m-%d"), "machine": machine(),
-                  "bar": bar, "median_ratio": median(ratios), "ratios": ratios, "unit": f"{unit}/s",
-                  "ours": speeds[0], "peer": speeds[1], "pairs_of_seconds": pairs}
-        file = ROOT / "tools" / "results" / f"{name}.json"
-        file.parent.mkdir(exist_ok=True)
-        file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    torch.set_num_threads(1 if DEVICE == "cpu" else torch.get_num_threads())
+    names = args.names or list(BENCHMARKS)
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name in [] if args.show else names:
+        result = {"what": " ".join(BENCHMARKS[name].__doc__.split()), "date": time.strftime("%Y-%m-%d"),
+                  "command": f"python tools/bench.py {name} --rounds={args.rounds}",
+                  "machine": machine(), "rows": []}
+        for setting in SETTINGS[name][DEVICE]:
+            found = BENCHMARKS[name](args.rounds, *setting)
+            result["rows"] += [{"benchmark": name, **row} for row in found]
+            (args.out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            gc.collect()  # trainers and their models hold each other
+    files = [file for name in names if (file := args.out / f"{name}.json").exists()]
+    results = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    machines = [", ".join(f"{key} {value}" for key, value in r["machine"].items()) for r in results]
+    print(*dict.fromkeys(machines), table([row for r in results for row in r["rows"]]), sep="\n")
 
 
 if __name__ == "__main__":

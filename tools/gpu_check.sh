@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one call and under eight minutes: the tests marked `gpu`, then the benchmarks.
+#
+#     OUT=folder PYTHON=python3 tools/gpu_check.sh
+#
+# In:  a machine with a CUDA GPU, and what is installed there or lies in PYTHONPATH, such as TRL and Liger; nothing
+# is downloaded. Out: in $OUT, by default tools/results/gpu, a JSON file of each benchmark, log.txt and table.txt;
+# on the screen that table, last. Each part has a time limit, so that one that fails or hangs costs the others
+# nothing. What did not come to its end stands in the table with the reason, and the status is 1.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+out="${OUT:-tools/results/gpu}"
+python="${PYTHON:-$(if [ -x .venv/bin/python ]; then echo .venv/bin/python; else echo python3; fi)}"
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
+mkdir -p "$out"
+: >"$out/log.txt"
+said="$(mktemp)"
+trap 'rm -f "$said"' EXIT
+status=0
+parts=()
+
+# part NAME SECONDS COMMAND...: run it, log what it says, add a line to `parts`.
+part() {
+    local name=$1 limit=$2 began=$SECONDS outcome=done
+    shift 2
+    rm -f "$out/$name.json"
+    timeout --kill-after=5 "$limit" "$@" >"$said" 2>&1
+    case $? in
+        0) ;;
+        124 | 137) outcome="STOPPED at its limit of $limit s" ;;
+        *) outcome="FAILED" ;;
+    esac
+    [ "$outcome" = done ] || status=1
+    # The last line of a test run counts them; that of a failure tells the error.
+    if [ "$name" = tests ] || [ "$outcome" = FAILED ]; then
+        outcome="$outcome: $(grep -v '^ *$' "$said" | tail -n 1 | cut -c1-100)"
+    fi
+    parts+=("$(printf '%-9s %4d s  %s' "$name" $((SECONDS - began)) "$outcome")")
+    { echo "===== $*"; cat "$said"; } >>"$out/log.txt"
+    echo "${parts[-1]}"
+}
+
+if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
+    if "$python" -c 'import pytest' 2>/dev/null; then
+        part tests 100 "$python" -m pytest -m gpu -q -r f -p no:cacheprovider --continue-on-collection-errors tests
+    else
+        parts+=("tests      not run: pytest is not installed")
+        status=1
+    fi
+    part logprob 95 "$python" tools/bench.py logprob --rounds=3 --out="$out"
+    part decode 130 "$python" tools/bench.py decode --rounds=1 --out="$out"
+    part step 95 "$python" tools/bench.py step --rounds=2 --out="$out"
+    part prefix 25 "$python" tools/bench.py prefix --out="$out"
+    part sampling 25 "$python" tools/bench.py sampling --out="$out"
+else
+    parts+=("nothing was run: $python finds no CUDA GPU, or no torch")
+    status=1
+fi
+
+{
+    "$python" tools/bench.py --show --out="$out"
+    printf '%s\n' "${parts[@]}"
+} 2>&1 | tee "$out/table.txt"
+exit $status
