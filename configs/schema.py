@@ -51,6 +51,7 @@ class GrpoSettings:
     clip_low: float = 0.2  # ratio clipped below 1 - clip_low (code)
     clip_high: float = 0.2  # ratio clipped above 1 + clip_high (code)
     kl_coef: float = 1e-3  # weight of KL(policy, reference); 0: no reference model (paper)
+    reference_on_cpu: bool = True  # the reference's shards in host memory; GPUs get a block at a time (code)
 
 
 @dataclass(frozen=True)
