@@ -1,4 +1,4 @@
-"""What test_ranks.py runs on 1, 2 and 4 ranks: `torchrun … tests/ranks_worker.py FOLDER`.
+"""What test_ranks.py runs on 1, 2 and 4 ranks: `[torchrun …] tests/ranks_worker.py FOLDER`.
 
 A whole run of train.py on the demo's base, then its parts on a toy model. `work` asserts what each rank can
 see by itself and returns what must not depend on the number of ranks; the first rank writes it to FOLDER.
@@ -8,7 +8,6 @@ import contextlib
 import faulthandler
 import functools
 import math
-import os
 import sys
 import weakref
 from pathlib import Path
@@ -180,7 +179,8 @@ def work(folder, ranks):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     faulthandler.dump_traceback_later(220, exit=True)  # a rank that hangs says where
-    found = work(Path(sys.argv[1]), int(os.environ["WORLD_SIZE"]))
-    if dist.get_rank() == 0:
-        torch.save(found, Path(sys.argv[1]) / f"found{dist.get_world_size()}.pt")
+    folder, ranks = Path(sys.argv[1]), train.environment("WORLD_SIZE", 1)
+    found = work(folder, ranks)
+    if train.environment("RANK", 0) == 0:
+        torch.save(found, folder / f"found{ranks}.pt")
     train.leave_ranks(0)

@@ -1,4 +1,4 @@
-"""train.py on several ranks: 1 in this process, 2 of one torchrun, 4 of two torchruns that meet on loopback.
+"""train.py on several ranks: 1 alone, 2 of one torchrun, 4 of two torchruns that meet on loopback.
 
 The work is that of ranks_worker.py, each launch does all of it, and the tests compare what came out.
 """
@@ -11,15 +11,15 @@ import sys
 
 import pytest
 import torch
-from ranks_worker import PROMPTS, ROOT, STOPS, TEMPERATURE, VOCAB, run_arguments, work
+from ranks_worker import LOSS, PROMPTS, ROOT, STOPS, TEMPERATURE, VOCAB, run_arguments
 from safetensors.torch import load_file
 
 import train
 from data import synthetic, write_jsonl
 from model import ModelConfig, Qwen2, load_hf, save_hf
-from sample import generate
+from sample import Rollout, generate
 
-SECONDS = 240  # a launch that takes longer hangs
+SECONDS = 240  # a launch takes 10 to 15; one that takes longer hangs
 
 
 def toy(tied):
@@ -29,20 +29,23 @@ def toy(tied):
     return Qwen2(config).init_weights(0)
 
 
-def launch(arguments_of_agents, folder):
-    """Run torchrun once with each of these arguments, at the same time; returns their exit statuses."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    work = [str(ROOT / "tests/ranks_worker.py"), str(folder)]
-    agents = [subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *words, *work], cwd=folder,
-                               env=environment, stdout=log, stderr=subprocess.STDOUT)
-              for words, log in arguments_of_agents]
-    try:
-        return [agent.wait(SECONDS) for agent in agents]
-    finally:
-        for agent in agents:
-            agent.terminate()  # an agent that is killed leaves its ranks behind
-        for agent in agents:
-            agent.wait(60)
+def launch(folder, ranks, agents):
+    """What the ranks found that were started by these commands at the same time, on CPUs and loopback."""
+    alone = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
+    worker = [str(ROOT / "tests/ranks_worker.py"), str(folder)]
+    log = folder / f"log{ranks}"
+    with open(log, "w") as out:
+        running = [subprocess.Popen([sys.executable, *agent, *worker], env=os.environ | alone, stdout=out,
+                                    stderr=out) for agent in agents]
+        try:
+            statuses = [agent.wait(SECONDS) for agent in running]
+        finally:
+            for agent in running:
+                agent.terminate()  # an agent that is killed leaves its ranks behind
+            for agent in running:
+                agent.wait(60)
+    assert not any(statuses), log.read_text()[-10000:]
+    return torch.load(folder / f"found{ranks}.pt")
 
 
 @pytest.fixture(scope="module")
@@ -68,17 +71,11 @@ def found(folder):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    meet = ["--nnodes=2", "--nproc_per_node=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}",
-            "--rdzv_id=ranks", "--local_addr=127.0.0.1"]
-    launches = {2: [["--standalone", "--nproc_per_node=2"]], 4: [meet, meet]}
-    for ranks, agents in launches.items():
-        logs = [open(folder / f"log{ranks}.{i}", "w+") for i in range(len(agents))]
-        statuses = launch(list(zip(agents, logs, strict=True)), folder)
-        for status, log in zip(statuses, logs, strict=True):
-            log.seek(0)
-            assert status == 0, log.read()[-5000:]
-            log.close()
-    return {1: work(folder, 1), **{n: torch.load(folder / f"found{n}.pt") for n in launches}}
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2"]
+    meet = ["--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=ranks",
+            "--local_addr=127.0.0.1"]
+    agents = {1: [[]], 2: [[*torchrun, "--standalone"]], 4: [[*torchrun, *meet]] * 2}
+    return {ranks: launch(folder, ranks, commands) for ranks, commands in agents.items()}
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -179,3 +176,25 @@ def test_more_ranks_than_prompts_an_update_are_refused_before_they_meet(folder, 
     error = capsys.readouterr().err
     assert "4 prompts an update, fewer than the 5 ranks" in error and error.count("\n") == 1
     assert not (folder / "refused").exists()
+
+
+@pytest.mark.gpu
+def test_one_gpu_computes_in_bf16_and_keeps_fp32_shards():
+    """One path, also for one GPU. A reference equal to the policy is at no distance, wherever it is kept."""
+    train.join_ranks("cuda")
+    base, adv_PG = ROOT / "assets/tiny", torch.tensor([[1.0, -1.0]])
+    rollouts_N = [Rollout([3, 1, 4, 1, 5], ids, [-1.0] * len(ids)) for ids in ([9, 2, 6], [5, 3])]
+    policy = train.load_model(base, "cuda", bf16=True)
+    for on_cpu in (False, True):
+        reference = train.load_model(base, "cuda", bf16=True, trained=False, on_cpu=on_cpu)
+        assert {parameter.dtype for parameter in reference.parameters()} == {torch.bfloat16}
+        optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0)
+        metrics = train.grpo_updates(policy, reference, optimizer, rollouts_N, adv_PG, updates=1, kl_coef=0.1,
+                                     grad_clip=1.0, micro_batch_tokens=100, **LOSS | {"vocab_size": None})
+        assert metrics["kl"] == metrics["ratio/dev_first"] == 0 and metrics["grad_norm"] > 0
+    assert {parameter.dtype for parameter in policy.parameters()} == {torch.float32}
+    assert optimizer.state[policy.norm.weight]["exp_avg"].dtype == torch.float32
+    with train.unsharded(policy) as plain:
+        assert {parameter.dtype for parameter in plain.parameters()} == {torch.bfloat16}
+        assert all(parameter.is_cuda for parameter in plain.parameters())
+    torch.distributed.destroy_process_group()
