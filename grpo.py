@@ -168,7 +168,8 @@ def token_logprobs(hidden_LD, weight_VD, targets_L, temperature, vocab_size=None
 def best_kernel(device):
     """The kernel that "auto" stands for on a type of device; told on stderr the first time."""
     kernel = "triton" if device == "cuda" and triton is not None else "reference"
-    print(f"token log-probs on {device}: kernel {kernel!r}", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":  # the others say nothing
+        print(f"token log-probs on {device}: kernel {kernel!r}", file=sys.stderr)
     return kernel
 
 

@@ -1,4 +1,4 @@
-"""Training: GRPO or supervised fine-tuning of a Qwen2.5 model on tool calls. One process, one YAML file.
+"""Training: GRPO or supervised fine-tuning of a Qwen2.5 model on tool calls. One YAML file.
 
     repeat for every step:
         examples_P   the next batch of prompts                                        data.Batches
@@ -13,13 +13,22 @@
 In:  a config (configs/schema.py), a model folder, examples as JSON lines. Out: a run folder with config.yaml,
 git_revision.txt, metrics.jsonl, rollouts/, evals/ and checkpoints/, each of which is a Hugging Face folder.
 
+Under torchrun, R ranks share the work. Weights, gradients and moments are sharded by rows (FSDP2; on a GPU
+also for one rank). Each mini-batch is divided over all ranks, by whole groups; what was sampled and scored
+goes to every rank, so that all see the same batch, denominators and metrics, and the first one writes. No
+rank waits for another inside a rollout: whole weights are gathered before it. Seeds come from a prompt's
+place in the batch, so neither replies nor gradients depend on R.
+
 Where this differs from the paper's code: see grpo.py for the denominator. The old log-probs of the first
 mini-batch are its own, detached: nothing has been updated yet. Without a KL term, groups whose rewards are
 all equal have a gradient of exactly zero, so they are left out of the passes; they stay in the denominator.
 """
 
+import atexit
 import contextlib
 import dataclasses
+import datetime
+import itertools
 import json
 import math
 import os
@@ -32,22 +41,34 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import yaml
 from tqdm import tqdm
 
 from configs.schema import Config, load_config
 from data import Batches, Chat, filter_by_prompt_tokens, read_jsonl, split_examples
-from eval import evaluate, spread, table, write_json
+from eval import evaluate, spread, summarize, table, write_json
 from grpo import (
     Pack,
+    extreme,
     group_advantages,
     grpo_loss,
     merge_stats,
+    pack,
     pack_micro_batches,
     sft_loss,
     token_logprobs,
 )
-from model import load_hf, resolve, save_hf, shared_prefix_attention
+from model import (
+    Qwen2,
+    load_hf,
+    open_tensors,
+    own_rows,
+    resolve,
+    save_hf,
+    shared_prefix_attention,
+    write_tensors,
+)
 from reward import score
 from sample import generate, prompt_seeds
 
@@ -65,24 +86,34 @@ def main(argv=None):
         print(USAGE)
         print(yaml.safe_dump(dataclasses.asdict(Config()), sort_keys=False), end="")
         return
+    status = 0
     try:
         train(load_config(argv))
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        # What is wrong before the ranks meet is wrong on each of a node, and one of them says it.
+        if dist.is_initialized() or environment("LOCAL_RANK", 0) == 0:
+            where = f" on rank {environment('RANK', 0)}" if environment("RANK", 0) else ""
+            print(f"error{where}: {error}", file=sys.stderr)
+        status = 2
     except KeyboardInterrupt:
         print("\ninterrupted: --resume=true goes on from the newest checkpoint", file=sys.stderr)
-        sys.exit(130)
+        status = 130
+    leave_ranks(status)
 
 
 def train(c):
     """Set up, then the loop of either stage. The only function that knows the config, `c`."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("WORLD_SIZE is above 1, but training is one process so far; start without torchrun")
+    ranks, prompts = environment("WORLD_SIZE", 1), c.train.prompts_per_step // c.train.updates_per_step
+    if prompts < ranks:
+        raise ValueError(f"train.prompts_per_step / train.updates_per_step is {prompts} prompts an update, "
+                         f"fewer than the {ranks} ranks; raise train.prompts_per_step or start fewer")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     has_bf16 = device == "cuda" and torch.cuda.is_bf16_supported()
     bf16 = c.model.precision == "bf16" or (c.model.precision == "auto" and has_bf16)
-    autocast = torch.autocast(device, torch.bfloat16) if bf16 else contextlib.nullcontext()
+    # On a GPU the sharded parameters are cast instead.
+    autocast = torch.autocast("cpu", torch.bfloat16) if bf16 and device == "cpu" else contextlib.nullcontext()
+    if environment("RANK", 0) > 0:
+        sys.stdout = open(os.devnull, "w")
 
     base = resolve(c.model.path)
     chat = Chat(base, c.data.system_prompt)
@@ -96,10 +127,11 @@ def train(c):
     steps = c.train.steps or math.ceil(c.train.epochs * len(train_set) / c.train.prompts_per_step)
 
     run = Run(c.out, c.resume)
-    start = run.newest_checkpoint()
+    join_ranks(device)
+    start = of_ranks(run.newest_checkpoint())[0]
     if start > steps:
         raise ValueError(f"{run.checkpoint(start)} is past the {steps} steps of this run; raise train.steps")
-    model = load_hf(run.checkpoint(start) if start else base, device)
+    model = load_model(run.checkpoint(start) if start else base, device, bf16)
     model.checkpoint_blocks = c.train.activation_checkpointing
     longest = c.data.max_prompt_tokens + max(c.rollout.max_new_tokens, c.eval.max_new_tokens)
     if longest > model.config.max_position_embeddings:
@@ -107,14 +139,15 @@ def train(c):
                          f"{model.config.max_position_embeddings} positions; lower data.max_prompt_tokens, "
                          "rollout.max_new_tokens or eval.max_new_tokens")
     with_reference = c.stage == "grpo" and c.grpo.kl_coef > 0
-    reference = load_hf(base, device).requires_grad_(False) if with_reference else None
+    reference = load_model(base, device, bf16, False, c.grpo.reference_on_cpu) if with_reference else None
     optimizer = make_optimizer(model, c.train.weight_decay, c.train.beta2)
     if start:
-        batches.cursor = run.restore(start, optimizer, batches.fingerprint)
+        batches.cursor = run.restore(start, model, optimizer, batches.fingerprint)
     run.open(start, dataclasses.asdict(c), c.log.tracker)
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    where = f"{ranks} x {device}" if ranks > 1 else device
     precision = "bf16" if bf16 else "fp32"
-    print(f"{c.stage} of {c.model.path}: {millions:.1f}M parameters on {device} in {precision}, "
+    print(f"{c.stage} of {c.model.path}: {millions:.1f}M parameters on {where} in {precision}, "
           f"{len(train_set)} examples, {len(heldout)} held out, {steps} steps; {run.folder}", flush=True)
 
     sampling = {"max_new_tokens": c.rollout.max_new_tokens, "temperature": c.rollout.temperature,
@@ -130,11 +163,13 @@ def train(c):
         is_new = step > start or start == 0  # else it was evaluated and saved before the interruption
         if is_new and (step % c.eval.every == 0 or is_last):
             began = time.perf_counter()
-            with autocast:
-                rows, replies = evaluate(model, chat, heldout, max_new_tokens=c.eval.max_new_tokens,
-                                         batch_size=c.rollout.batch_size, scheme=c.grpo.reward,
-                                         kv_memory_gib=c.rollout.kv_memory_gib, progress="evaluation")
-            run.log_evaluation(step, rows, replies, time.perf_counter() - began)
+            with unsharded(model) as policy, autocast:
+                _, replies = evaluate(policy, chat, own(heldout), max_new_tokens=c.eval.max_new_tokens,
+                                      batch_size=c.rollout.batch_size, scheme=c.grpo.reward,
+                                      kv_memory_gib=c.rollout.kv_memory_gib,
+                                      progress="evaluation" if run.writes else None)
+            replies = gather(own(range(len(heldout))), replies)
+            run.log_evaluation(step, summarize(replies), replies, time.perf_counter() - began)
         if is_new and step > 0 and (step % c.checkpoint.every == 0 or is_last):
             run.save_checkpoint(step, model, optimizer, batches, base, c.checkpoint.keep)
         if is_last:
@@ -146,11 +181,15 @@ def train(c):
         examples_P = next(batches)
         prompts_P = [chat.encode_prompt(example) for example in examples_P]
         if c.stage == "grpo":
+            own_P = [p for part in mini_batches(len(prompts_P), c.train.updates_per_step) for p in own(part)]
             seeds_P = prompt_seeds(c.seed, step, 0, len(prompts_P))
-            with autocast:
-                rollouts_N = generate(model, prompts_P, c.rollout.n, seeds_P=seeds_P, progress="rollout",
+            with unsharded(model) as policy, autocast:
+                rollouts_N = generate(policy, [prompts_P[p] for p in own_P], c.rollout.n,
+                                      seeds_P=seeds_P[own_P], progress="rollout" if run.writes else None,
                                       **sampling)
-            verdicts_N = score_rollouts(rollouts_N, examples_P, chat, c.grpo.reward)
+            verdicts_N = score_rollouts(rollouts_N, [examples_P[p] for p in own_P], chat, c.grpo.reward)
+            own_N = [p * c.rollout.n + i for p in own_P for i in range(c.rollout.n)]
+            rollouts_N, verdicts_N = gather(own_N, rollouts_N), gather(own_N, verdicts_N)
             rewards_PG = torch.tensor([float(verdict.reward) for verdict in verdicts_N]).view(-1, c.rollout.n)
             adv_PG = group_advantages(rewards_PG, c.grpo.normalize)
             sampled = time.perf_counter()
@@ -164,6 +203,7 @@ def train(c):
             metrics = sft_updates(model, optimizer, prompts_P, replies_P, **updating)
         metrics |= {"lr": lr, "epoch": batches.epoch, "time/step_s": time.perf_counter() - began}
         metrics["tokens_per_s"] = metrics["tokens"] / metrics["time/step_s"]
+        metrics = of_ranks(metrics)[0]  # clocks differ, and all must end at the same step
         trained_s += metrics["time/step_s"]
         run.log_step(step + 1, steps, metrics)
     run.print_summary()
@@ -192,6 +232,131 @@ def score_rollouts(rollouts_N, examples_P, chat, scheme):
     n = len(rollouts_N) // len(examples_P)
     return [score(chat.decode(rollout.ids), examples_P[i // n].answer, scheme)
             for i, rollout in enumerate(rollouts_N)]
+
+
+# Ranks.
+
+
+def environment(name, default):
+    """A number that torchrun sets."""
+    return int(os.environ.get(name, default))
+
+
+def join_ranks(device):
+    """Meet the other ranks. One GPU alone is a world of its own, one CPU alone needs none."""
+    waits = datetime.timedelta(minutes=60)  # for the rank with the longest replies
+    if device == "cuda":
+        local, gpus = environment("LOCAL_RANK", 0), torch.cuda.device_count()
+        if local >= gpus:
+            raise ValueError(f"no GPU for rank {local} of this node, it has {gpus}; lower --nproc_per_node")
+        torch.cuda.set_device(local)
+        alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=waits, **alone)
+    elif environment("WORLD_SIZE", 1) > 1:
+        dist.init_process_group("gloo", timeout=waits)
+
+
+def leave_ranks(status):
+    """End with an exit status that can be relied on; return where it is 0 and there are no other ranks.
+
+    The interpreter's own exit may abort in the threads of gloo after all is done (torch 2.13).
+    """
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        if status == 0:
+            dist.barrier()
+        atexit._run_exitfuncs()  # trackers send their last lines here
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if status:
+        sys.exit(status)
+
+
+def of_ranks(value):
+    """The values of all ranks in their order, on every rank. Like `gather`, every rank must call this."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def gather(indices, items):
+    """The items of all ranks in the order of their indices, on every rank."""
+    pairs = itertools.chain(*of_ranks(list(zip(indices, items, strict=True))))
+    return [item for _, item in sorted(pairs, key=lambda pair: pair[0])]
+
+
+def own(items):
+    """This rank's share, a run of them; no rank has two more than another."""
+    if not dist.is_initialized():
+        return items
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    return items[len(items) * rank // ranks:len(items) * (rank + 1) // ranks]
+
+
+def mini_batches(P, updates):
+    """The prompts of each optimizer update of a step."""
+    return [range(first, first + P // updates) for first in range(0, P, P // updates)]
+
+
+def fill_up(parts_U, nothing):
+    """Lengthen this rank's micro-batches of each update to the most of any rank: all make the same passes."""
+    counts_U = zip(*of_ranks([len(parts) for parts in parts_U]), strict=True)
+    return [parts + [nothing] * (max(counts) - len(parts))
+            for parts, counts in zip(parts_U, counts_U, strict=True)]
+
+
+# Sharding.
+
+
+def load_model(path, device, bf16, trained=True, on_cpu=False):
+    """A folder's model, divided over the ranks, if there are any, by rows (FSDP2): each block is whole while
+    it computes.
+
+    Embedding, norm and head are one group, because they may share a weight; trained: it stays whole from
+    forward to backward. On a GPU, bf16: whole weights are bf16; shards, sums of gradients and moments are
+    fp32 all the same; on_cpu: shards are in the host's memory.
+    """
+    if not dist.is_initialized():
+        return load_hf(path, device).requires_grad_(trained)
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+    dtype, options = torch.float32, {}
+    if device == "cuda" and bf16:
+        options["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+        dtype = torch.float32 if trained else torch.bfloat16
+    if device == "cuda" and on_cpu:
+        options["offload_policy"], device = CPUOffloadPolicy(), "cpu"
+
+    def shard(model):
+        for block in model.layers:
+            fully_shard(block, **options)
+        fully_shard(model, reshard_after_forward=not trained, **options)
+        for module in (*model.layers, model):
+            # Sums over ranks, not means: a loss has been divided by the tokens of all.
+            module.set_force_sum_reduction_for_comms(True)
+            module.set_gradient_divide_factor(1.0)
+
+    return load_hf(path, device, dtype, shard).requires_grad_(trained)
+
+
+@contextlib.contextmanager
+def unsharded(model):
+    """A plain model on the whole weights, for a phase in which no rank waits for another."""
+    groups = [module for module in (*model.layers, model) if hasattr(module, "unshard")]
+    plain = model
+    for module in groups:
+        module.unshard()
+    if groups:
+        with torch.device("meta"):
+            plain = Qwen2(model.config)
+        weights = {name: weight.detach() for name, weight in model.named_parameters()}
+        plain.load_state_dict(weights, assign=True)
+    yield plain
+    for module in groups:
+        module.reshard()
 
 
 # Optimizer updates.
@@ -223,16 +388,20 @@ def set_learning_rate(optimizer, lr):
 
 def logprobs_of_pack(model, pack, temperature, vocab_size, autocast):
     """(logp_L, entropy_L) of the reply tokens of a pack. Only their hidden states reach the head."""
+    def head(hidden_TD):
+        logp_L, entropy_L = token_logprobs(hidden_TD[pack.predictor_L], model.head_weight(), pack.targets_L,
+                                           temperature, vocab_size)
+        return logp_L.clone(), entropy_L  # the hooks of sharding warn where an output is a view
+
     with autocast:
-        hidden_TD = model(pack.tokens_T, pack.positions_T, shared_prefix_attention(pack.groups))
-        return token_logprobs(hidden_TD[pack.predictor_L], model.head_weight(), pack.targets_L, temperature,
-                              vocab_size)
+        return model(pack.tokens_T, pack.positions_T, shared_prefix_attention(pack.groups), head)
 
 
 def apply_update(optimizer, grad_clip):
-    """Clip the gradient's norm and step. Returns (norm, 1 where it was not finite: update skipped)."""
+    """Clip the gradient's norm, over all ranks, and step. Returns (norm, 1 if not finite: update skipped)."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip)
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     skipped = not torch.isfinite(norm)
     if not skipped:
         optimizer.step()
@@ -269,40 +438,44 @@ def grpo_updates(model, reference, optimizer, rollouts_N, adv_PG, *, temperature
     """The optimizer updates of one step: `updates` mini-batches of whole groups, in order. Returns metrics.
 
     Packs are built once and serve the old, the reference and the new log-probs. Each loss is a sum over its
-    tokens divided by the reply tokens of its whole mini-batch, so micro-batches do not change the gradient.
+    tokens divided by the reply tokens of its whole mini-batch, so neither micro-batches nor ranks change the
+    gradient. Every rank is given the whole batch and trains on its own share.
     """
     P, n = adv_PG.shape
     device = model.embed_tokens.weight.device
-    mini_batches, denominators = [], []
-    for first in range(0, P, P // updates):
-        prompts = range(first, first + P // updates)
-        live_P = [p for p in prompts if kl_coef or adv_PG[p].any()]
-        mini_batches.append(make_micro_batches(rollouts_N, adv_PG, live_P, micro_batch_tokens, device))
+    parts_U, denominators = [], []
+    for prompts in mini_batches(P, updates):
+        live_P = [p for p in own(prompts) if kl_coef or adv_PG[p].any()]
+        parts_U.append(make_micro_batches(rollouts_N, adv_PG, live_P, micro_batch_tokens, device))
         denominators.append(sum(len(rollouts_N[i].ids) for i in range(prompts.start * n, prompts.stop * n)))
+    none_L = torch.zeros(0, device=device)
+    parts_U = fill_up(parts_U, MicroBatch(pack([], []).to(device), none_L, none_L))
     passes = {"temperature": temperature, "vocab_size": vocab_size, "autocast": autocast}
     with torch.no_grad():
-        for i, micro_batches in enumerate(mini_batches):
-            for part in micro_batches:
+        for i, parts in enumerate(parts_U):
+            for part in parts:
                 if i > 0:
                     part.old_logp_L, _ = logprobs_of_pack(model, part.pack, **passes)
                 if reference is not None:
                     part.ref_logp_L, _ = logprobs_of_pack(reference, part.pack, **passes)
 
     all_stats, first_stats, norms, skipped = [], [], [], 0
-    bar = tqdm(total=sum(map(len, mini_batches)), desc="update", disable=None, leave=False, unit="pack")
-    for i, (micro_batches, denominator) in enumerate(zip(mini_batches, denominators, strict=True)):
-        for part in micro_batches:
+    quiet = environment("RANK", 0) > 0 or None  # None: shown on a terminal only
+    bar = tqdm(total=sum(map(len, parts_U)), desc="update", disable=quiet, leave=False, unit="pack")
+    for i, (parts, denominator) in enumerate(zip(parts_U, denominators, strict=True)):
+        for part in parts:
             logp_L, entropy_L = logprobs_of_pack(model, part.pack, **passes)
             old_logp_L = logp_L.detach() if part.old_logp_L is None else part.old_logp_L
             loss, stats = grpo_loss(logp_L, old_logp_L, part.ref_logp_L, part.adv_L, clip_low=clip_low,
                                     clip_high=clip_high, kl_coef=kl_coef, denominator=denominator)
             loss.backward()
             diff_L = (old_logp_L - part.sampled_logp_L).abs()
-            stats |= {"entropy_sum": entropy_L.sum(), "diff_sum": diff_L.sum(), "diff_max": diff_L.max()}
+            stats |= {"entropy_sum": entropy_L.sum(), "diff_sum": diff_L.sum(),
+                      "diff_max": extreme(diff_L, torch.max, 0.0)}
             all_stats.append(stats)
             first_stats += [stats] if i == 0 else []
             bar.update()
-        if micro_batches:
+        if parts:
             norm, skip = apply_update(optimizer, grad_clip)
             norms.append(norm)
             skipped += skip
@@ -316,7 +489,7 @@ def update_metrics(all_stats, first_stats, norms, skipped, updates, reference):
     metrics = {"loss": 0.0, "grad_norm": 0.0, "updates": len(norms), "skipped_updates": skipped}
     if not all_stats:
         return metrics
-    total = {name: float(value) for name, value in merge_stats(all_stats).items()}
+    total = merge_ranks(all_stats)
     mean = {name: total[name + "_sum"] / total["tokens"]
             for name in ("ratio", "clip_low", "clip_high", "kl", "entropy", "diff")}
     metrics |= {
@@ -329,9 +502,15 @@ def update_metrics(all_stats, first_stats, norms, skipped, updates, reference):
     if reference is not None:
         metrics["kl"] = mean["kl"]
     if first_stats:
-        first = merge_stats(first_stats)
-        metrics["ratio/dev_first"] = float(max(first["ratio_max"] - 1, 1 - first["ratio_min"]))
+        first = merge_ranks(first_stats)
+        metrics["ratio/dev_first"] = max(first["ratio_max"] - 1, 1 - first["ratio_min"])
     return metrics
+
+
+def merge_ranks(parts):
+    """Stats of the whole, as numbers, from those of the micro-batches of every rank."""
+    own_stats = {name: value.cpu() for name, value in merge_stats(parts).items()}
+    return {name: float(value) for name, value in merge_stats(of_ranks(own_stats)).items()}
 
 
 def rollout_metrics(rollouts_N, verdicts_N, rewards_PG):
@@ -369,21 +548,23 @@ def sft_updates(model, optimizer, prompts_P, replies_P, *, vocab_size, updates, 
                 autocast):
     """Supervised updates on the reply tokens, one a mini-batch, in order. Returns metrics."""
     device = model.embed_tokens.weight.device
-    losses, norms, skipped = [], [], 0
-    size = len(prompts_P) // updates
-    for first in range(0, len(prompts_P), size):
-        prompts, replies = prompts_P[first:first + size], replies_P[first:first + size]
-        denominator = sum(map(len, replies))
-        for pack in pack_micro_batches(prompts, [[reply] for reply in replies], micro_batch_tokens):
-            pack = pack.to(device)
-            logp_L, _ = logprobs_of_pack(model, pack, 1.0, vocab_size, autocast)
+    packs_U, losses, norms, skipped = [], [], [], 0
+    for part in mini_batches(len(prompts_P), updates):
+        prompts, replies = [prompts_P[p] for p in own(part)], [[replies_P[p]] for p in own(part)]
+        packs_U.append(pack_micro_batches(prompts, replies, micro_batch_tokens))
+    packs_U = fill_up(packs_U, pack([], []))
+    for part, packs in zip(mini_batches(len(prompts_P), updates), packs_U, strict=True):
+        denominator = sum(len(replies_P[p]) for p in part)
+        for micro_batch in packs:
+            logp_L, _ = logprobs_of_pack(model, micro_batch.to(device), 1.0, vocab_size, autocast)
             loss = sft_loss(logp_L, denominator)
             loss.backward()
             losses.append(loss.detach())
         norm, skip = apply_update(optimizer, grad_clip)
         norms.append(norm)
         skipped += skip
-    return {"loss": float(sum(losses)) / updates, "grad_norm": sum(norms) / len(norms), "updates": updates,
+    loss = sum(of_ranks(float(sum(losses)))) / updates
+    return {"loss": loss, "grad_norm": sum(norms) / len(norms), "updates": updates,
             "skipped_updates": skipped, "length/mean": sum(map(len, replies_P)) / len(replies_P),
             "tokens": sum(map(len, prompts_P)) + sum(map(len, replies_P))}
 
@@ -397,6 +578,7 @@ class Run:
     def __init__(self, folder, resume):
         self.folder = Path(folder)
         self.resume = resume
+        self.writes = environment("RANK", 0) == 0
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"{folder} is a file; choose another --out for the run folder")
         if (self.folder / "config.yaml").exists() and not resume:
@@ -408,6 +590,8 @@ class Run:
 
     def open(self, start, config, tracker):
         """Make the folder, once all is read. A resumed run drops what was logged after `start`."""
+        if not self.writes:
+            return
         self.tracker = open_tracker(tracker, self.folder, config)
         for name in ("rollouts", "evals", "checkpoints"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
@@ -434,27 +618,38 @@ class Run:
             print(f"no checkpoint in {self.folder}: starting from step 0")
         return step
 
-    def restore(self, step, optimizer, fingerprint):
+    def restore(self, step, model, optimizer, fingerprint):
         """Load the optimizer's state; returns the data cursor. ValueError where the data has changed."""
-        state = torch.load(self.checkpoint(step) / "training.pt", weights_only=True)
+        state = json.loads((self.checkpoint(step) / "training.json").read_text(encoding="utf-8"))
         if state["fingerprint"] != fingerprint:
             raise ValueError(f"{self.checkpoint(step)}: the training examples have changed since; going on "
                              "would repeat or skip some. Restore them, or start anew with another --out")
-        optimizer.load_state_dict(state["optimizer"])
+        slices = open_tensors(self.checkpoint(step) / "optimizer.safetensors")
+        for name, parameter in model.named_parameters() if slices else ():
+            optimizer.state[parameter] = {"step": slices[f"{name}.step"][...]}
+            for key in ("exp_avg", "exp_avg_sq"):
+                moment = optimizer.state[parameter][key] = torch.zeros_like(parameter)
+                values, rows = own_rows(moment)
+                values.copy_(slices[f"{name}.{key}"][rows])
         return state["cursor"]
 
     def save_checkpoint(self, step, model, optimizer, batches, base, keep):
         """A Hugging Face folder with the training state: written aside, the manifest last, then renamed."""
         final = self.checkpoint(step)
         aside = final.with_name(final.name + ".tmp")
-        shutil.rmtree(aside, ignore_errors=True)
+        if self.writes:
+            shutil.rmtree(aside, ignore_errors=True)
         save_hf(model, aside)
+        moments = {f"{name}.{key}": moment for name, parameter in model.named_parameters()
+                   for key, moment in optimizer.state[parameter].items()}
+        write_tensors(aside / "optimizer.safetensors" if self.writes else os.devnull, moments)
+        if not self.writes:
+            return
         for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "vocab.json",
                      "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"):
             if (base / name).exists():
                 shutil.copyfile(base / name, aside / name)
-        torch.save({"optimizer": optimizer.state_dict(), "cursor": batches.cursor,
-                    "fingerprint": batches.fingerprint}, aside / "training.pt")
+        write_json(aside / "training.json", {"cursor": batches.cursor, "fingerprint": batches.fingerprint})
         files = {file.name: file.stat().st_size for file in sorted(aside.iterdir())}
         write_json(aside / "manifest.json", {"step": step, "files": files})
         shutil.rmtree(final, ignore_errors=True)
@@ -464,6 +659,8 @@ class Run:
 
     def save_rollouts(self, step, examples_P, rollouts_N, verdicts_N, adv_PG, chat):
         """rollouts/step_….jsonl: a line a reply, with what was asked and what it earned."""
+        if not self.writes:
+            return
         n = adv_PG.shape[1]
         with open(self.folder / "rollouts" / f"step_{step:06d}.jsonl", "w", encoding="utf-8") as file:
             for i, (rollout, verdict) in enumerate(zip(rollouts_N, verdicts_N, strict=True)):
@@ -475,6 +672,8 @@ class Run:
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def log(self, step, metrics):
+        if not self.writes:
+            return
         with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
         self.tracker(step, metrics)
@@ -508,7 +707,8 @@ class Run:
     def log_evaluation(self, step, rows, replies, seconds):
         """Write an evaluation, print its line and two replies, the same two examples every time."""
         report = {"step": step, "rows": rows, "replies": replies}
-        write_json(self.folder / "evals" / f"step_{step:06d}.json", report)
+        if self.writes:
+            write_json(self.folder / "evals" / f"step_{step:06d}.json", report)
         accuracies = {f"eval/{row['category']}": row["accuracy"] for row in rows}
         self.log(step, {**accuracies, "time/eval_s": seconds})
         by_category = "  ".join(f"{row['category']} {row['accuracy']:.1%}" for row in rows[:-1]
@@ -527,6 +727,8 @@ class Run:
 
     def print_summary(self):
         """The first and the last evaluation, side by side."""
+        if not self.writes:
+            return
         files = sorted(self.folder.glob("evals/step_*.json"))
         before, after = (json.loads(file.read_text(encoding="utf-8")) for file in (files[0], files[-1]))
         print("\nheld-out accuracy in percent, greedy, with 95 % confidence intervals")

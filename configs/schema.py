@@ -52,6 +52,7 @@ class GrpoSettings:
     clip_low: float = 0.2  # ratio clipped below 1 - clip_low (code)
     clip_high: float = 0.2  # ratio clipped above 1 + clip_high (code)
     kl_coef: float = 1e-3  # weight of KL(policy, reference); 0: no reference model (paper)
+    reference_on_cpu: bool = True  # the reference's shards in host memory; GPUs get a block at a time (code)
 
 
 @dataclass(frozen=True)
@@ -185,18 +186,15 @@ def leaves(cls, prefix=""):
 def coerce(value, where, kind):
     """`value` as `kind`. A float may be a whole number, or 1e-6, which YAML 1.1 reads as text."""
     options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    if value is None and type(None) in options:
-        return None
-    wanted = options[0]
-    if wanted is float and isinstance(value, int | str) and not isinstance(value, bool):
+    if float in options and isinstance(value, int | str) and not isinstance(value, bool):
         try:
             return float(value)
         except ValueError:
             pass
-    if type(value) is not wanted:
+    if type(value) not in options:
         names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-        null = " or null" if type(None) in options else ""
-        raise ValueError(f"{where} is {value!r}; expected {names[wanted]}{null}")
+        expected = " or ".join(names.get(option, "null") for option in options)
+        raise ValueError(f"{where} is {value!r}; expected {expected}")
     return value
 
 

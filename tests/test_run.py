@@ -98,11 +98,9 @@ def test_four_steps_equal_two_steps_then_a_resumed_run_bit_for_bit(files, whole_
     assert metrics_of(out) == metrics_of(whole_run)
     ours, theirs = (load_hf(x / "checkpoints/step_000004").state_dict() for x in (out, whole_run))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    ours, theirs = (torch.load(x / "checkpoints/step_000004/training.pt") for x in (out, whole_run))
-    assert ours["cursor"] == theirs["cursor"] == 16
-    for number, state in theirs["optimizer"]["state"].items():
-        ours_state = ours["optimizer"]["state"][number]
-        assert all(torch.equal(ours_state[key], value) for key, value in state.items())
+    for name in ("training.json", "optimizer.safetensors"):
+        ours, theirs = ((x / "checkpoints/step_000004" / name).read_bytes() for x in (out, whole_run))
+        assert ours == theirs, name
 
 
 def test_activation_checkpointing_reaches_the_model_and_changes_no_metric(
@@ -247,13 +245,6 @@ def test_bad_input_is_one_line_and_status_2(files, tmp_path, capsys, change, tol
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and told in error and error.count("\n") == 1
     assert not (tmp_path / "run").exists(), "nothing half-made stays"
-
-
-def test_several_processes_are_refused_until_sharding_exists(files, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(SystemExit):
-        train.main(arguments(files, tmp_path / "run"))
-    assert "WORLD_SIZE" in capsys.readouterr().err
 
 
 def test_trackers_get_every_metric_and_their_absence_is_one_line(tmp_path, monkeypatch):
