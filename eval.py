@@ -13,10 +13,12 @@ missing counts as wrong and is told: a denominator never shrinks.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
 import sys
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -27,9 +29,10 @@ from benchmarks.api_bank import check_api_bank as check_api_bank
 from benchmarks.bfcl import check_bfcl as check_bfcl
 from data import Chat, Example, read_jsonl
 from model import load_hf
-from reward import score
+from reward import SCHEMES, Verdict, score
 from sample import generate
 
+RAISED = "the reward raised "  # begins the error of a verdict that `judge` had to make up
 BENCHES = {"bfcl": bfcl, "api_bank": api_bank, "acebench": acebench}
 def wilson(right, n, z=1.96):
     """The 95 % confidence interval (low, high) of a share of `right` in `n`; (0, 1) where n is 0."""
@@ -41,26 +44,37 @@ def wilson(right, n, z=1.96):
     return max(0.0, (middle - spread) / (1 + z * z / n)), min(1.0, (middle + spread) / (1 + z * z / n))
 
 
-def generate_greedily(model, chat, prompts, max_new_tokens, batch_size, progress):
+def generate_greedily(model, chat, prompts, max_new_tokens, batch_size, progress, should_stop=None):
     """One greedy rollout a prompt; it draws no noise, so its seeds say nothing."""
     return generate(model, prompts, 1, max_new_tokens=max_new_tokens, temperature=0.0, stop_ids=chat.stop_ids,
                     seeds_P=[0] * len(prompts), vocab_size=chat.vocab_size, batch_size=batch_size,
-                    progress=progress)
+                    progress=progress, should_stop=should_stop)
 
 
-def evaluate(model, chat, examples, *, max_new_tokens, batch_size=256, scheme="binary", progress=None):
+def judge(reply, answer, scheme):
+    """`score` where a reward of your own may raise: the reply then earns 0, and the verdict says why."""
+    try:
+        verdict = score(reply, answer, scheme)
+        return verdict._replace(reward=float(verdict.reward))
+    except Exception as error:  # here only: what an edited reward raises is unknown, and a run outlives it
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        return Verdict(0.0, False, False, False, None, RAISED + what)
+
+
+def evaluate(model, chat, examples, *, max_new_tokens, batch_size=256, scheme="binary", progress=None,
+             should_stop=None):
     """Greedy replies to `examples`. Returns (rows, replies).
 
     rows: one dictionary a category and a last one for "all", as `summarize` makes them; replies: one
     dictionary an example, with what was asked, what was written and what it scored. A reply is right where
-    its reward is 1.
+    its reward is 1. should_stop: see `generate`.
     """
     prompts = [chat.encode_prompt(example) for example in examples]
-    rollouts = generate_greedily(model, chat, prompts, max_new_tokens, batch_size, progress)
+    rollouts = generate_greedily(model, chat, prompts, max_new_tokens, batch_size, progress, should_stop)
     replies = []
     for example, rollout in zip(examples, rollouts, strict=True):
         text = chat.decode(rollout.ids)
-        verdict = score(text, example.answer, scheme)
+        verdict = judge(text, example.answer, scheme)
         replies.append({"id": example.id, "category": example.source,
                         "query": example.messages[-1]["content"], "answer": example.answer, "reply": text,
                         "right": verdict.reward == 1, "format_ok": verdict.format_ok,
@@ -108,12 +122,76 @@ def spread(examples, n):
 
 
 def write_json(path, value):
-    """Write aside and rename, so that nothing half-written stays."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_text(path, text):
+    """Write aside, to the disk, and rename, so that nothing half-written stays."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ".tmp")
-    aside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(aside, path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside.write_text(text, encoding="utf-8")
+        sync(aside)
+        os.replace(aside, path)
+
+
+@contextlib.contextmanager
+def writing(path):
+    """ValueError, naming the file, where it cannot be written: an OSError of a full disk has no name."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def sync(path):
+    """Wait until the bytes of a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def seal(folder):
+    """Bring the files of a folder to the disk, and then a manifest of their sizes and hashes."""
+    files = {}
+    for file in sorted(folder.iterdir()):
+        sync(file)
+        files[file.name] = [file.stat().st_size, digest(file)]
+    write_json(folder / "manifest.json", files)
+    sync(folder)
+
+
+def check_seal(folder):
+    """ValueError, saying what is wrong, where a folder is not as it was sealed."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        files = [(name, size, hexadecimal) for name, (size, hexadecimal) in manifest.items()]
+    except OSError as error:
+        raise ValueError(f"no manifest.json, which is written last ({error.strerror})") from None
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        files = []
+    if not files:
+        raise ValueError("its manifest.json is damaged, or not one of ours")
+    for name, size, hexadecimal in files:
+        file = folder / name
+        if name != os.path.basename(name) or not file.is_file():
+            raise ValueError(f"no file {name!r} in it, which its manifest names")
+        if file.stat().st_size != size:
+            raise ValueError(f"{name} has {file.stat().st_size} bytes, but {size} were saved")
+        if digest(file) != hexadecimal:
+            raise ValueError(f"{name} is damaged: its hash is not that of what was saved")
+
+
+def digest(path):
+    """The SHA-256 of a file, as hexadecimal digits."""
+    hashed = sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**22):
+            hashed.update(block)
+    return hashed.hexdigest()
 
 
 # The public benchmarks.
@@ -305,6 +383,8 @@ def load_model(args):
 def evaluate_heldout(args):
     if args.score or args.export_official:
         raise ValueError("--score and --export_official are for the public benchmarks, not for heldout")
+    if args.scheme not in SCHEMES:
+        raise ValueError(f"unknown reward scheme {args.scheme!r}: choose one of {', '.join(SCHEMES)}")
     examples = of_each(read_jsonl(args.data), args.examples, lambda example: example.source)
     if not examples:
         raise ValueError(f"{args.data}: no examples")

@@ -31,6 +31,11 @@ from model import load_hf, packed_attention
 GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit number: 2^64 / golden ratio
 PREFILL_TOKENS = 2**14  # prompt tokens computed at once: their MLP activations would fill the memory
 FIRST_ROOM = 256  # slots for reply tokens before the cache has to grow
+POLL_EVERY = 4  # tokens a row between two questions whether to stop
+
+
+class Stopped(Exception):
+    """`should_stop` said so: what was generated so far is dropped."""
 
 
 @dataclass
@@ -168,15 +173,16 @@ class Cache:
 
 @torch.no_grad()
 def generate(model, prompts, n, *, max_new_tokens, temperature, stop_ids, seeds_P, top_p=1.0, vocab_size=None,
-             batch_size=256, progress=None, on_token=None):
+             batch_size=256, progress=None, on_token=None, should_stop=None):
     """Sample n replies to each prompt: len(prompts)·n rollouts, prompt-major.
 
     prompts: lists of ids; max_new_tokens: tokens a reply, the stop id included; temperature: 0 is greedy;
     stop_ids: ids that end a reply; seeds_P: one integer a prompt; top_p: for inference only (see
     `sample_tokens`); vocab_size: ids that have a token, others are never drawn; batch_size: rows decoded at
     once; progress: the name of a progress bar, shown on a terminal; on_token(i, id): called for every token
-    of rollout i. ValueError where a setting is out of range, a prompt is empty, leaves no room for a reply
-    or holds an id that the model does not have.
+    of rollout i; should_stop(): asked every few tokens, `Stopped` is raised where it is true. ValueError
+    where a setting is out of range, a prompt is empty, leaves no room for a reply or holds an id that the
+    model does not have.
     """
     if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
         raise ValueError(f"max_new_tokens {max_new_tokens}, temperature {temperature}, top_p {top_p}: they "
@@ -200,7 +206,7 @@ def generate(model, prompts, n, *, max_new_tokens, temperature, stop_ids, seeds_
             rows = order[start:start + batch_size]
             decode_batch(model, rollouts, rows, n, key_N[rows], max_new_tokens=max_new_tokens,
                          temperature=temperature, stop_ids=frozenset(stop_ids), top_p=top_p,
-                         vocab_size=vocab_size, bar=bar, on_token=on_token)
+                         vocab_size=vocab_size, bar=bar, on_token=on_token, should_stop=should_stop)
     return rollouts
 
 
@@ -225,12 +231,14 @@ def prefill(model, rollouts, rows, n, room):
 
 
 def decode_batch(model, rollouts, rows, n, key_B, *, max_new_tokens, temperature, stop_ids, top_p, vocab_size,
-                 bar, on_token):
+                 bar, on_token, should_stop):
     """Fill `rollouts[row]` for every row of one batch: prefill, then a token a row until all have ended."""
     weight_VD = model.head_weight()[:vocab_size]
     hidden_BD, cache = prefill(model, rollouts, rows, n, room=min(max_new_tokens, FIRST_ROOM))
     device = hidden_BD.device
     for position in range(max_new_tokens):
+        if should_stop and position % POLL_EVERY == 0 and should_stop():
+            raise Stopped
         u_B = uniform(key_B, position).to(device)
         ids_B, logp_B = sample_tokens(hidden_BD @ weight_VD.T, temperature, u_B, top_p)
         alive = []

@@ -13,6 +13,9 @@
 In:  a config (configs/schema.py), a model folder, examples as JSON lines. Out: a run folder with config.yaml,
 git_revision.txt, metrics.jsonl, rollouts/, evals/ and checkpoints/, each of which is a Hugging Face folder.
 
+A run that was killed goes on from its newest whole checkpoint, bit for bit as if nothing had happened: there
+is state at the boundaries between steps only, and order of the data and noise are functions of the step.
+
 Where this differs from the paper's code: see grpo.py for the denominator. The old log-probs of the first
 mini-batch are its own, detached: nothing has been updated yet. Without a KL term, groups whose rewards are
 all equal have a gradient of exactly zero, so they are left out of the passes; they stay in the denominator.
@@ -20,24 +23,42 @@ all equal have a gradient of exactly zero, so they are left out of the passes; t
 
 import contextlib
 import dataclasses
+import fcntl
+import functools
 import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 import torch
 import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from configs.schema import Config, load_config
-from data import Batches, Chat, filter_by_prompt_tokens, read_jsonl, split_examples
-from eval import evaluate, spread, table, write_json
+from configs.schema import Config, flat, load_config, read_yaml
+from data import Batches, Chat, filter_by_prompt_tokens, read_jsonl, split_examples, write_jsonl
+from eval import (
+    RAISED,
+    check_seal,
+    evaluate,
+    judge,
+    seal,
+    spread,
+    sync,
+    table,
+    write_json,
+    write_text,
+    writing,
+)
 from grpo import (
     Pack,
     group_advantages,
@@ -47,12 +68,17 @@ from grpo import (
     sft_loss,
     token_logprobs,
 )
-from model import load_hf, resolve, save_hf, shared_prefix_attention
-from reward import score
-from sample import generate, prompt_seeds
+from model import load_hf, read_json, resolve, save_hf, shared_prefix_attention
+from sample import Stopped, generate, prompt_seeds
 
 MAX_SKIPPED = 3  # steps in a row without a finite gradient before the run stops
 MAX_DEAD = 10  # steps in a row that have nothing to learn from before the run stops, see `diagnose`
+TO_FINISH_S = 10  # seconds that the updates of a step have to finish in after a signal
+# What may differ when a run goes on: the name of a file (its contents are compared), what is looked at and
+# kept, and what bounds memory, where rounding may differ. Steps too, unless the learning rate follows them.
+MAY_CHANGE = ("out", "resume", "data.train", "data.heldout", "data.system_prompt", "eval.", "log.",
+              "checkpoint.", "train.max_minutes", "train.micro_batch_tokens",
+              "train.activation_checkpointing", "rollout.batch_size")
 USAGE = """python train.py [FILE.yaml] [--section.key=value ...]
 
 Presets are in configs/; configs/schema.py says what each key means. The defaults:
@@ -66,17 +92,30 @@ def main(argv=None):
         print(yaml.safe_dump(dataclasses.asdict(Config()), sort_keys=False), end="")
         return
     try:
-        train(load_config(argv))
-    except (ValueError, OSError) as error:
+        status = train(load_config(argv))
+    except (ValueError, OSError, Diverged) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        status = 3 if isinstance(error, Diverged) else 2
     except KeyboardInterrupt:
-        print("\ninterrupted: --resume=true goes on from the newest checkpoint", file=sys.stderr)
-        sys.exit(130)
+        print("\ninterrupted: the same command goes on from the newest checkpoint", file=sys.stderr)
+        status = 130
+    if status:
+        sys.exit(status)
 
 
 def train(c):
-    """Set up, then the loop of either stage. The only function that knows the config, `c`."""
+    """The run that a config, `c`, asks for. Returns the exit status: 128 + signal where one stopped it."""
+    with Run(c.out, c.resume) as run, Signals() as signals:
+        try:
+            take_steps(c, run, signals)
+        except Stopped:
+            run.stop(signals.midway)
+            return 128 + signals.number
+    return 0
+
+
+def take_steps(c, run, signals):
+    """Set up, then the loop of either stage. Only this function and `train` know the config, `c`."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("WORLD_SIZE is above 1, but training is one process so far; start without torchrun")
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -88,18 +127,24 @@ def train(c):
     chat = Chat(base, c.data.system_prompt)
     train_set, heldout = read_examples(c.data.train, c.data.heldout, c.data.heldout_fraction, c.seed, chat,
                                        c.data.max_prompt_tokens, c.data.max_dropped_share)
-    heldout = spread(heldout, c.eval.examples)
     if len(train_set) < c.train.prompts_per_step:
         raise ValueError(f"train.prompts_per_step is {c.train.prompts_per_step}, but there are only "
                          f"{len(train_set)} training examples; choose a number up to that")
     batches = Batches(train_set, c.train.prompts_per_step, c.seed)
     steps = c.train.steps or math.ceil(c.train.epochs * len(train_set) / c.train.prompts_per_step)
 
-    run = Run(c.out, c.resume)
-    start = run.newest_checkpoint()
-    if start > steps:
-        raise ValueError(f"{run.checkpoint(start)} is past the {steps} steps of this run; raise train.steps")
-    model = load_hf(run.checkpoint(start) if start else base, device)
+    # The prompt stands for the tokenizer and the system prompt.
+    fingerprint = {"data.train": batches.fingerprint, "data.heldout": Batches(heldout, 1, c.seed).fingerprint,
+                   "data.system_prompt": sha256(str(chat.encode_prompt(train_set[0])).encode()).hexdigest()}
+    heldout = spread(heldout, c.eval.examples)
+
+    checkpoint = run.newest_checkpoint(flat(c))
+    if checkpoint:
+        run.restore(checkpoint, fingerprint)
+        batches.cursor = run.step * c.train.prompts_per_step
+    if run.step > steps:
+        raise ValueError(f"{checkpoint} is past the {steps} steps of this run; raise train.steps")
+    model = load_hf(checkpoint or base, device)
     model.checkpoint_blocks = c.train.activation_checkpointing
     longest = c.data.max_prompt_tokens + max(c.rollout.max_new_tokens, c.eval.max_new_tokens)
     if longest > model.config.max_position_embeddings:
@@ -109,9 +154,10 @@ def train(c):
     with_reference = c.stage == "grpo" and c.grpo.kl_coef > 0
     reference = load_hf(base, device).requires_grad_(False) if with_reference else None
     optimizer = make_optimizer(model, c.train.weight_decay, c.train.beta2)
-    if start:
-        batches.cursor = run.restore(start, optimizer, batches.fingerprint)
-    run.open(start, dataclasses.asdict(c), c.log.tracker)
+    if checkpoint:
+        read_moments(checkpoint, model, optimizer)
+    run.open(dataclasses.asdict(c), flat(c), fingerprint, c.log.tracker, c.checkpoint.keep,
+             functools.partial(write_checkpoint, model=model, optimizer=optimizer, base=base))
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     precision = "bf16" if bf16 else "fp32"
     print(f"{c.stage} of {c.model.path}: {millions:.1f}M parameters on {device} in {precision}, "
@@ -120,22 +166,24 @@ def train(c):
     sampling = {"max_new_tokens": c.rollout.max_new_tokens, "temperature": c.rollout.temperature,
                 "stop_ids": chat.stop_ids, "vocab_size": chat.vocab_size, "batch_size": c.rollout.batch_size}
     updating = {"vocab_size": chat.vocab_size, "updates": c.train.updates_per_step, "autocast": autocast,
-                "micro_batch_tokens": c.train.micro_batch_tokens, "grad_clip": c.train.grad_clip}
+                "micro_batch_tokens": c.train.micro_batch_tokens, "grad_clip": c.train.grad_clip,
+                "poll": signals.poll}
     losses = {"temperature": c.rollout.temperature, "kl_coef": c.grpo.kl_coef, "clip_low": c.grpo.clip_low,
               "clip_high": c.grpo.clip_high}
-    trained_s, limit_s = 0.0, 60 * (c.train.max_minutes or math.inf)
-    for step in range(start, steps + 1):
-        is_last = step == steps or trained_s >= limit_s
-        is_new = step > start or start == 0  # else it was evaluated and saved before the interruption
-        if is_new and (step % c.eval.every == 0 or is_last):
+    limit_s = 60 * (c.train.max_minutes or math.inf)
+    signals.catch()
+    for step in range(run.step, steps + 1):
+        is_last = step == steps or run.trained_s >= limit_s
+        if not run.evaluated and (step % c.eval.every == 0 or is_last):
             began = time.perf_counter()
-            with autocast:
+            with contextlib.suppress(Stopped), autocast:
                 rows, replies = evaluate(model, chat, heldout, max_new_tokens=c.eval.max_new_tokens,
                                          batch_size=c.rollout.batch_size, scheme=c.grpo.reward,
-                                         progress="evaluation")
+                                         progress="evaluation", should_stop=signals.came)
+            signals.poll()
             run.log_evaluation(step, rows, replies, time.perf_counter() - began)
-        if is_new and step > 0 and (step % c.checkpoint.every == 0 or is_last):
-            run.save_checkpoint(step, model, optimizer, batches, base, c.checkpoint.keep)
+        if step > run.saved and (step % c.checkpoint.every == 0 or is_last):
+            run.save_checkpoint()
         if is_last:
             break
 
@@ -146,24 +194,27 @@ def train(c):
         prompts_P = [chat.encode_prompt(example) for example in examples_P]
         if c.stage == "grpo":
             seeds_P = prompt_seeds(c.seed, step, 0, len(prompts_P))
-            with autocast:
+            with contextlib.suppress(Stopped), autocast:
                 rollouts_N = generate(model, prompts_P, c.rollout.n, seeds_P=seeds_P, progress="rollout",
-                                      **sampling)
+                                      should_stop=signals.came, **sampling)
+            signals.poll()
             verdicts_N = score_rollouts(rollouts_N, examples_P, chat, c.grpo.reward)
-            rewards_PG = torch.tensor([float(verdict.reward) for verdict in verdicts_N]).view(-1, c.rollout.n)
+            rewards_PG = torch.tensor([verdict.reward for verdict in verdicts_N]).view(-1, c.rollout.n)
             adv_PG = group_advantages(rewards_PG, c.grpo.normalize)
             sampled = time.perf_counter()
             metrics = grpo_updates(model, reference, optimizer, rollouts_N, adv_PG, **losses, **updating)
             metrics |= rollout_metrics(rollouts_N, verdicts_N, rewards_PG)
             metrics |= {"time/rollout_s": sampled - began, "time/update_s": time.perf_counter() - sampled}
-            if (step + 1) % c.log.rollouts_every == 0 or step == 0 or metrics["skipped_updates"]:
+            is_odd = metrics["skipped_updates"] or metrics["reward/raised"]
+            if (step + 1) % c.log.rollouts_every == 0 or step == 0 or is_odd:
                 run.save_rollouts(step + 1, examples_P, rollouts_N, verdicts_N, adv_PG, chat)
         else:
             replies_P = [chat.encode_reply(example) for example in examples_P]
             metrics = sft_updates(model, optimizer, prompts_P, replies_P, **updating)
+            if metrics["skipped_updates"]:
+                write_jsonl(run.rollouts(step + 1), examples_P)
         metrics |= {"lr": lr, "epoch": batches.epoch, "time/step_s": time.perf_counter() - began}
         metrics["tokens_per_s"] = metrics["tokens"] / metrics["time/step_s"]
-        trained_s += metrics["time/step_s"]
         run.log_step(step + 1, steps, metrics)
     run.print_summary()
 
@@ -189,7 +240,7 @@ def read_examples(train, heldout, heldout_fraction, seed, chat, max_prompt_token
 def score_rollouts(rollouts_N, examples_P, chat, scheme):
     """The verdict of every rollout; rollout i belongs to example i // n."""
     n = len(rollouts_N) // len(examples_P)
-    return [score(chat.decode(rollout.ids), examples_P[i // n].answer, scheme)
+    return [judge(chat.decode(rollout.ids), examples_P[i // n].answer, scheme)
             for i, rollout in enumerate(rollouts_N)]
 
 
@@ -228,15 +279,15 @@ def logprobs_of_pack(model, pack, temperature, vocab_size, autocast):
                               vocab_size)
 
 
-def apply_update(optimizer, grad_clip):
-    """Clip the gradient's norm and step. Returns (norm, 1 where it was not finite: update skipped)."""
+def apply_update(optimizer, grad_clip, loss):
+    """Clip the gradient's norm and step. Returns (norm, 1 where it or the loss was not finite: skipped)."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip)
-    skipped = not torch.isfinite(norm)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip).item()
+    skipped = most_of_ranks(int(not math.isfinite(norm) or not math.isfinite(loss)))
     if not skipped:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return norm.item(), int(skipped)
+    return norm, skipped
 
 
 @dataclass
@@ -264,11 +315,12 @@ def make_micro_batches(rollouts_N, adv_PG, live_P, micro_batch_tokens, device):
 
 
 def grpo_updates(model, reference, optimizer, rollouts_N, adv_PG, *, temperature, vocab_size, updates,
-                 kl_coef, clip_low, clip_high, grad_clip, micro_batch_tokens, autocast):
+                 kl_coef, clip_low, clip_high, grad_clip, micro_batch_tokens, autocast, poll=lambda _: None):
     """The optimizer updates of one step: `updates` mini-batches of whole groups, in order. Returns metrics.
 
     Packs are built once and serve the old, the reference and the new log-probs. Each loss is a sum over its
     tokens divided by the reply tokens of its whole mini-batch, so micro-batches do not change the gradient.
+    poll(whether weights have changed): asked before every pass; it may raise.
     """
     P, n = adv_PG.shape
     device = model.embed_tokens.weight.device
@@ -282,6 +334,7 @@ def grpo_updates(model, reference, optimizer, rollouts_N, adv_PG, *, temperature
     with torch.no_grad():
         for i, micro_batches in enumerate(mini_batches):
             for part in micro_batches:
+                poll(False)
                 if i > 0:
                     part.old_logp_L, _ = logprobs_of_pack(model, part.pack, **passes)
                 if reference is not None:
@@ -290,19 +343,22 @@ def grpo_updates(model, reference, optimizer, rollouts_N, adv_PG, *, temperature
     all_stats, first_stats, norms, skipped = [], [], [], 0
     bar = tqdm(total=sum(map(len, mini_batches)), desc="update", disable=None, leave=False, unit="pack")
     for i, (micro_batches, denominator) in enumerate(zip(mini_batches, denominators, strict=True)):
+        loss_of_update = 0.0
         for part in micro_batches:
+            poll(bool(norms))
             logp_L, entropy_L = logprobs_of_pack(model, part.pack, **passes)
             old_logp_L = logp_L.detach() if part.old_logp_L is None else part.old_logp_L
             loss, stats = grpo_loss(logp_L, old_logp_L, part.ref_logp_L, part.adv_L, clip_low=clip_low,
                                     clip_high=clip_high, kl_coef=kl_coef, denominator=denominator)
             loss.backward()
+            loss_of_update += loss.detach()
             diff_L = (old_logp_L - part.sampled_logp_L).abs()
             stats |= {"entropy_sum": entropy_L.sum(), "diff_sum": diff_L.sum(), "diff_max": diff_L.max()}
             all_stats.append(stats)
             first_stats += [stats] if i == 0 else []
             bar.update()
         if micro_batches:
-            norm, skip = apply_update(optimizer, grad_clip)
+            norm, skip = apply_update(optimizer, grad_clip, float(loss_of_update))
             norms.append(norm)
             skipped += skip
     bar.close()
@@ -345,6 +401,7 @@ def rollout_metrics(rollouts_N, verdicts_N, rewards_PG):
         "reward/format_ok": sum(verdict.format_ok for verdict in verdicts_N) / N,
         "reward/names_ok": sum(verdict.names_ok for verdict in verdicts_N) / N,
         "reward/no_calls": sum(verdict.calls == [] for verdict in verdicts_N) / N,
+        "reward/raised": sum((verdict.error or "").startswith(RAISED) for verdict in verdicts_N),
         "reward/commonest": Counter(tuple(rollout.ids) for rollout in rollouts_N).most_common(1)[0][1] / N,
         "length/mean": sum(lengths) / N, "length/min": min(lengths), "length/max": max(lengths),
         "length/cut": sum(not rollout.finished for rollout in rollouts_N) / N,
@@ -365,122 +422,313 @@ def diagnose(metrics):
 
 
 def sft_updates(model, optimizer, prompts_P, replies_P, *, vocab_size, updates, grad_clip, micro_batch_tokens,
-                autocast):
+                autocast, poll=lambda _: None):
     """Supervised updates on the reply tokens, one a mini-batch, in order. Returns metrics."""
     device = model.embed_tokens.weight.device
     losses, norms, skipped = [], [], 0
     size = len(prompts_P) // updates
     for first in range(0, len(prompts_P), size):
         prompts, replies = prompts_P[first:first + size], replies_P[first:first + size]
-        denominator = sum(map(len, replies))
+        denominator, loss_of_update = sum(map(len, replies)), 0.0
         for pack in pack_micro_batches(prompts, [[reply] for reply in replies], micro_batch_tokens):
+            poll(bool(norms))
             pack = pack.to(device)
             logp_L, _ = logprobs_of_pack(model, pack, 1.0, vocab_size, autocast)
             loss = sft_loss(logp_L, denominator)
             loss.backward()
-            losses.append(loss.detach())
-        norm, skip = apply_update(optimizer, grad_clip)
+            loss_of_update += loss.detach()
+        losses.append(float(loss_of_update))
+        norm, skip = apply_update(optimizer, grad_clip, losses[-1])
         norms.append(norm)
         skipped += skip
-    return {"loss": float(sum(losses)) / updates, "grad_norm": sum(norms) / len(norms), "updates": updates,
+    return {"loss": sum(losses) / updates, "grad_norm": sum(norms) / len(norms), "updates": updates,
             "skipped_updates": skipped, "length/mean": sum(map(len, replies_P)) / len(replies_P),
             "tokens": sum(map(len, prompts_P)) + sum(map(len, replies_P))}
+
+
+# Signals, and what the ranks must agree on.
+
+
+class Diverged(Exception):
+    """MAX_SKIPPED steps in a row had no finite gradient."""
+
+
+def most_of_ranks(number):
+    """The largest of the ranks' numbers, for what all must do alike. There is one rank so far."""
+    return number
+
+
+class Signals:
+    """SIGTERM and SIGINT: the first is noted and polled where a step can be left, the second ends at once."""
+
+    def __init__(self):
+        self.number = 0  # of the signal that came
+        self.noted_s = 0.0
+        self.midway = False
+        self.handlers = {}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def catch(self):
+        """From here on there is something to save; before, a signal ends the process as it always does."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.handlers[number] = signal.signal(number, self.note)
+
+    def note(self, number, frame):
+        # A launcher repeats what its whole group was sent: within a second it is the same signal again.
+        if self.number and time.monotonic() > self.noted_s + 1:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        elif not self.number:
+            self.number, self.noted_s = number, time.monotonic()
+            os.write(2, b"\nstopping; a second signal ends this process at once\n")  # print is not reentrant
+
+    def came(self):
+        """Whether one came to this rank."""
+        return self.number > 0
+
+    def poll(self, midway=False):
+        """Raise Stopped on every rank once a signal came to one; every rank must call this alike.
+
+        midway: the weights have left the last boundary, and are worth TO_FINISH_S to reach the next.
+        """
+        waits = midway and time.monotonic() < self.noted_s + TO_FINISH_S
+        number = most_of_ranks(0 if waits else self.number)
+        if number:
+            self.number, self.midway = number, midway
+            raise Stopped
+
+
+# Checkpoints.
+
+
+def write_checkpoint(folder, model, optimizer, base):
+    """A Hugging Face folder with the tokenizer of `base`, and AdamW's moments as safetensors."""
+    save_hf(model, folder)
+    moments = {f"{name}.{key}": value for name, parameter in model.named_parameters()
+               for key, value in optimizer.state[parameter].items()}
+    # Under another ending: to vLLM all *.safetensors of a folder are weights.
+    save_file(moments, folder / "optimizer.state")
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "vocab.json",
+                 "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"):
+        if (base / name).exists():
+            shutil.copyfile(base / name, folder / name)
+
+
+def read_moments(folder, model, optimizer):
+    device = model.embed_tokens.weight.device
+    try:
+        moments = load_file(folder / "optimizer.state")
+    except SafetensorError as error:
+        raise ValueError(f"{folder / 'optimizer.state'}: no readable moments ({error})") from None
+    for name, parameter in model.named_parameters() if moments else ():
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            value = moments[f"{name}.{key}"]
+            optimizer.state[parameter][key] = value if key == "step" else value.to(device)
+
+
+def other_course(earlier, now):
+    """The keys in which two configs differ so that a run cannot go on from one to the other exactly."""
+    may_change = MAY_CHANGE
+    if now["train.schedule"] == "constant" and now["train.warmup"] == 0:
+        may_change += ("train.steps", "train.epochs")
+    earlier = {**flat(Config()), **earlier}
+    return [key for key in now if now[key] != earlier[key] and not key.startswith(may_change)]
 
 
 # The run folder.
 
 
 class Run:
-    """The files of one run, and its lines on the console."""
+    """The files of one run, and its lines on the console. It is at a boundary between steps: at `step`."""
+
+    STATE = ("step", "rows", "evaluated", "trained_s", "skipped_in_a_row", "dead_in_a_row", "shown")
 
     def __init__(self, folder, resume):
         self.folder = Path(folder)
         self.resume = resume
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"{folder} is a file; choose another --out for the run folder")
-        if (self.folder / "config.yaml").exists() and not resume:
-            raise ValueError(f"{folder} holds a run; add --resume=true or choose another --out")
-        self.shown = None
-        self.step_times = []
+        if (self.folder / "config.yaml").exists() and resume is False:
+            raise ValueError(f"{folder} holds a run; go on with it by --resume=auto or choose another --out")
+        self.step = 0
+        self.saved = 0  # step of the newest checkpoint
+        self.rows = 0  # lines of metrics.jsonl
+        self.evaluated = False  # at this boundary
+        self.trained_s = 0.0
         self.skipped_in_a_row = 0
         self.dead_in_a_row = 0
+        self.shown = None
+        self.step_times = []
+        self.passed_over = set()
+        self.locked = None
+        if self.folder.exists():
+            self.lock()
 
-    def open(self, start, config, tracker):
-        """Make the folder, once all is read. A resumed run drops what was logged after `start`."""
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        if self.locked:
+            self.locked.close()
+
+    def lock(self):
+        """Keep a second run out of this folder. However the process ends, the kernel opens the lock."""
+        self.locked = open(self.folder / "lock", "w", encoding="utf-8")
+        try:
+            fcntl.flock(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{self.folder}: another process is at work on this run; wait until it ends, or "
+                             "choose another --out") from None
+        except OSError as error:
+            print(f"warning: {self.folder} cannot be locked ({error.strerror}): start no second run there")
+
+    def newest_checkpoint(self, config):
+        """The folder of the newest checkpoint that is whole and of this run; None without one. Says which.
+
+        ValueError where the run in this folder has another `config`, {dotted key: value}.
+        """
+        if not (self.folder / "config.yaml").exists():
+            if self.resume is True:
+                raise ValueError(f"{self.folder} holds no run to go on with; leave out --resume=true")
+            return None
+        differing = other_course(dict(read_yaml(self.folder / "config.yaml")), config)
+        if differing:
+            raise ValueError(f"{self.folder} holds a run with another {', '.join(differing)}; set as in its "
+                             "config.yaml to go on, or choose another --out")
+        found = [path for path in self.folder.glob("checkpoints/step_*") if path.suffix != ".tmp"]
+        for folder in sorted(found, key=lambda path: (path.name[:11], not path.suffix), reverse=True):
+            try:
+                check_seal(folder)
+                state = read_json(folder / "training.json")
+                if not {*self.STATE, "config", "fingerprint"} <= state.keys():
+                    raise ValueError("its training.json is of another version")
+                if folder.name[:11] != self.checkpoint(state["step"]).name:
+                    raise ValueError(f"it is of step {state['step']}")
+                differing = other_course(state["config"], config)
+                if differing:
+                    raise ValueError(f"it is of a run with another {', '.join(differing)}")
+            except (ValueError, OSError) as error:
+                print(f"passed over {folder}: {error}")
+                self.passed_over.add(folder)
+            else:
+                print(f"going on from {folder}")
+                return folder
+        print(f"no whole checkpoint in {self.folder}: starting from step 0")
+        return None
+
+    def restore(self, checkpoint, fingerprint):
+        """Go to the boundary of a checkpoint. ValueError where the data, {key: fingerprint}, have changed."""
+        state = read_json(checkpoint / "training.json")
+        changed = [key for key in fingerprint if fingerprint[key] != state["fingerprint"][key]]
+        if changed:
+            raise ValueError(f"{checkpoint}: the contents of {', '.join(changed)} have changed since; going "
+                             "on would be another run. Restore them, or start anew with another --out")
+        vars(self).update({name: state[name] for name in self.STATE})
+        self.saved = self.step
+
+    def open(self, config, settings, fingerprint, tracker, keep, write):
+        """Make the folder, once all is read; drop what was logged after the boundary that the run is at.
+
+        config and settings: the same as a tree and as {dotted key: value}; write(folder): writes the weights
+        and the moments; keep: see `checkpoint.keep`.
+        """
+        self.facts = {"config": settings, "fingerprint": fingerprint}
+        self.keep, self.write = keep, write
         self.tracker = open_tracker(tracker, self.folder, config)
         for name in ("rollouts", "evals", "checkpoints"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
+        if not self.locked:
+            self.lock()
+        for unfinished in (*self.folder.glob("*.tmp"), *self.folder.glob("*/*.tmp")):
+            shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()
+        for file in (*self.folder.glob("rollouts/step_*"), *self.folder.glob("evals/step_*")):
+            if file.stem > f"step_{self.step:06d}":
+                file.unlink()
         metrics = self.folder / "metrics.jsonl"
-        lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True) if start else []
-        # A line without an end was being written when the run died.
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
-        aside = metrics.with_name("metrics.jsonl.tmp")
-        aside.write_text("".join(kept), encoding="utf-8")
-        os.replace(aside, metrics)
-        (self.folder / "git_revision.txt").write_text(git_revision() + "\n", encoding="utf-8")
-        (self.folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+        lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True) if self.rows else []
+        write_text(metrics, "".join(lines[:self.rows]))
+        write_text(self.folder / "git_revision.txt", git_revision() + "\n")
+        write_text(self.folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+        sync(self.folder)
 
     def checkpoint(self, step):
         return self.folder / "checkpoints" / f"step_{step:06d}"
 
-    def newest_checkpoint(self):
-        """Steps done at the newest complete checkpoint, 0 without one."""
-        complete = sorted(self.folder.glob("checkpoints/step_??????/manifest.json"))
-        step = int(complete[-1].parent.name.removeprefix("step_")) if complete else 0
-        if step:
-            print(f"going on from {self.checkpoint(step)}")
-        elif self.resume:
-            print(f"no checkpoint in {self.folder}: starting from step 0")
-        return step
+    def rollouts(self, step):
+        return self.folder / "rollouts" / f"step_{step:06d}.jsonl"
 
-    def restore(self, step, optimizer, fingerprint):
-        """Load the optimizer's state; returns the data cursor. ValueError where the data has changed."""
-        state = torch.load(self.checkpoint(step) / "training.pt", weights_only=True)
-        if state["fingerprint"] != fingerprint:
-            raise ValueError(f"{self.checkpoint(step)}: the training examples have changed since; going on "
-                             "would repeat or skip some. Restore them, or start anew with another --out")
-        optimizer.load_state_dict(state["optimizer"])
-        return state["cursor"]
+    def save_checkpoint(self):
+        """Save the boundary that the run is at: written aside, sealed, and then renamed.
 
-    def save_checkpoint(self, step, model, optimizer, batches, base, keep):
-        """A Hugging Face folder with the training state: written aside, the manifest last, then renamed."""
-        final = self.checkpoint(step)
+        ValueError where that fails; the checkpoints that were whole before are whole still.
+        """
+        final = self.checkpoint(self.step)
         aside = final.with_name(final.name + ".tmp")
-        shutil.rmtree(aside, ignore_errors=True)
-        save_hf(model, aside)
-        for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "vocab.json",
-                     "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"):
-            if (base / name).exists():
-                shutil.copyfile(base / name, aside / name)
-        torch.save({"optimizer": optimizer.state_dict(), "cursor": batches.cursor,
-                    "fingerprint": batches.fingerprint}, aside / "training.pt")
-        files = {file.name: file.stat().st_size for file in sorted(aside.iterdir())}
-        write_json(aside / "manifest.json", {"step": step, "files": files})
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(aside, final)
-        for old in sorted(self.folder.glob("checkpoints/step_??????"))[:-keep] if keep else []:
+        try:
+            shutil.rmtree(aside, ignore_errors=True)
+            self.write(aside)
+            state = {name: vars(self)[name] for name in self.STATE}
+            write_json(aside / "training.json", {**self.facts, **state})
+            seal(aside)
+            sync(self.folder / "metrics.jsonl")
+            if final.exists():  # one that was passed over
+                replaced = final.with_name(final.name + ".replaced")
+                shutil.rmtree(replaced, ignore_errors=True)
+                os.replace(final, replaced)
+            os.replace(aside, final)
+            sync(final.parent)
+        except (OSError, ValueError, SafetensorError) as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise ValueError(f"{final}: cannot be saved ({error}); earlier checkpoints are whole") from None
+        self.saved = self.step
+        self.passed_over.discard(final)
+        whole = sorted(set(self.folder.glob("checkpoints/step_??????")) - self.passed_over)
+        for old in whole[:-self.keep] if self.keep else []:
             shutil.rmtree(old)
+
+    def stop(self, midway):
+        """End on a signal: save the boundary, unless the weights have left it (`midway`) or it is saved."""
+        if self.step > self.saved and not midway:
+            self.save_checkpoint()
+        where = self.checkpoint(self.saved) if self.saved else "step 0"
+        print(f"stopped after step {self.step}: the same command goes on from {where}", flush=True)
 
     def save_rollouts(self, step, examples_P, rollouts_N, verdicts_N, adv_PG, chat):
         """rollouts/step_….jsonl: a line a reply, with what was asked and what it earned."""
-        n = adv_PG.shape[1]
-        with open(self.folder / "rollouts" / f"step_{step:06d}.jsonl", "w", encoding="utf-8") as file:
-            for i, (rollout, verdict) in enumerate(zip(rollouts_N, verdicts_N, strict=True)):
-                example = examples_P[i // n]
-                line = {"id": example.id, "query": example.messages[-1]["content"], "answer": example.answer,
-                        "reply": chat.decode(rollout.ids), "reward": verdict.reward, "error": verdict.error,
-                        "advantage": adv_PG[i // n, i % n].item(), "tokens": len(rollout.ids),
-                        "logp": sum(rollout.logp), "finished": rollout.finished}
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        n, lines = adv_PG.shape[1], []
+        for i, (rollout, verdict) in enumerate(zip(rollouts_N, verdicts_N, strict=True)):
+            example = examples_P[i // n]
+            line = {"id": example.id, "query": example.messages[-1]["content"], "answer": example.answer,
+                    "reply": chat.decode(rollout.ids), "reward": verdict.reward, "error": verdict.error,
+                    "advantage": adv_PG[i // n, i % n].item(), "tokens": len(rollout.ids),
+                    "logp": sum(rollout.logp), "finished": rollout.finished}
+            lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+        write_text(self.rollouts(step), "".join(lines))
 
     def log(self, step, metrics):
-        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+        path = self.folder / "metrics.jsonl"
+        with writing(path), open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self.rows += 1
         self.tracker(step, metrics)
 
     def log_step(self, step, steps, metrics):
-        """One line a step on the console, reward first. ValueError when updates were skipped in a row."""
+        """One line a step on the console, reward first; the run is then at this step's boundary.
+
+        Diverged when updates were skipped in a row; ValueError when there was nothing to learn in a row.
+        """
         self.log(step, metrics)
+        self.step, self.evaluated = step, False
+        self.trained_s += metrics["time/step_s"]
+        if metrics.get("reward/raised"):
+            print(f"warning: the reward raised on {metrics['reward/raised']} replies, which earn 0; see the "
+                  f"errors in {self.rollouts(step)}")
         if step == 1 and metrics.get("length/cut", 0) > 0.9:
             print(f"warning: {metrics['length/cut']:.0%} of the replies were cut at rollout.max_new_tokens "
                   "before a stop token; is the model tuned for this chat format?")
@@ -497,8 +745,8 @@ class Run:
               f"{left // 60}:{left % 60:02d} left", flush=True)
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if metrics["skipped_updates"] else 0
         if self.skipped_in_a_row >= MAX_SKIPPED:
-            raise ValueError(f"no finite gradient in {MAX_SKIPPED} steps in a row, up to step {step}; "
-                             "lower train.lr, or look at the last file in rollouts/")
+            raise Diverged(f"no finite gradient in {MAX_SKIPPED} steps in a row, up to step {step}; lower "
+                           f"train.lr, or look at the batch in {self.rollouts(step)}")
         finding = diagnose(metrics)
         self.dead_in_a_row = self.dead_in_a_row + 1 if finding else 0
         if self.dead_in_a_row >= MAX_DEAD:
@@ -510,6 +758,7 @@ class Run:
         write_json(self.folder / "evals" / f"step_{step:06d}.json", report)
         accuracies = {f"eval/{row['category']}": row["accuracy"] for row in rows}
         self.log(step, {**accuracies, "time/eval_s": seconds})
+        self.evaluated = True
         by_category = "  ".join(f"{row['category']} {row['accuracy']:.1%}" for row in rows[:-1]
                                 if "/" not in row["category"])
         print(f"held-out accuracy at step {step}: {rows[-1]['accuracy']:.1%} of {rows[-1]['n']}  "
