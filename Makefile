@@ -4,6 +4,7 @@
 # make base      how assets/tiny is made: tokenizer, synthetic data, SFT from random weights
 # make test      the tests (PYTEST_ARGS="-k grpo -x" goes to pytest)
 # make check     ruff, then the tests
+# make soak      100 kills at random times (ARGS="--kills=15" goes to tools/soak.py), then what was lost: nothing
 # make mutants   plants known faults in the code and sees the tests catch each one
 #
 # Each target sets up .venv by itself, from Python 3.10 or newer, pip and make. Variables:
@@ -28,7 +29,7 @@ RUNTIME := $(VENV)/.runtime-installed
 DEV := $(VENV)/.dev-installed
 PIP_INSTALL := $(PY) -m pip install --disable-pip-version-check $(addprefix -c ,$(LOCK))
 
-.PHONY: help demo demo-control base test check mutants
+.PHONY: help demo demo-control base test check mutants soak
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -55,6 +56,9 @@ check: $(DEV)
 
 mutants: $(DEV)
 	$(PY) tests/mutants.py
+
+soak: $(RUNTIME)
+	$(PY) tools/soak.py $(ARGS)
 
 # Written beside and renamed, so that an interrupted run leaves no half of a data set behind.
 runs/data/demo_train.jsonl: data.py $(wildcard assets/synthetic.json) | $(RUNTIME)

@@ -18,6 +18,7 @@ Parameter names are those of the Hugging Face checkpoints without their leading 
 Axes: T packed tokens, D width, H query heads, K key/value heads, E head size, V vocabulary rows.
 """
 
+import contextlib
 import functools
 import inspect
 import itertools
@@ -305,6 +306,26 @@ def varlen_causal(q_THE, k_TKE, v_TKE, queries, keys):
                        window_size=(-1, 0), **grouped)
 
 
+@contextlib.contextmanager
+def unsharded(model):
+    """A plain model on the whole weights, for a phase in which no rank waits for another."""
+    if not dist.is_initialized():
+        yield model
+        return
+    groups = (*model.layers, model)
+    try:
+        for module in groups:
+            module.unshard()
+        with torch.device("meta"):
+            plain = Qwen2(model.config)
+        weights = {name: weight.detach() for name, weight in model.named_parameters()}
+        plain.load_state_dict(weights, assign=True)
+        yield plain
+    finally:
+        for module in groups:
+            module.reshard()
+
+
 # Hugging Face folders.
 
 
@@ -355,7 +376,7 @@ def open_tensors(file):
         opened = safe_open(file, framework="pt")
         return {name: opened.get_slice(name) for name in opened.keys()}
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file}: no readable weights ({error}); is it all there?") from None
+        raise ValueError(f"{file}: no readable tensors ({error}); is it all there?") from None
 
 
 def own_rows(tensor):
@@ -396,7 +417,7 @@ def load_hf(path, device="cpu", dtype=torch.float32, shard=None):
         own, rows = own_rows(parameter)
         own.copy_(slices[hf_name(name)][rows])
     _, rows = own_rows(model.embed_tokens.weight)
-    if copy and not torch.equal(copy[rows], slices["model.embed_tokens.weight"][rows]):
+    if copy is not None and not torch.equal(copy[rows], slices["model.embed_tokens.weight"][rows]):
         raise ValueError(f"{folder}: config.json ties the head to the embedding, but lm_head.weight differs")
     return model
 
@@ -409,10 +430,10 @@ def save_hf(model, path, max_shard_bytes=5_000_000_000):
     every rank must call this: parameters are gathered one at a time, and the first rank writes.
     """
     tensors = {hf_name(name): tensor for name, tensor in model.state_dict().items()}
-    if dist.is_initialized() and dist.get_rank() > 0:
-        write_tensors(os.devnull, tensors)
-        return
     folder = Path(path)
+    if dist.is_initialized() and dist.get_rank() > 0:
+        write_tensors(folder, tensors)
+        return
     folder.mkdir(parents=True, exist_ok=True)
     shards, size = [{}], 0
     for name, tensor in tensors.items():
@@ -442,7 +463,8 @@ def save_hf(model, path, max_shard_bytes=5_000_000_000):
 
 
 def write_tensors(file, tensors):
-    """Write {name: tensor} as safetensors, a tensor at a time; a sharded one is gathered for it by all ranks.
+    """Write {name: tensor} as safetensors, a tensor at a time; a sharded one is gathered for it by all ranks,
+    which all must call this: the first one writes.
 
     The format: the length of a JSON header in 8 bytes, the header, the numbers of each tensor in its order.
     """
@@ -453,7 +475,8 @@ def write_tensors(file, tensors):
         end += tensor.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the numbers start at a multiple of 8
-    with open(file, "wb") as out:
+    is_first = not dist.is_initialized() or dist.get_rank() == 0
+    with open(file if is_first else os.devnull, "wb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
             gather = getattr(tensor, "full_tensor", tensor.detach)

@@ -1,4 +1,4 @@
-"""What test_ranks.py runs on 1, 2 and 4 ranks: `[torchrun …] tests/ranks_worker.py FOLDER`.
+"""What test_ranks.py runs on 1, 2 and 4 ranks: `work_and_save`, or `torchrun … tests/ranks_worker.py FOLDER`.
 
 A whole run of train.py on the demo's base, then its parts on a toy model. `work` asserts what each rank can
 see by itself and returns what must not depend on the number of ranks; the first rank writes it to FOLDER.
@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 import model as model_module  # noqa: E402
 import train  # noqa: E402
 from configs.schema import load_config  # noqa: E402
-from model import load_hf, own_rows, save_hf  # noqa: E402
+from model import load_hf, own_rows, save_hf, unsharded  # noqa: E402
 from sample import generate  # noqa: E402
 
 PROMPTS = [[3, 1, 4], [3, 1, 4], [1, 5, 9, 2, 6], [5], [9, 2], [6, 5, 3, 5, 8], [9, 7], [9, 3, 2, 3, 8, 4, 6]]
@@ -40,7 +40,8 @@ def run_arguments(folder, out):
             f"--data.train={folder / 'train.jsonl'}", f"--data.heldout={folder / 'heldout.jsonl'}",
             "--train.steps=2", "--train.prompts_per_step=8", "--train.updates_per_step=2", "--rollout.n=2",
             "--rollout.max_new_tokens=24", "--eval.every=2", "--eval.max_new_tokens=24",
-            "--checkpoint.every=2", "--log.rollouts_every=1", "--grpo.kl_coef=0.001"]
+            "--checkpoint.every=2", "--log.rollouts_every=1", "--grpo.kl_coef=0.001",
+            "--train.timeout_minutes=3"]
 
 
 def model_of(folder):
@@ -113,7 +114,7 @@ def check_rollouts(folder):
     """Ids of replies; while the ranks sample, nothing waits: only the first one does so at all at first."""
     model = train.load_model(folder, "cpu", bf16=False)
     sample = functools.partial(generate, n=3, temperature=TEMPERATURE, stop_ids=STOPS, vocab_size=VOCAB)
-    with train.unsharded(model) as policy:
+    with unsharded(model) as policy:
         if train.environment("RANK", 0) == 0:
             sample(policy, PROMPTS, max_new_tokens=50, seeds_P=range(len(PROMPTS)))
         own_P = train.own(range(len(PROMPTS)))
@@ -176,11 +177,15 @@ def work(folder, ranks):
     return found
 
 
-if __name__ == "__main__":
+def work_and_save(folder):
     torch.set_num_threads(1)
     faulthandler.dump_traceback_later(220, exit=True)  # a rank that hangs says where
-    folder, ranks = Path(sys.argv[1]), train.environment("WORLD_SIZE", 1)
+    ranks = train.environment("WORLD_SIZE", 1)
     found = work(folder, ranks)
     if train.environment("RANK", 0) == 0:
         torch.save(found, folder / f"found{ranks}.pt")
     train.leave_ranks(0)
+
+
+if __name__ == "__main__":
+    work_and_save(Path(sys.argv[1]))

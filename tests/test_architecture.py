@@ -21,7 +21,7 @@ BUDGETS = {
     "reward.py": 250,
     "grpo.py": 450,
     "eval.py": 550,
-    "train.py": 900,
+    "train.py": 950,
     "configs/schema.py": 250,
     "benchmarks/__init__.py": 20,
     "benchmarks/acebench.py": 450,

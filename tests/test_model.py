@@ -288,9 +288,9 @@ def test_weights_that_are_missing_empty_or_truncated_are_one_clear_line(folder):
     whole = file.read_bytes()
     for content in (whole[:-100], whole[:50], b""):
         file.write_bytes(content)
-        assert_one_line_error(folder, r"model\.safetensors: no readable weights")
+        assert_one_line_error(folder, r"model\.safetensors: no readable tensors")
     file.unlink()
-    assert_one_line_error(folder, r"model\.safetensors: no readable weights")
+    assert_one_line_error(folder, r"model\.safetensors: no readable tensors")
 
 
 @pytest.mark.parametrize(("name", "tensor", "message"), [
@@ -320,7 +320,7 @@ def test_an_index_that_names_a_file_outside_the_folder_is_refused(tmp_path, file
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ('{"weight_map": {"model.norm.weight": "gone.safetensors"}}', r"gone\.safetensors: no readable weights"),
+    ('{"weight_map": {"model.norm.weight": "gone.safetensors"}}', r"gone\.safetensors: no readable tensors"),
     ('{"weight_map": {}}', "no tensor 'model.embed_tokens.weight'"),
     ('{"weight_map": []}', r"index\.json: weight_map"),
     ("{}", r"index\.json: weight_map"),

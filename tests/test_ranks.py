@@ -1,22 +1,22 @@
-"""train.py on several ranks: 1 alone, 2 of one torchrun, 4 of two torchruns that meet on loopback.
+"""train.py on several ranks: 1 alone, 2 of one node, 4 of two torchruns that meet on loopback.
 
 The work is that of ranks_worker.py, each launch does all of it, and the tests compare what came out.
 """
 
 import json
 import os
-import socket
 import subprocess
 import sys
 
 import pytest
 import torch
-from ranks_worker import LOSS, PROMPTS, ROOT, STOPS, TEMPERATURE, VOCAB, run_arguments
+from ranks_worker import LOSS, PROMPTS, ROOT, STOPS, TEMPERATURE, VOCAB, run_arguments, work_and_save
 from safetensors.torch import load_file
+from short_run import LOOPBACK, free_port, in_child, in_ranks
 
 import train
 from data import synthetic, write_jsonl
-from model import ModelConfig, Qwen2, load_hf, save_hf
+from model import ModelConfig, Qwen2, load_hf, save_hf, unsharded
 from sample import Rollout, generate
 
 SECONDS = 240  # a launch takes 10 to 15; one that takes longer hangs
@@ -29,14 +29,15 @@ def toy(tied):
     return Qwen2(config).init_weights(0)
 
 
-def launch(folder, ranks, agents):
-    """What the ranks found that were started by these commands at the same time, on CPUs and loopback."""
-    alone = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
-    worker = [str(ROOT / "tests/ranks_worker.py"), str(folder)]
-    log = folder / f"log{ranks}"
+def launch_agents(folder):
+    """Four ranks, by two torchruns of two that meet on loopback."""
+    agent = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=2",
+             "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{free_port()}", "--rdzv_id=ranks",
+             "--local_addr=127.0.0.1", str(ROOT / "tests/ranks_worker.py"), str(folder)]
+    log = folder / "log4"
     with open(log, "w") as out:
-        running = [subprocess.Popen([sys.executable, *agent, *worker], env=os.environ | alone, stdout=out,
-                                    stderr=out) for agent in agents]
+        settings = {"env": os.environ | LOOPBACK, "stdout": out, "stderr": out}
+        running = [subprocess.Popen(agent, **settings) for _ in range(2)]
         try:
             statuses = [agent.wait(SECONDS) for agent in running]
         finally:
@@ -45,7 +46,6 @@ def launch(folder, ranks, agents):
             for agent in running:
                 agent.wait(60)
     assert not any(statuses), log.read_text()[-10000:]
-    return torch.load(folder / f"found{ranks}.pt")
 
 
 @pytest.fixture(scope="module")
@@ -68,14 +68,11 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def found(folder):
     """{ranks: what they found}"""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2"]
-    meet = ["--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=ranks",
-            "--local_addr=127.0.0.1"]
-    agents = {1: [[]], 2: [[*torchrun, "--standalone"]], 4: [[*torchrun, *meet]] * 2}
-    return {ranks: launch(folder, ranks, commands) for ranks, commands in agents.items()}
+    assert in_child(lambda: work_and_save(folder), folder / "log1")[0] == 0
+    statuses, texts = in_ranks(2, lambda rank: work_and_save(folder), folder / "log2_")
+    assert statuses == [0, 0], texts
+    launch_agents(folder)
+    return {ranks: torch.load(folder / f"found{ranks}.pt") for ranks in (1, 2, 4)}
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -156,11 +153,15 @@ def test_a_run_on_several_ranks_leaves_the_folder_that_one_rank_leaves(found, fo
         for ours, theirs in zip(*rollouts, strict=True):
             assert ours.pop("logp") == pytest.approx(theirs.pop("logp"), abs=1e-3)
             assert ours == theirs
-    for name in ("evals/step_000000.json", "evals/step_000002.json", "checkpoints/step_000002/training.json"):
+    for name in ("evals/step_000000.json", "evals/step_000002.json"):
         assert (several / name).read_text() == (alone / name).read_text()
-    for name in ("model", "optimizer"):
-        ours, theirs = (load_file(run / f"checkpoints/step_000002/{name}.safetensors")
-                        for run in (several, alone))
+    states = [json.loads((run / "checkpoints/step_000002/training.json").read_text())
+              for run in (several, alone)]
+    for state in states:
+        del state["config"]["out"], state["trained_s"]
+    assert states[0] == states[1]
+    for name in ("model.safetensors", "optimizer.state"):
+        ours, theirs = (load_file(run / f"checkpoints/step_000002/{name}") for run in (several, alone))
         assert ours.keys() == theirs.keys()
         assert all(torch.allclose(ours[key], theirs[key], atol=1e-4) for key in theirs)
 
@@ -181,7 +182,7 @@ def test_more_ranks_than_prompts_an_update_are_refused_before_they_meet(folder, 
 @pytest.mark.gpu
 def test_one_gpu_computes_in_bf16_and_keeps_fp32_shards():
     """One path, also for one GPU. A reference equal to the policy is at no distance, wherever it is kept."""
-    train.join_ranks("cuda")
+    train.join_ranks("cuda", 5)
     base, adv_PG = ROOT / "assets/tiny", torch.tensor([[1.0, -1.0]])
     rollouts_N = [Rollout([3, 1, 4, 1, 5], ids, [-1.0] * len(ids)) for ids in ([9, 2, 6], [5, 3])]
     policy = train.load_model(base, "cuda", bf16=True)
@@ -194,7 +195,7 @@ def test_one_gpu_computes_in_bf16_and_keeps_fp32_shards():
         assert metrics["kl"] == metrics["ratio/dev_first"] == 0 and metrics["grad_norm"] > 0
     assert {parameter.dtype for parameter in policy.parameters()} == {torch.float32}
     assert optimizer.state[policy.norm.weight]["exp_avg"].dtype == torch.float32
-    with train.unsharded(policy) as plain:
+    with unsharded(policy) as plain:
         assert {parameter.dtype for parameter in plain.parameters()} == {torch.bfloat16}
         assert all(parameter.is_cuda for parameter in plain.parameters())
     torch.distributed.destroy_process_group()
