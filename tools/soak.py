@@ -1,11 +1,14 @@
 """Kills a short run again and again, with kill -9 at random times, and compares it with one left in peace.
 
-    python tools/soak.py [--kills 100] [--ranks 1] [--stage grpo] [--steps 60] [--seed 0] [--out FOLDER]
+    python tools/soak.py [--kills 100] [--ranks 2] [--stage grpo] [--steps 40] [--seed 0] [--out FOLDER]
 
 Both runs get the same command; after each kill it is given again, which goes on from the newest whole
-checkpoint. In the end weights, moments, the rows of metrics.jsonl (less times), rollouts/ and evals/ must be
-the same, bit for bit, with no row lost or doubled. One life in ten is ended in its setup, the others anywhere
-in rollouts, updates, evaluations and saves. Prints one closing line; status 1 where anything differs.
+checkpoint. A kill strikes all ranks, or one of them, and the others must then end by themselves. In the end
+weights, moments, the rows of metrics.jsonl (less times), rollouts/ and evals/ must be the same, bit for bit,
+with no row lost or doubled. One life in ten is ended in its setup, the others anywhere in rollouts, updates,
+evaluations and saves. Ranks are forks of this process, so that a life starts within a second.
+
+Prints one closing line; status 1 where anything differs.
 """
 
 import argparse
@@ -15,7 +18,7 @@ import math
 import os
 import random
 import signal
-import subprocess
+import socket
 import sys
 import tempfile
 import time
@@ -24,6 +27,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import torch.distributed.fsdp  # noqa: E402, F401  once, and not in every life
+
+import train  # noqa: E402
 from data import synthetic, write_jsonl  # noqa: E402
 
 READY = "held out,"  # in the line that ends the setup
@@ -59,62 +65,91 @@ def differences(run, other):
     return found
 
 
-def command(folder, data, args):
+def arguments(folder, data, args):
     """The command line of a short run."""
-    launcher = [sys.executable]
-    if args.ranks > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.ranks}"]
     settings = {
         "out": folder, "stage": args.stage, "data.train": data / "train.jsonl",
         "data.heldout": data / "heldout.jsonl", "train.steps": args.steps, "train.prompts_per_step": 4,
-        "train.updates_per_step": 2, "rollout.n": 4, "rollout.max_new_tokens": 48, "eval.every": 5,
-        "eval.max_new_tokens": 48, "grpo.kl_coef": 0.001, "checkpoint.every": 1, "checkpoint.keep": 2,
-        "log.rollouts_every": 1,
+        "train.updates_per_step": 2, "rollout.n": 3, "rollout.max_new_tokens": 32, "eval.every": 5,
+        "eval.max_new_tokens": 32, "grpo.kl_coef": 0.001, "checkpoint.every": 1, "checkpoint.keep": 2,
+        "log.rollouts_every": 1, "train.timeout_minutes": 5,
     }
-    words = [f"--{key}={value}" for key, value in settings.items()]
-    return [*launcher, "train.py", "configs/demo.yaml", *words]
+    return ["configs/demo.yaml", *(f"--{key}={value}" for key, value in settings.items())]
 
 
-def family(pid):
-    """A process and all that it started, the launcher first: torchrun's ranks have sessions of their own."""
-    parents = {}
-    for file in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            parents[int(file.parent.name)] = int(file.read_text().rpartition(")")[2].split()[1])
-    found = [pid]
-    for each in found:
-        found += [child for child, parent in parents.items() if parent == each]
-    return found
+def start(words, ranks, log):
+    """Fork the ranks of a run as torchrun would start them; the first prints to `log`. Returns their ids."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": str(free.getsockname()[1]), "GLOO_SOCKET_IFNAME": "lo"}
+    log.write_bytes(b"")
+    pids = []
+    for rank in range(ranks):
+        pid = os.fork()
+        if pid == 0:
+            run_rank(words, rank, meeting if ranks > 1 else {}, log if rank == 0 else f"{log}.{rank}")
+        pids.append(pid)
+    return pids
 
 
-def live(words, log, setup_s=math.inf, steps=math.inf, rest_s=0.0):
-    """Start the run; kill it after setup_s, or rest_s after it told of so many steps (0: of being READY).
+def run_rank(words, rank, meeting, log):
+    """In a child: run, and end it."""
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    if meeting:
+        os.environ.update(meeting, RANK=str(rank), LOCAL_RANK=str(rank))
+    status = 70
+    try:
+        train.main(words)
+        status = 0
+    except SystemExit as stopped:
+        status = stopped.code
+    finally:
+        sys.stdout.flush()
+        os._exit(status)
+
+
+def live(words, ranks, log, rng, setup_s=math.inf, steps=math.inf, rest_s=0.0):
+    """One life: kill it after setup_s, or rest_s after it told of so many steps (0: of being READY).
 
     Returns the seconds to READY and from there to its own end; None where it was killed, with how many steps
-    it had told of, -1 for none of READY. SystemExit where it ended with an error.
+    it had told of, -1 for none of READY. SystemExit where it, or what a kill left of it, did not end well.
     """
-    with open(log, "wb") as out:
-        process = subprocess.Popen(words, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT)
+    pids = start(words, ranks, log)
     began = told_s = ready_s = time.monotonic()
-    told = -1
-    while process.poll() is None:
+    told, statuses = -1, []
+    while len(statuses) < ranks:
+        done, status = os.waitpid(pids[len(statuses)], os.WNOHANG)
+        statuses += [os.waitstatus_to_exitcode(status)] if done else []
         text, now = log.read_text(errors="replace"), time.monotonic()
         if READY in text and text.count(STEP) > told:
             ready_s = now if told < 0 else ready_s
             told, told_s = text.count(STEP), now
-        late = now - began > PATIENCE_S
-        if late or now - began > setup_s or (told >= steps and now - told_s > rest_s):
-            for pid in family(process.pid):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            process.wait()
-            if late:
-                sys.exit(f"error: no end after {PATIENCE_S} s; see {log}")
+        if now - began > setup_s or (told >= steps and now - told_s > rest_s):
+            struck = pids if rng.random() < 0.5 else [rng.choice(pids)]
+            end(pids[len(statuses):], struck, log)
             return None, told
+        if now - began > PATIENCE_S:
+            sys.exit(f"error: no end after {PATIENCE_S} s; see {log}")
         time.sleep(0.01)
-    if process.returncode:
-        sys.exit(f"error: status {process.returncode}\n{log.read_text(errors='replace')[-2000:]}")
+    if any(statuses):
+        sys.exit(f"error: statuses {statuses}\n{log.read_text(errors='replace')[-2000:]}")
     return ready_s - began, time.monotonic() - ready_s
+
+
+def end(pids, struck, log):
+    """Kill the struck ranks; the others must end by themselves."""
+    for pid in set(struck) & set(pids):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    deadline = time.monotonic() + 60
+    while pids:
+        pids = [pid for pid in pids if os.waitpid(pid, os.WNOHANG)[0] == 0]
+        if time.monotonic() > deadline:
+            sys.exit(f"error: a rank outlived another by a minute; see {log}")
+        time.sleep(0.01)
 
 
 def seconds_a_step(run, otherwise):
@@ -129,23 +164,26 @@ def seconds_a_step(run, otherwise):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--ranks", type=int, default=1, help="processes, started by torchrun where above 1")
+    parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--stage", default="grpo", choices=("grpo", "sft"))
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0, help="of the times of the kills")
     parser.add_argument("--out", type=Path, help="folder of the runs and their logs; default: a new one")
     args = parser.parse_args(argv)
+    os.chdir(ROOT)
     out = (args.out or Path(tempfile.mkdtemp(prefix="soak_"))).resolve()
     out.mkdir(parents=True, exist_ok=True)
     write_jsonl(out / "train.jsonl", synthetic(40, 0, "train"))
     write_jsonl(out / "heldout.jsonl", synthetic(6, 0, "heldout"))
     began, rng = time.monotonic(), random.Random(args.seed)
-    setup_s, whole_s = live(command(out / "undisturbed", out, args), out / "undisturbed.log")
+    words = arguments(out / "undisturbed", out, args)
+    setup_s, whole_s = live(words, args.ranks, out / "undisturbed.log", rng)
 
     kills, in_setup, rounds, found = 0, 0, 0, []
     while kills < args.kills or rounds == 0:
         rounds += 1
         run, log, ended = out / f"killed_{rounds}", out / "killed.log", False
+        words = arguments(run, out, args)
         while kills < args.kills and not ended:
             if rng.random() < 0.1:
                 ends_at = {"setup_s": rng.uniform(0, setup_s)}
@@ -154,12 +192,12 @@ def main(argv=None):
                 steps = int(rng.expovariate(2 * args.kills / args.steps))
                 rest_s = rng.uniform(0, 1.2) * seconds_a_step(run, whole_s / args.steps)
                 ends_at = {"steps": steps, "rest_s": rest_s}
-            ended, told = live(command(run, out, args), log, **ends_at)
+            ended, told = live(words, args.ranks, log, rng, **ends_at)
             kills += ended is None
             in_setup += ended is None and told < 0
             print(f"\rkill {kills} of {args.kills}", end="", file=sys.stderr, flush=True)
         if not ended:
-            live(command(run, out, args), log)
+            live(words, args.ranks, log, rng)
         found += [f"run {rounds}: {what}" for what in differences(run, out / "undisturbed")]
     same = (f"equal to the undisturbed one in weights, moments, {len(rows(run))} rows of metrics.jsonl, "
             "rollouts and evals")
