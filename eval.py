@@ -10,6 +10,9 @@ Replies are greedy. Held-out examples are scored by training's own reward, with 
 The public benchmarks are scored as their official scorers do; the rules stand in benchmarks/, a module each.
 Their replies are written as they come, so an evaluation that was stopped goes on where it was, and what is
 missing counts as wrong and is told: a denominator never shrinks.
+
+Training judges its replies here too, and writes its files by what stands under "Files": aside, to the disk,
+then renamed; a folder is sealed by a manifest of sizes and hashes, written last.
 """
 
 import argparse
@@ -36,6 +39,8 @@ from sample import generate
 
 RAISED = "the reward raised "  # begins the error of a verdict that `judge` had to make up
 BENCHES = {"bfcl": bfcl, "api_bank": api_bank, "acebench": acebench}
+
+
 def wilson(right, n, z=1.96):
     """The 95 % confidence interval (low, high) of a share of `right` in `n`; (0, 1) where n is 0."""
     if n == 0:
@@ -179,7 +184,7 @@ def diagnose(metrics):
             "the task first (stage: sft), raise rollout.n or rollout.temperature, or look into rollouts/")
 
 
-# Files that are whole or not there.
+# Files: whole or not there.
 
 
 def write_json(path, value):

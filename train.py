@@ -332,7 +332,7 @@ def leave_ranks(status):
     """
     if dist.is_initialized() and dist.get_world_size() > 1:
         if status == 0:
-            dist.barrier()
+            of_ranks(None)  # none leaves while another may still need it
         atexit._run_exitfuncs()  # trackers send their last lines here
         sys.stdout.flush()
         sys.stderr.flush()
@@ -634,7 +634,7 @@ def write_checkpoint(folder, model, optimizer, base):
 
     Every rank must call this: tensors are gathered one at a time, and the first rank writes.
     """
-    save_hf(model, folder)
+    save_hf(model, folder)  # first: it divides again what a signal may have found whole
     moments = {f"{name}.{key}": moment for name, parameter in model.named_parameters()
                for key, moment in optimizer.state[parameter].items()}
     # Under another ending: to vLLM all *.safetensors of a folder are weights.

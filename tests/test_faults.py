@@ -414,6 +414,13 @@ def test_three_supervised_steps_without_a_gradient_end_with_status_3_and_their_e
 # ---- a reward of one's own
 
 
+@pytest.mark.parametrize("reward", [math.nan, math.inf, "1", None])
+def test_a_reward_that_is_no_finite_number_counts_as_one_that_raised(monkeypatch, reward):
+    monkeypatch.setattr(eval, "score", lambda *_: pay_odd_lengths("x", [], "")._replace(reward=reward))
+    verdict = eval.judge("x", [], "binary")
+    assert verdict.reward == 0 and verdict.error.startswith("the reward raised ") and not verdict.format_ok
+
+
 def test_a_reward_that_raises_costs_its_reply_the_reward_and_is_counted_and_saved(
         files, tmp_path, monkeypatch, capsys):
     class Odd(Exception):

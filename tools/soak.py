@@ -3,12 +3,12 @@
     python tools/soak.py [--kills 100] [--ranks 2] [--stage grpo] [--steps 40] [--seed 0] [--out FOLDER]
 
 Both runs get the same command; after each kill it is given again, which goes on from the newest whole
-checkpoint. A kill strikes all ranks, or one of them, and the others must then end by themselves. In the end
-weights, moments, the rows of metrics.jsonl (less times), rollouts/ and evals/ must be the same, bit for bit,
-with no row lost or doubled. One life in ten is ended in its setup, the others anywhere in rollouts, updates,
-evaluations and saves. Ranks are forks of this process, so that a life starts within a second.
+checkpoint. A kill strikes all ranks or, after the setup, one of them, and the others must then end by
+themselves. One life in ten is ended in its setup, the others anywhere in rollouts, updates, evaluations and
+saves. Ranks are forks of this process, so that a life starts within a second.
 
-Prints one closing line; status 1 where anything differs.
+In the end weights, moments, the rows of metrics.jsonl (less times), rollouts/ and evals/ must be the same,
+bit for bit, with no row lost or doubled. Prints one closing line; status 1 where anything differs.
 """
 
 import argparse
@@ -95,7 +95,7 @@ def start(words, ranks, log):
 
 def run_rank(words, rank, meeting, log):
     """In a child: run, and end it."""
-    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     if meeting:
@@ -128,7 +128,8 @@ def live(words, ranks, log, rng, setup_s=math.inf, steps=math.inf, rest_s=0.0):
             ready_s = now if told < 0 else ready_s
             told, told_s = text.count(STEP), now
         if now - began > setup_s or (told >= steps and now - told_s > rest_s):
-            struck = pids if rng.random() < 0.5 else [rng.choice(pids)]
+            # Who waits for ranks to come waits long; torchrun would end it.
+            struck = pids if told < 0 or rng.random() < 0.5 else [rng.choice(pids)]
             end(pids[len(statuses):], struck, log)
             return None, told
         if now - began > PATIENCE_S:
