@@ -4,6 +4,7 @@
 # make base      how assets/tiny is made: tokenizer, synthetic data, SFT from random weights
 # make test      the tests (PYTEST_ARGS="-k grpo -x" goes to pytest)
 # make check     ruff, then the tests
+# make soak      100 kills at random times (ARGS="--kills=15" goes to tools/soak.py), then what was lost: nothing
 # make mutants   plants known faults in the code and sees the tests catch each one
 # make bench     speed side by side with peers, in one table (ARGS="decode step --rounds=9" goes to bench.py)
 #
@@ -30,7 +31,7 @@ DEV := $(VENV)/.dev-installed
 PEERS := $(VENV)/.peers-installed
 PIP_INSTALL := $(PY) -m pip install --disable-pip-version-check $(addprefix -c ,$(LOCK))
 
-.PHONY: help demo demo-control base test check mutants bench
+.PHONY: help demo demo-control base test check mutants bench soak
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -60,6 +61,9 @@ mutants: $(DEV)
 
 bench: $(PEERS)
 	OMP_NUM_THREADS=1 $(PY) tools/bench.py $(ARGS)
+
+soak: $(RUNTIME)
+	$(PY) tools/soak.py $(ARGS)
 
 # Written beside and renamed, so that an interrupted run leaves no half of a data set behind.
 runs/data/demo_train.jsonl: data.py $(wildcard assets/synthetic.json) | $(RUNTIME)

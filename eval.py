@@ -10,13 +10,20 @@ Replies are greedy. Held-out examples are scored by training's own reward, with 
 The public benchmarks are scored as their official scorers do; the rules stand in benchmarks/, a module each.
 Their replies are written as they come, so an evaluation that was stopped goes on where it was, and what is
 missing counts as wrong and is told: a denominator never shrinks.
+
+Training judges its replies here too, and writes its files by what stands under "Files": aside, to the disk,
+then renamed; a folder is sealed by a manifest of sizes and hashes, written last.
 """
 
 import argparse
+import contextlib
+import fcntl
 import json
 import math
 import os
 import sys
+from collections import Counter
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -27,10 +34,13 @@ from benchmarks.api_bank import check_api_bank as check_api_bank
 from benchmarks.bfcl import check_bfcl as check_bfcl
 from data import Chat, Example, read_jsonl
 from model import load_hf
-from reward import score
+from reward import SCHEMES, Verdict, score
 from sample import generate
 
+RAISED = "the reward raised "  # begins the error of a verdict that `judge` had to make up
 BENCHES = {"bfcl": bfcl, "api_bank": api_bank, "acebench": acebench}
+
+
 def wilson(right, n, z=1.96):
     """The 95 % confidence interval (low, high) of a share of `right` in `n`; (0, 1) where n is 0."""
     if n == 0:
@@ -41,27 +51,39 @@ def wilson(right, n, z=1.96):
     return max(0.0, (middle - spread) / (1 + z * z / n)), min(1.0, (middle + spread) / (1 + z * z / n))
 
 
-def generate_greedily(model, chat, prompts, max_new_tokens, batch_size, progress, kv_memory_gib=None):
+def generate_greedily(model, chat, prompts, max_new_tokens, batch_size, progress, **settings):
     """One greedy rollout a prompt; it draws no noise, so its seeds say nothing."""
     return generate(model, prompts, 1, max_new_tokens=max_new_tokens, temperature=0.0, stop_ids=chat.stop_ids,
                     seeds_P=[0] * len(prompts), vocab_size=chat.vocab_size, batch_size=batch_size,
-                    kv_memory_gib=kv_memory_gib, progress=progress)
+                    progress=progress, **settings)
 
 
-def evaluate(model, chat, examples, *, max_new_tokens, batch_size=256, kv_memory_gib=None, scheme="binary",
-             progress=None):
+def judge(reply, answer, scheme):
+    """`score` where a reward of your own may raise: the reply then earns 0, and the verdict says why."""
+    try:
+        verdict = score(reply, answer, scheme)
+        if not math.isfinite(verdict.reward):
+            raise ValueError(f"a reward of {verdict.reward}")
+        return verdict._replace(reward=float(verdict.reward))
+    except Exception as error:  # here only: what an edited reward raises is unknown, and a run outlives it
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        return Verdict(0.0, False, False, False, None, RAISED + what)
+
+
+def evaluate(model, chat, examples, *, max_new_tokens, batch_size=256, scheme="binary", progress=None,
+             **settings):
     """Greedy replies to `examples`. Returns (rows, replies).
 
     rows: one dictionary a category and a last one for "all", as `summarize` makes them; replies: one
     dictionary an example, with what was asked, what was written and what it scored. A reply is right where
-    its reward is 1.
+    its reward is 1. settings: kv_memory_gib and should_stop of `generate`.
     """
     prompts = [chat.encode_prompt(example) for example in examples]
-    rollouts = generate_greedily(model, chat, prompts, max_new_tokens, batch_size, progress, kv_memory_gib)
+    rollouts = generate_greedily(model, chat, prompts, max_new_tokens, batch_size, progress, **settings)
     replies = []
     for example, rollout in zip(examples, rollouts, strict=True):
         text = chat.decode(rollout.ids)
-        verdict = score(text, example.answer, scheme)
+        verdict = judge(text, example.answer, scheme)
         replies.append({"id": example.id, "category": example.source,
                         "query": example.messages[-1]["content"], "answer": example.answer, "reply": text,
                         "right": verdict.reward == 1, "format_ok": verdict.format_ok,
@@ -102,19 +124,153 @@ def table(columns):
     return "\n".join(lines)
 
 
+def tell(step, rows, replies):
+    """Print the line of an evaluation and these replies."""
+    by_category = "  ".join(f"{row['category']} {row['accuracy']:.1%}" for row in rows[:-1]
+                            if "/" not in row["category"])
+    print(f"held-out accuracy at step {step}: {rows[-1]['accuracy']:.1%} of {rows[-1]['n']}  ({by_category})")
+    for reply in replies:
+        # On one line each, and no longer than a screen can take.
+        query, text = (" ".join(reply[key].split())[:1000] for key in ("query", "reply"))
+        verdict = "right" if reply["right"] else f"wrong: {reply['error']}"
+        print(f"  asked   {query}\n  wrote   {text}\n  {verdict}", flush=True)
+
+
 def spread(examples, n):
     """At most `n` examples, evenly spaced, so that every part of a file counts; all where n is None."""
     n = len(examples) if n is None else min(n, len(examples))
     return [examples[i * len(examples) // n] for i in range(n)]
 
 
+# The rollouts of a training step.
+
+
+def score_rollouts(rollouts_N, examples_P, chat, scheme):
+    """The verdict of every rollout; rollout i belongs to example i // n."""
+    n = len(rollouts_N) // len(examples_P)
+    return [judge(chat.decode(rollout.ids), examples_P[i // n].answer, scheme)
+            for i, rollout in enumerate(rollouts_N)]
+
+
+def rollout_metrics(rollouts_N, verdicts_N, rewards_PG):
+    """What the replies of one step were like. Shares are of replies, all_zero and all_one of groups."""
+    lengths = [len(rollout.ids) for rollout in rollouts_N]
+    N = len(rollouts_N)
+    return {
+        "reward/mean": rewards_PG.mean().item(),
+        "reward/live": (rewards_PG != rewards_PG[:, :1]).any(1).float().mean().item(),
+        "reward/all_zero": (rewards_PG == 0).all(1).float().mean().item(),
+        "reward/all_one": (rewards_PG == 1).all(1).float().mean().item(),
+        "reward/format_ok": sum(verdict.format_ok for verdict in verdicts_N) / N,
+        "reward/names_ok": sum(verdict.names_ok for verdict in verdicts_N) / N,
+        "reward/no_calls": sum(verdict.calls == [] for verdict in verdicts_N) / N,
+        "reward/raised": sum((verdict.error or "").startswith(RAISED) for verdict in verdicts_N),
+        "reward/commonest": Counter(tuple(rollout.ids) for rollout in rollouts_N).most_common(1)[0][1] / N,
+        "length/mean": sum(lengths) / N, "length/min": min(lengths), "length/max": max(lengths),
+        "length/cut": sum(not rollout.finished for rollout in rollouts_N) / N,
+    }
+
+
+def diagnose(metrics):
+    """What keeps the rollouts of a step from teaching anything, with advice; None where something can."""
+    if metrics.get("reward/commonest", 0) > 0.95:
+        return ("nearly all replies to all prompts were the same: the policy has collapsed; go back to an "
+                "earlier checkpoint, lower train.lr or raise grpo.kl_coef")
+    if metrics.get("reward/live", 1) > 0:
+        return None
+    if metrics["reward/all_one"] == 1:
+        return "every reply was right, so nothing is left to learn; take harder examples"
+    return ("no group had a reply that earned more than another, so there was nothing to reinforce; teach "
+            "the task first (stage: sft), raise rollout.n or rollout.temperature, or look into rollouts/")
+
+
+# Files: whole or not there.
+
+
 def write_json(path, value):
-    """Write aside and rename, so that nothing half-written stays."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_text(path, text):
+    """Write aside, to the disk, and rename, so that nothing half-written stays."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ".tmp")
-    aside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(aside, path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside.write_text(text, encoding="utf-8")
+        sync(aside)
+        os.replace(aside, path)
+
+
+@contextlib.contextmanager
+def writing(path):
+    """ValueError, naming the file, where it cannot be written: an OSError of a full disk has no name."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def sync(path):
+    """Wait until the bytes of a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def lock(folder):
+    """Keep a second run out of a folder while the returned file is open, or until the process dies."""
+    file = open(folder / "lock", "w", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{folder}: another process is at work on this run; wait until it ends, or choose "
+                         "another --out") from None
+    except OSError as error:
+        print(f"warning: {folder} cannot be locked ({error.strerror}): start no second run there")
+    return file
+
+
+def seal(folder):
+    """Bring the files of a folder to the disk, and then a manifest of their sizes and hashes."""
+    files = {}
+    for file in sorted(folder.iterdir()):
+        sync(file)
+        files[file.name] = [file.stat().st_size, digest(file)]
+    write_json(folder / "manifest.json", files)
+    sync(folder)
+
+
+def check_seal(folder):
+    """ValueError, saying what is wrong, where a folder is not as it was sealed."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        files = [(name, size, hexadecimal) for name, (size, hexadecimal) in manifest.items()]
+    except OSError as error:
+        raise ValueError(f"no manifest.json, which is written last ({error.strerror})") from None
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        files = []
+    if not files:
+        raise ValueError("its manifest.json is damaged, or not one of ours")
+    for name, size, hexadecimal in files:
+        file = folder / name
+        if name != os.path.basename(name) or not file.is_file():
+            raise ValueError(f"no file {name!r} in it, which its manifest names")
+        if file.stat().st_size != size:
+            raise ValueError(f"{name} has {file.stat().st_size} bytes, but {size} were saved")
+        if digest(file) != hexadecimal:
+            raise ValueError(f"{name} is damaged: its hash is not that of what was saved")
+
+
+def digest(path):
+    """The SHA-256 of a file, as hexadecimal digits."""
+    hashed = sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**22):
+            hashed.update(block)
+    return hashed.hexdigest()
 
 
 # The public benchmarks.
@@ -306,6 +462,8 @@ def load_model(args):
 def evaluate_heldout(args):
     if args.score or args.export_official:
         raise ValueError("--score and --export_official are for the public benchmarks, not for heldout")
+    if args.scheme not in SCHEMES:
+        raise ValueError(f"unknown reward scheme {args.scheme!r}: choose one of {', '.join(SCHEMES)}")
     examples = of_each(read_jsonl(args.data), args.examples, lambda example: example.source)
     if not examples:
         raise ValueError(f"{args.data}: no examples")

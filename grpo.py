@@ -145,6 +145,30 @@ def pack_micro_batches(prompts_P, replies_P_G, max_tokens):
     return packs
 
 
+@dataclass
+class MicroBatch:
+    """One pack with what its loss needs, a number for each of its L reply tokens."""
+
+    pack: Pack
+    adv_L: torch.Tensor
+    sampled_logp_L: torch.Tensor
+    old_logp_L: torch.Tensor | None = None
+    ref_logp_L: torch.Tensor | None = None
+
+
+def make_micro_batches(rollouts_N, adv_PG, live_P, micro_batch_tokens, device):
+    """The micro-batches of the groups `live_P`, in order."""
+    n = adv_PG.shape[1]
+    groups_P = [rollouts_N[p * n:(p + 1) * n] for p in live_P]
+    packs = pack_micro_batches([group[0].prompt_ids for group in groups_P],
+                               [[rollout.ids for rollout in group] for group in groups_P], micro_batch_tokens)
+    adv_N = adv_PG[live_P].flatten()
+    sampled = [logp for group in groups_P for rollout in group for logp in rollout.logp]
+    sizes = [len(pack.targets_L) for pack in packs]
+    return [MicroBatch(pack.to(device), adv_N[pack.reply_L].to(device), logp_L.to(device))
+            for pack, logp_L in zip(packs, torch.tensor(sampled).split(sizes), strict=True)]
+
+
 def token_logprobs(hidden_LD, weight_VD, targets_L, temperature, vocab_size=None, kernel="auto"):
     """Log-probability of each target under softmax(hidden · weightᵀ / temperature), and that softmax's
     entropy.
@@ -168,7 +192,8 @@ def token_logprobs(hidden_LD, weight_VD, targets_L, temperature, vocab_size=None
 def best_kernel(device):
     """The kernel that "auto" stands for on a type of device; told on stderr the first time."""
     kernel = "triton" if device == "cuda" and triton is not None else "reference"
-    print(f"token log-probs on {device}: kernel {kernel!r}", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":  # the others say nothing
+        print(f"token log-probs on {device}: kernel {kernel!r}", file=sys.stderr)
     return kernel
 
 
@@ -383,6 +408,25 @@ def merge_stats(parts):
     merge_by = {"max": torch.amax, "min": torch.amin}
     columns = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
     return {name: merge_by.get(name.rpartition("_")[2], torch.sum)(x) for name, x in columns.items()}
+
+
+def metrics_of_stats(total, first):
+    """Means and extremes over the trained tokens, as the README explains them.
+
+    total, first: merged stats, as numbers, of a step and of its first mini-batch, None where it had none.
+    """
+    mean = {name: total[name + "_sum"] / total["tokens"]
+            for name in ("ratio", "clip_low", "clip_high", "kl", "entropy", "diff")}
+    metrics = {
+        "kl": mean["kl"], "entropy": mean["entropy"],
+        "ratio/mean": mean["ratio"], "ratio/max": total["ratio_max"], "ratio/min": total["ratio_min"],
+        "ratio/log_abs_max": total["log_ratio_abs_max"],
+        "ratio/clip_low": mean["clip_low"], "ratio/clip_high": mean["clip_high"],
+        "sampling/logp_diff_mean": mean["diff"], "sampling/logp_diff_max": total["diff_max"],
+    }
+    if first is not None:
+        metrics["ratio/dev_first"] = max(first["ratio_max"] - 1, 1 - first["ratio_min"])
+    return metrics
 
 
 def sft_loss(logp_L, denominator):

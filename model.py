@@ -1,7 +1,8 @@
 """Qwen2.5: configuration, forward pass, Hugging Face weights in and out.
 
 In:  packed tokens of any number of sequences, one after the other, never padded. Out: the hidden state of
-every token after the final norm; the caller multiplies the rows it needs by `head_weight()`.
+every token after the final norm; the caller multiplies the rows it needs by `head_weight()`. Parameters may
+be sharded over ranks by rows (train.py does that): folders are then read and written a tensor at a time.
 
     x   = embed(token)
     x  += o_proj(attend(rope(q_proj(norm x)), rope(k_proj(norm x)), v_proj(norm x)))        for every layer
@@ -17,6 +18,7 @@ Parameter names are those of the Hugging Face checkpoints without their leading 
 Axes: T packed tokens, D width, H query heads, K key/value heads, E head size, V vocabulary rows.
 """
 
+import contextlib
 import functools
 import inspect
 import itertools
@@ -28,13 +30,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 INDEX = "model.safetensors.index.json"
+DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 @dataclass(frozen=True)
@@ -167,11 +170,12 @@ class Qwen2(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def forward(self, tokens_T, positions_T, attend):
-        """Hidden states [T, D] of the packed tokens after the final norm.
+    def forward(self, tokens_T, positions_T, attend, head=None):
+        """Hidden states [T, D] of the packed tokens after the final norm, or what `head` makes of them.
 
         tokens_T: int64 ids; positions_T: int64 position of each token in its own sequence;
-        attend(layer, q_THE, k_TKE, v_TKE) -> o_THE: decides what each token sees (layer counts from 0).
+        attend(layer, q_THE, k_TKE, v_TKE) -> o_THE: decides what each token sees (layer counts from 0);
+        head(hidden_TD): where parameters are sharded, `head_weight()` is whole only in here.
         """
         x_TD = self.embed_tokens(tokens_T)
         cos, sin = rope_tables(positions_T, self.config.head_dim, self.config.rope_theta)
@@ -179,7 +183,8 @@ class Qwen2(nn.Module):
             if self.checkpoint_blocks and torch.is_grad_enabled():
                 block = functools.partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)
             x_TD = block(x_TD, cos, sin, layer, attend)
-        return self.norm(x_TD)
+        hidden_TD = self.norm(x_TD)
+        return head(hidden_TD) if head else hidden_TD
 
     def head_weight(self):
         """weight_VD with logits = hidden_LD @ weight_VD.T: the embedding itself where they are tied."""
@@ -238,7 +243,8 @@ def shared_prefix_attention(groups):
                 q, k, v = next(parts)
                 mask_RS = torch.ones(R, P + R, dtype=torch.bool, device=q.device).tril(P)
                 out.append(sdpa(q, torch.cat((k_prompt, k)), torch.cat((v_prompt, v)), mask_RS))
-        return torch.cat(out) if out else q_THE  # a pack of nothing, with a graph
+        # A pack of nothing has a graph too, down to every weight: ranks reduce the same gradients.
+        return torch.cat(out) if out else q_THE + k_TKE.sum() + v_TKE.sum()
 
     return attend
 
@@ -300,6 +306,26 @@ def varlen_causal(q_THE, k_TKE, v_TKE, queries, keys):
                        window_size=(-1, 0), **grouped)
 
 
+@contextlib.contextmanager
+def unsharded(model):
+    """A plain model on the whole weights, for a phase in which no rank waits for another."""
+    if not dist.is_initialized():
+        yield model
+        return
+    groups = (*model.layers, model)
+    try:
+        for module in groups:
+            module.unshard()
+        with torch.device("meta"):
+            plain = Qwen2(model.config)
+        weights = {name: weight.detach() for name, weight in model.named_parameters()}
+        plain.load_state_dict(weights, assign=True)
+        yield plain
+    finally:
+        for module in groups:
+            module.reshard()
+
+
 # Hugging Face folders.
 
 
@@ -331,8 +357,8 @@ def hf_name(name):
     return name if name.startswith("lm_head.") else "model." + name
 
 
-def read_weights(folder):
-    """{name: tensor} of a checkpoint: its model.safetensors, or every shard that its index names."""
+def open_weights(folder):
+    """{name: slice} of a checkpoint: of its model.safetensors, or of every shard that its index names."""
     files = ["model.safetensors"]
     if (folder / INDEX).exists():
         weight_map = read_json(folder / INDEX).get("weight_map")
@@ -341,40 +367,58 @@ def read_weights(folder):
             if not isinstance(file, str) or file != os.path.basename(file) or file in ("", ".", ".."):
                 raise ValueError(f"{folder / INDEX}: weight_map names {file!r}, not a file of this folder; "
                                  "refused")
-    weights = {}
-    for file in sorted(set(files)):
-        try:
-            weights.update(load_file(folder / file))
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{folder / file}: no readable weights ({error}); is it all there?") from None
-    return weights
+    return {name: part for file in sorted(set(files)) for name, part in open_tensors(folder / file).items()}
 
 
-def load_hf(path, device="cpu", dtype=torch.float32):
+def open_tensors(file):
+    """{name: slice} of a safetensors file: `slice[rows]` reads only these."""
+    try:
+        opened = safe_open(file, framework="pt")
+        return {name: opened.get_slice(name) for name in opened.keys()}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: no readable tensors ({error}); is it all there?") from None
+
+
+def own_rows(tensor):
+    """(this rank's rows of a tensor, as which they count in the whole one); all where it is not sharded."""
+    if not hasattr(tensor, "to_local"):
+        return tensor, ...
+    size = -(-len(tensor) // tensor.device_mesh.size())
+    first = min(len(tensor), size * tensor.device_mesh.get_local_rank())
+    return tensor.to_local(), slice(first, min(len(tensor), first + size))
+
+
+@torch.no_grad()
+def load_hf(path, device="cpu", dtype=torch.float32, shard=None):
     """The model in a Hugging Face folder or under a hub name, its tensors cast to `dtype` on `device`.
 
+    shard(model): divides the parameters over the ranks before any has memory; each rank then reads its rows.
     ValueError, naming the folder and the tensor, where one is missing, unknown or of another shape. A tied
     model's copy of its head is accepted where it equals the embedding.
     """
     folder = resolve(path)
     with torch.device("meta"):
-        model = Qwen2(ModelConfig.from_hf(folder))
-    weights = read_weights(folder)
-    copy = weights.pop("lm_head.weight", None) if model.config.tie_word_embeddings else None
-    if copy is not None and not torch.equal(copy, weights.get("model.embed_tokens.weight", torch.empty(0))):
-        raise ValueError(f"{folder}: config.json ties the head to the embedding, but lm_head.weight differs")
-    state = {}
-    for name, parameter in model.named_parameters():
-        tensor = weights.pop(hf_name(name), None)
-        if tensor is None:
-            raise ValueError(f"{folder}: no tensor {hf_name(name)!r}, which its config.json asks for")
-        if tensor.shape != parameter.shape:
-            raise ValueError(f"{folder}: {hf_name(name)!r} has shape {list(tensor.shape)}, but config.json "
+        model = Qwen2(ModelConfig.from_hf(folder)).to(dtype)
+    slices = open_weights(folder)
+    copy = slices.pop("lm_head.weight", None) if model.config.tie_word_embeddings else None
+    parameters = {hf_name(name): parameter for name, parameter in model.named_parameters()}
+    for name, parameter in parameters.items():
+        if name not in slices:
+            raise ValueError(f"{folder}: no tensor {name!r}, which its config.json asks for")
+        if slices[name].get_shape() != list(parameter.shape):
+            raise ValueError(f"{folder}: {name!r} has shape {slices[name].get_shape()}, but config.json "
                              f"asks for {list(parameter.shape)}")
-        state[name] = tensor.to(device, dtype)
-    if weights:
-        raise ValueError(f"{folder}: holds {min(weights)!r}, which the model of its config.json has not")
-    model.load_state_dict(state, assign=True)
+    if unknown := slices.keys() - parameters.keys():
+        raise ValueError(f"{folder}: holds {min(unknown)!r}, which the model of its config.json has not")
+    if shard:
+        shard(model)
+    model.to_empty(device=device)
+    for name, parameter in model.named_parameters():
+        own, rows = own_rows(parameter)
+        own.copy_(slices[hf_name(name)][rows])
+    _, rows = own_rows(model.embed_tokens.weight)
+    if copy is not None and not torch.equal(copy[rows], slices["model.embed_tokens.weight"][rows]):
+        raise ValueError(f"{folder}: config.json ties the head to the embedding, but lm_head.weight differs")
     return model
 
 
@@ -382,28 +426,33 @@ def save_hf(model, path, max_shard_bytes=5_000_000_000):
     """Write config.json and safetensors, in the parameters' own dtype, for `transformers`, vLLM, `load_hf`.
 
     More than `max_shard_bytes` of weights become numbered shards with an index. All files are written aside
-    and then renamed, the config last; other weights that the folder held are removed.
+    and then renamed, the config last; other weights that the folder held are removed. Of a sharded model
+    every rank must call this: parameters are gathered one at a time, and the first rank writes.
     """
+    tensors = {hf_name(name): tensor for name, tensor in model.state_dict().items()}
     folder = Path(path)
+    if dist.is_initialized() and dist.get_rank() > 0:
+        write_tensors(folder, tensors)
+        return
     folder.mkdir(parents=True, exist_ok=True)
     shards, size = [{}], 0
-    for name, parameter in model.named_parameters():
-        if shards[-1] and size + parameter.nbytes > max_shard_bytes:
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > max_shard_bytes:
             shards.append({})
             size = 0
-        shards[-1][hf_name(name)] = parameter.detach().cpu().contiguous()
-        size += parameter.nbytes
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+        shards[-1][name] = tensor
+        size += tensor.nbytes
     weights, texts = {"model.safetensors": shards[0]}, {}
     if len(shards) > 1:
         weights = {f"model-{i:05d}-of-{len(shards):05d}.safetensors": x for i, x in enumerate(shards, 1)}
-        total = sum(parameter.nbytes for parameter in model.parameters())
+        total = sum(tensor.nbytes for tensor in tensors.values())
         weight_map = {name: file for file, shard in weights.items() for name in shard}
         texts[INDEX] = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     texts["config.json"] = {**model.config.to_hf(), "torch_dtype": dtype}
     with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished_") as aside:
         for file, shard in weights.items():
-            save_file(shard, Path(aside, file), metadata={"format": "pt"})
+            write_tensors(Path(aside, file), shard)
         for file, value in texts.items():
             Path(aside, file).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
         for old in folder.glob("model*.safetensors*"):
@@ -411,3 +460,25 @@ def save_hf(model, path, max_shard_bytes=5_000_000_000):
                 old.unlink()
         for file in weights | texts:
             os.replace(Path(aside, file), folder / file)
+
+
+def write_tensors(file, tensors):
+    """Write {name: tensor} as safetensors, a tensor at a time; a sharded one is gathered for it by all ranks,
+    which all must call this: the first one writes.
+
+    The format: the length of a JSON header in 8 bytes, the header, the numbers of each tensor in its order.
+    """
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, tensor in tensors.items():
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape),
+                        "data_offsets": [end, end + tensor.nbytes]}
+        end += tensor.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the numbers start at a multiple of 8
+    is_first = not dist.is_initialized() or dist.get_rank() == 0
+    with open(file if is_first else os.devnull, "wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            gather = getattr(tensor, "full_tensor", tensor.detach)
+            # No name keeps a whole tensor while the next one is gathered.
+            out.write(gather().cpu().contiguous().flatten().view(torch.uint8).numpy().data)

@@ -507,7 +507,8 @@ class Decoder:
 
 @torch.no_grad()
 def generate(model, prompts, n, *, max_new_tokens, temperature, stop_ids, seeds_P, top_p=1.0, vocab_size=None,
-             batch_size=256, kv_memory_gib=None, kernel="auto", progress=None, on_token=None):
+             batch_size=256, kv_memory_gib=None, kernel="auto", progress=None, on_token=None,
+             should_stop=lambda: False):
     """Sample n replies to each prompt: len(prompts)·n rollouts, prompt-major.
 
     prompts: lists of ids; max_new_tokens: tokens a reply, the stop id included; temperature: 0 is greedy;
@@ -515,9 +516,9 @@ def generate(model, prompts, n, *, max_new_tokens, temperature, stop_ids, seeds_
     `sample_tokens`); vocab_size: ids that have a token, others are never drawn; batch_size: rows decoded at
     once; kv_memory_gib: of keys and values, None: what a GPU has free, on a CPU what the rows need; kernel:
     "reference", plain PyTorch; "triton"; "auto": Triton on a GPU, told once; progress: the name of a progress
-    bar, shown on a terminal; on_token(i, id): called for every token of rollout i. ValueError where a setting
-    is out of range, kv_memory_gib too little for one reply, or a prompt empty, without room for a reply or
-    with an id that the model does not have.
+    bar, shown on a terminal; on_token(i, id): called for every token of rollout i; should_stop(): asked at
+    every step; where it says so, replies stay as far as they are. ValueError where a setting is out of range,
+    kv_memory_gib too little for one reply, or a prompt empty, without room for one or with an unknown id.
     """
     if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
         raise ValueError(f"max_new_tokens {max_new_tokens}, temperature {temperature}, top_p {top_p}: they "
@@ -557,7 +558,7 @@ def generate(model, prompts, n, *, max_new_tokens, temperature, stop_ids, seeds_
     disable = None if progress else True  # None: shown on a terminal only
     try:
         with tqdm(total=len(rows), desc=progress, disable=disable, leave=False, unit="reply") as bar:
-            decode_all(decoder, rows, max_new_tokens, frozenset(stop_ids), bar, on_token)
+            decode_all(decoder, rows, max_new_tokens, frozenset(stop_ids), bar, on_token, should_stop)
     finally:
         # What a traceback still holds after an interruption must hold no memory.
         vars(decoder).clear()
@@ -571,17 +572,18 @@ def choose_kernel(kernel, device):
     runs = triton is not None and (device == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
     if kernel == "auto":
         kernel = "triton" if device == "cuda" and runs else "reference"
-        print(f"sampling on {device}: kernel {kernel!r}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # the others say nothing
+            print(f"sampling on {device}: kernel {kernel!r}", file=sys.stderr)
     if kernel != "reference" and not (kernel == "triton" and runs):
         raise ValueError(f"kernel is {kernel!r}; 'triton' needs Triton and a CUDA GPU; else take 'auto'")
     return kernel
 
 
-def decode_all(decoder, rows, max_new_tokens, stop_ids, bar, on_token):
+def decode_all(decoder, rows, max_new_tokens, stop_ids, bar, on_token, should_stop):
     """Decode all rows to their ends: the scheduler. Rows wait until there are slots and memory for them."""
     cache, slots, steps = decoder.cache, len(decoder.token_B), STEPS[decoder.token_B.device.type]
     waiting, running = deque(rows), []  # running: the row in each slot
-    while waiting or running:
+    while (waiting or running) and not should_stop():
         if waiting and len(running) <= slots * (1 - REFILL_SHARE):
             start_rows(decoder.model, cache, waiting, running, slots)
         for row in cache.reserve(running, steps):
@@ -674,9 +676,7 @@ def main(argv=None):
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    print()
-    if not rollout.finished:
-        print(f"(cut off after {args.max_new_tokens} tokens)")
+    print("" if rollout.finished else f"\n(cut off after {args.max_new_tokens} tokens)")
     calls, error = parse_reply(chat.decode(rollout.ids))
     if calls is None:
         print(f"no calls: {error}")

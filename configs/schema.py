@@ -4,8 +4,7 @@ In:  a command line; defaults < YAML file < --section.key=value. Out: a frozen C
 value of another type or an impossible one is a ValueError of one line that names the key, what is wrong and
 what is right.
 
-"Paper" is arXiv 2505.00024, Table 6; "code" its released training script. Defaults are theirs where they
-have one.
+"Paper" is arXiv 2505.00024, Table 6; "code" its released training script. Defaults are theirs, if any.
 """
 
 import dataclasses
@@ -52,13 +51,15 @@ class GrpoSettings:
     clip_low: float = 0.2  # ratio clipped below 1 - clip_low (code)
     clip_high: float = 0.2  # ratio clipped above 1 + clip_high (code)
     kl_coef: float = 1e-3  # weight of KL(policy, reference); 0: no reference model (paper)
+    reference_on_cpu: bool = True  # the reference's shards in host memory; GPUs get a block at a time (code)
 
 
 @dataclass(frozen=True)
 class TrainSettings:
     epochs: float = 7.0  # passes over the training set (paper); used where steps is null
     steps: int | None = None  # steps of the run; null: from epochs
-    max_minutes: float | None = None  # minutes of steps, in this process, after which it ends; null: no limit
+    max_minutes: float | None = None  # minutes of steps, resumed ones included, after which the run ends
+    timeout_minutes: float = 60.0  # of waiting for another rank, after which the job ends
     prompts_per_step: int = 1024  # prompts (grpo) or examples (sft) a step (paper)
     updates_per_step: int = 4  # mini-batches a step, one optimizer update each (code: 256 prompts an update)
     micro_batch_tokens: int = 30720  # packed tokens of one forward and backward: bounds memory (code)
@@ -95,7 +96,7 @@ class Config:
     stage: str = "grpo"  # grpo | sft
     seed: int = 0  # of data order and sampling noise
     out: str = ""  # run folder, created
-    resume: bool = False  # go on from the newest checkpoint in `out`
+    resume: bool | str = "auto"  # auto: go on where `out` holds a run | true: it must | false: it must not
     model: ModelSettings = field(default_factory=ModelSettings)
     data: DataSettings = field(default_factory=DataSettings)
     rollout: RolloutSettings = field(default_factory=RolloutSettings)
@@ -112,21 +113,21 @@ def load_config(argv):
     ValueError for a file that is missing or not YAML, an unknown key (with the nearest known one), a value of
     another type, or one that cannot work.
     """
-    known, values = dict(leaves(Config)), {}
-    files = [word for word in argv if not word.startswith("--")]
+    known, given, files, words = dict(leaves(Config)), {}, [], iter(argv)
+    for word in words:
+        if not word.startswith("--"):
+            files.append(word)
+            continue
+        key, equals, text = word[2:].partition("=")
+        text = text if equals else next(words, "--")
+        if not equals and text.startswith("--"):
+            raise ValueError(f"{word}: expected --section.key=value")
+        # Text is taken as it stands: --out=2026 is a name and not a number.
+        is_text = known.get(key) is str or (known.get(key) == str | None and text != "null")
+        given[key] = (text if is_text else parse_yaml(text, word), f"--{key}")
     if len(files) > 1:
         raise ValueError(f"two configuration files ({', '.join(files)}); give one")
-    for file in files:
-        for key, value in read_yaml(file):
-            values[key] = (value, f"{file}: {key}")
-    for word in argv:
-        if word.startswith("--"):
-            key, equals, text = word[2:].partition("=")
-            if not equals:
-                raise ValueError(f"{word}: expected --section.key=value")
-            # Text is taken as it stands: --out=2026 is a name and not a number.
-            is_text = known.get(key) is str or (known.get(key) == str | None and text != "null")
-            values[key] = (text if is_text else parse_yaml(text, word), f"--{key}")
+    values = {key: (value, f"{file}: {key}") for file in files for key, value in read_yaml(file)} | given
     for key, (_, where) in values.items():
         if key not in known:
             near = difflib.get_close_matches(key, known, 1, 0.5)
@@ -142,8 +143,7 @@ def read_yaml(file):
     try:
         text = Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", "not UTF-8 text")
-        raise ValueError(f"{file}: cannot be read ({reason})") from None
+        raise ValueError(f"{file}: cannot be read ({getattr(error, 'strerror', 'not UTF-8 text')})") from None
     tree = parse_yaml(text, file) or {}
     if not isinstance(tree, dict):
         raise ValueError(f"{file}: expected sections with keys, not {type(tree).__name__}")
@@ -185,18 +185,15 @@ def leaves(cls, prefix=""):
 def coerce(value, where, kind):
     """`value` as `kind`. A float may be a whole number, or 1e-6, which YAML 1.1 reads as text."""
     options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    if value is None and type(None) in options:
-        return None
-    wanted = options[0]
-    if wanted is float and isinstance(value, int | str) and not isinstance(value, bool):
+    if float in options and isinstance(value, int | str) and not isinstance(value, bool):
         try:
             return float(value)
         except ValueError:
             pass
-    if type(value) is not wanted:
+    if type(value) not in options:
         names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-        null = " or null" if type(None) in options else ""
-        raise ValueError(f"{where} is {value!r}; expected {names[wanted]}{null}")
+        expected = " or ".join(names.get(option, "null") for option in options)
+        raise ValueError(f"{where} is {value!r}; expected {expected}")
     return value
 
 
@@ -210,22 +207,25 @@ def build(cls, prefix, values):
     return cls(**arguments)
 
 
+def flat(config):
+    """{dotted key: value} of every knob."""
+    return {key: functools.reduce(getattr, key.split("."), config) for key, _ in leaves(Config)}
+
+
 def check(config):
     """ValueError for values that cannot work, each with what would."""
-    values = {key: functools.reduce(getattr, key.split("."), config) for key, _ in leaves(Config)}
-    choices = {"stage": ("grpo", "sft"), "model.precision": ("auto", "bf16", "fp32"),
-               "grpo.reward": ("binary", "binary_no_reasoning", "partial_format", "partial_format_names",
-                               "official"),
-               "grpo.normalize": ("std", "none"), "train.schedule": ("constant", "cosine"),
-               "log.tracker": ("none", "tensorboard", "wandb")}
+    rewards = "binary", "binary_no_reasoning", "partial_format", "partial_format_names", "official"
+    choices = {"stage": ("grpo", "sft"), "resume": ("auto", True, False), "grpo.normalize": ("std", "none"),
+               "model.precision": ("auto", "bf16", "fp32"), "train.schedule": ("constant", "cosine"),
+               "grpo.reward": rewards, "log.tracker": ("none", "tensorboard", "wandb")}
     required = ("out", "model.path", "data.train")
     may_be_zero = ("seed", "grpo.kl_coef", "train.weight_decay")
     shares = ("data.max_dropped_share", "data.heldout_fraction", "train.warmup", "train.beta2")
-    for key, value in values.items():
+    for key, value in flat(config).items():
         if key in required and not value:
             raise ValueError(f"{key} is not set; give it in the YAML file or as --{key}=…")
         if key in choices and value not in choices[key]:
-            raise ValueError(f"{key} is {value!r}; choose one of {', '.join(choices[key])}")
+            raise ValueError(f"{key} is {value!r}; choose one of {', '.join(map(str, choices[key]))}")
         if value is None or isinstance(value, bool | str):
             continue
         if key in shares and not 0 <= value < 1:

@@ -39,7 +39,7 @@ MUTANTS = [
     ("grpo.py", "rewards_PG - rewards_PG.mean(1, keepdim=True)", "rewards_PG - rewards_PG[:, :1]",
      "the baseline depends on the order of the rollouts",
      ["test_permuting_rollouts_and_groups_permutes_advantages"]),
-    ("train.py", "adv_N = adv_PG[live_P].flatten()", "adv_N = adv_PG[live_P].T.flatten()",
+    ("grpo.py", "adv_N = adv_PG[live_P].flatten()", "adv_N = adv_PG[live_P].T.flatten()",
      "advantages are scrambled against rollouts",
      ["test_each_rollout_meets_its_own_advantage_and_sampled_log_probs",
       "test_the_update_is_the_gradient_of_a_loop_over_plain_sequences"]),

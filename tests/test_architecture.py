@@ -15,13 +15,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Physical lines. Raise one only with a reason in NOTES.md.
 BUDGETS = {
-    "model.py": 450,
+    "model.py": 500,
     "data.py": 660,
     "sample.py": 700,
     "reward.py": 250,
     "grpo.py": 450,
     "eval.py": 550,
-    "train.py": 650,
+    "train.py": 950,
     "configs/schema.py": 250,
     "benchmarks/__init__.py": 20,
     "benchmarks/acebench.py": 450,

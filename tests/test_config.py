@@ -81,6 +81,20 @@ def test_text_on_the_command_line_is_taken_as_it_stands():
     assert load_config([*SET, "--data.heldout=null"]).data.heldout is None
 
 
+def test_a_value_may_be_a_word_of_its_own_after_the_key():
+    config = load_config([*SET, "--resume", "false", "--train.steps", "4", "--train.lr", "1e-3"])
+    assert (config.resume, config.train.steps, config.train.lr) == (False, 4, 1e-3)
+    assert "--train.steps: expected" in refusal([*SET, "--train.steps", "--seed=1"])
+
+
+def test_resume_is_auto_unless_told_otherwise(tmp_path):
+    assert load_config(SET).resume == "auto"
+    (tmp_path / "c.yaml").write_text("resume: false\n")
+    assert load_config([str(tmp_path / "c.yaml"), *SET]).resume is False
+    assert load_config([*SET, "--resume=true"]).resume is True
+    assert "auto, True, False" in refusal([*SET, "--resume=maybe"])
+
+
 def test_unreadable_files_are_one_clear_line(tmp_path):
     assert "missing.yaml" in refusal([str(tmp_path / "missing.yaml")])
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")

@@ -114,8 +114,8 @@ def test_a_healthy_step_and_a_step_of_supervised_learning_get_no_diagnosis():
 
 def log_steps(folder, steps):
     """Log steps that differ from a healthy one as told."""
-    run = train.Run(folder, resume=False)
-    run.open(0, {}, "none")
+    run = train.Run(folder, resume="auto")
+    run.open({}, {}, {}, "none")
     usual = {**HEALTHY, "reward/mean": 0.5, "length/mean": 9.0, "tokens_per_s": 1.0, "time/step_s": 1.0,
              "skipped_updates": 0}
     for step, changed in enumerate(steps, 1):

@@ -21,6 +21,7 @@ from model import (
     rope_tables,
     save_hf,
     shared_prefix_attention,
+    write_tensors,
 )
 
 INDEX = "model.safetensors.index.json"
@@ -197,14 +198,14 @@ def test_the_new_export_replaces_one_that_was_cut_otherwise(tmp_path):
 
 @pytest.mark.parametrize("max_shard_bytes", [5e9, 20_000], ids=["single", "sharded"])
 def test_an_interrupted_save_leaves_nothing_half_written(tmp_path, monkeypatch, max_shard_bytes):
-    def fill_the_disk(tensors, file, metadata):
-        save_file(tensors, file, metadata)
+    def fill_the_disk(file, tensors):
+        write_tensors(file, tensors)
         if "00001-of" not in file.name:
             raise OSError("No space left on device")
 
     before = random_model(seed=1)
     save_hf(before, tmp_path / "old")
-    monkeypatch.setattr(model_module, "save_file", fill_the_disk)
+    monkeypatch.setattr(model_module, "write_tensors", fill_the_disk)
     for folder in ("new", "old"):
         with pytest.raises(OSError, match="No space"):
             save_hf(random_model(seed=2), tmp_path / folder, max_shard_bytes)
@@ -287,9 +288,9 @@ def test_weights_that_are_missing_empty_or_truncated_are_one_clear_line(folder):
     whole = file.read_bytes()
     for content in (whole[:-100], whole[:50], b""):
         file.write_bytes(content)
-        assert_one_line_error(folder, r"model\.safetensors: no readable weights")
+        assert_one_line_error(folder, r"model\.safetensors: no readable tensors")
     file.unlink()
-    assert_one_line_error(folder, r"model\.safetensors: no readable weights")
+    assert_one_line_error(folder, r"model\.safetensors: no readable tensors")
 
 
 @pytest.mark.parametrize(("name", "tensor", "message"), [
@@ -319,7 +320,7 @@ def test_an_index_that_names_a_file_outside_the_folder_is_refused(tmp_path, file
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ('{"weight_map": {"model.norm.weight": "gone.safetensors"}}', r"gone\.safetensors: no readable weights"),
+    ('{"weight_map": {"model.norm.weight": "gone.safetensors"}}', r"gone\.safetensors: no readable tensors"),
     ('{"weight_map": {}}', "no tensor 'model.embed_tokens.weight'"),
     ('{"weight_map": []}', r"index\.json: weight_map"),
     ("{}", r"index\.json: weight_map"),

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import data
+import eval as evaluation
 import train
-from eval import main as evaluate_main
 from model import load_hf
 
 transformers = pytest.importorskip("transformers")
@@ -44,13 +44,13 @@ def real_examples(real_data, tmp_path_factory):
 def test_two_grpo_steps_on_real_prompts_then_the_checkpoint_loads_and_is_evaluated(
         qwen_folder, real_examples, tmp_path, capsys, monkeypatch):
     """A random model earns nothing, so what its replies are paid here is another thing: an even length."""
-    score, verdicts = train.score, []
+    score, verdicts = evaluation.score, []
 
     def pay_even_lengths(reply, answer, scheme):
         verdicts.append(score(reply, answer, scheme))
         return verdicts[-1]._replace(reward=float(len(reply) % 2 == 0))
 
-    monkeypatch.setattr(train, "score", pay_even_lengths)
+    monkeypatch.setattr(evaluation, "score", pay_even_lengths)
     out = tmp_path / "run"
     train.main([f"--out={out}", f"--model.path={qwen_folder}", f"--data.train={real_examples}",
                 "--train.steps=2", "--train.prompts_per_step=4", "--train.updates_per_step=2",
@@ -63,7 +63,8 @@ def test_two_grpo_steps_on_real_prompts_then_the_checkpoint_loads_and_is_evaluat
     for line in steps:
         assert line["sampling/logp_diff_max"] < 1e-3 and line["ratio/dev_first"] == 0
         assert 0 < line["reward/mean"] < 1 and line["grad_norm"] > 0 and line["updates"] == 2
-    assert len(verdicts) == 16 and all(verdict.reward == 0 and verdict.error for verdict in verdicts)
+    assert len(verdicts) == 16 + 4, "rollouts of two steps, two evaluations of two"
+    assert all(verdict.reward == 0 and verdict.error for verdict in verdicts)
 
     sources = set()
     for step in (1, 2):
@@ -79,8 +80,8 @@ def test_two_grpo_steps_on_real_prompts_then_the_checkpoint_loads_and_is_evaluat
     assert torch.equal(ours.embed_tokens.weight, theirs.model.embed_tokens.weight)
     assert not torch.equal(ours.embed_tokens.weight, load_hf(qwen_folder).embed_tokens.weight)
     capsys.readouterr()
-    evaluate_main([str(checkpoint), "--bench", "heldout", "--data", str(real_examples), "--examples", "2",
-                   "--max_new_tokens", "4"])
+    evaluation.main([str(checkpoint), "--bench", "heldout", "--data", str(real_examples), "--examples", "2",
+                     "--max_new_tokens", "4"])
     assert "all" in capsys.readouterr().out
 
 

@@ -50,7 +50,8 @@ def whole_run(files, tmp_path_factory):
 
 def test_run_folder_holds_what_the_readme_says(whole_run):
     names = {path.name for path in whole_run.iterdir()}
-    assert names == {"config.yaml", "git_revision.txt", "metrics.jsonl", "rollouts", "evals", "checkpoints"}
+    assert names == {"config.yaml", "git_revision.txt", "metrics.jsonl", "rollouts", "evals", "checkpoints",
+                     "lock"}
     assert sorted(x.name for x in (whole_run / "checkpoints").iterdir()) == ["step_000002", "step_000004"]
     evaluations = sorted(x.name for x in (whole_run / "evals").iterdir())
     assert evaluations == [f"step_00000{i}.json" for i in (0, 2, 4)]
@@ -98,11 +99,8 @@ def test_four_steps_equal_two_steps_then_a_resumed_run_bit_for_bit(files, whole_
     assert metrics_of(out) == metrics_of(whole_run)
     ours, theirs = (load_hf(x / "checkpoints/step_000004").state_dict() for x in (out, whole_run))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    ours, theirs = (torch.load(x / "checkpoints/step_000004/training.pt") for x in (out, whole_run))
-    assert ours["cursor"] == theirs["cursor"] == 16
-    for number, state in theirs["optimizer"]["state"].items():
-        ours_state = ours["optimizer"]["state"][number]
-        assert all(torch.equal(ours_state[key], value) for key, value in state.items())
+    ours, theirs = ((x / "checkpoints/step_000004/optimizer.state").read_bytes() for x in (out, whole_run))
+    assert ours == theirs and len(ours) > 10_000_000
 
 
 def test_activation_checkpointing_reaches_the_model_and_changes_no_metric(
@@ -119,7 +117,7 @@ def test_activation_checkpointing_reaches_the_model_and_changes_no_metric(
 def test_resuming_on_changed_data_is_refused(files, whole_run, tmp_path, capsys):
     out = shutil.copytree(whole_run, tmp_path / "changed")
     with pytest.raises(SystemExit) as stopped:
-        train.main(arguments(files, out, "--resume=true", f"--data.train={files / 'other.jsonl'}"))
+        train.main(arguments(files, out, "--grpo.kl_coef=0.001", f"--data.train={files / 'other.jsonl'}"))
     assert stopped.value.code == 2 and "have changed" in capsys.readouterr().err
 
 
@@ -128,7 +126,7 @@ def test_folder_of_another_run_is_refused_and_left_alone(files, whole_run, capsy
     with pytest.raises(SystemExit) as stopped:
         train.main(arguments(files, whole_run))
     error = capsys.readouterr().err
-    assert stopped.value.code == 2 and "--resume=true" in error and error.count("\n") == 1
+    assert stopped.value.code == 2 and "grpo.kl_coef" in error and error.count("\n") == 1
     assert (whole_run / "metrics.jsonl").read_bytes() == before
 
 
@@ -156,7 +154,8 @@ def test_console_has_one_line_a_step_that_leads_with_reward_and_two_replies_an_e
 
 def test_sft_lowers_the_loss_and_keeps_only_so_many_checkpoints(files, tmp_path):
     out = tmp_path / "sft"
-    train.main(arguments(files, out, "--stage=sft", "--checkpoint.every=1", "--checkpoint.keep=2"))
+    train.main(arguments(files, out, "--stage=sft", "--checkpoint.every=1", "--checkpoint.keep=2",
+                         "--train.prompts_per_step=8"))
     losses = [line["loss"] for line in metrics_of(out) if "loss" in line]
     assert len(losses) == 4 and losses[-1] < losses[0]
     assert [x.name for x in sorted((out / "checkpoints").iterdir())] == ["step_000003", "step_000004"]
@@ -170,7 +169,7 @@ def test_interrupted_run_says_how_to_go_on_without_a_traceback(files, tmp_path, 
     with pytest.raises(SystemExit) as stopped:
         train.main(arguments(files, tmp_path / "run"))
     error = capsys.readouterr().err
-    assert stopped.value.code == 130 and "--resume=true" in error and "Traceback" not in error
+    assert stopped.value.code == 130 and "the same command" in error and "Traceback" not in error
 
 
 def test_metrics_line_cut_off_by_a_kill_does_not_stop_the_resumed_run(files, whole_run, tmp_path):
@@ -182,11 +181,11 @@ def test_metrics_line_cut_off_by_a_kill_does_not_stop_the_resumed_run(files, who
     assert metrics_of(out) == metrics_of(whole_run)
 
 
-def test_resuming_past_the_last_step_is_refused(files, whole_run, tmp_path, capsys):
+def test_fewer_steps_are_refused_where_the_learning_rate_follows_them(files, whole_run, tmp_path, capsys):
     out = shutil.copytree(whole_run, tmp_path / "past")
     with pytest.raises(SystemExit) as stopped:
-        train.main(arguments(files, out, "--resume=true", "--train.steps=3"))
-    assert stopped.value.code == 2 and "raise train.steps" in capsys.readouterr().err
+        train.main(arguments(files, out, "--grpo.kl_coef=0.001", "--train.steps=3"))
+    assert stopped.value.code == 2 and "another train.steps" in capsys.readouterr().err
 
 
 def test_accuracy_is_measured_with_the_reward_of_training(files, tmp_path, monkeypatch):
@@ -204,14 +203,14 @@ def test_accuracy_is_measured_with_the_reward_of_training(files, tmp_path, monke
 
 def test_replies_of_a_skipped_update_are_saved_and_three_steps_of_them_stop_the_run(
         files, tmp_path, monkeypatch, capsys):
-    def skip(optimizer, grad_clip):
+    def skip(optimizer, grad_clip, loss):
         optimizer.zero_grad()
         return float("nan"), 1
 
     monkeypatch.setattr(train, "apply_update", skip)
     with pytest.raises(SystemExit) as stopped:
         train.main(arguments(files, tmp_path / "run", "--log.rollouts_every=100", "--grpo.kl_coef=0.1"))
-    assert stopped.value.code == 2 and "no finite gradient" in capsys.readouterr().err
+    assert stopped.value.code == 3 and "step_000003.jsonl" in capsys.readouterr().err
     saved = sorted(path.name for path in (tmp_path / "run/rollouts").iterdir())
     assert saved == ["step_000001.jsonl", "step_000002.jsonl", "step_000003.jsonl"]
 
@@ -247,13 +246,6 @@ def test_bad_input_is_one_line_and_status_2(files, tmp_path, capsys, change, tol
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and told in error and error.count("\n") == 1
     assert not (tmp_path / "run").exists(), "nothing half-made stays"
-
-
-def test_several_processes_are_refused_until_sharding_exists(files, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(SystemExit):
-        train.main(arguments(files, tmp_path / "run"))
-    assert "WORLD_SIZE" in capsys.readouterr().err
 
 
 def test_trackers_get_every_metric_and_their_absence_is_one_line(tmp_path, monkeypatch):

@@ -76,8 +76,11 @@ def control(run, extra):
     config = yaml.safe_load((Path(run) / "config.yaml").read_text())
     rng = random.Random(0)  # other queries than those of the base and of the demo
     write_jsonl("runs/data/demo_lazy.jsonl", [lazy(example, rng) for example in synthetic(20000, 2, "train")])
-    train.train(train.load_config(["configs/demo_control.yaml", f"--out={out}", f"--seed={config['seed']}",
-                                   f"--train.max_minutes={minutes(run)[0]}", *extra]))
+    status = train.train(train.load_config(["configs/demo_control.yaml", f"--out={out}",
+                                            f"--seed={config['seed']}",
+                                            f"--train.max_minutes={minutes(run)[0]}", *extra]))
+    if status:
+        sys.exit(status)
     print(f"\n{'':<22}    base  control    GRPO")
     before, after, imitated = evaluations(run)[0], evaluations(run)[-1], evaluations(out)[-1]
     for name in before:

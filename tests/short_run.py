@@ -1,0 +1,215 @@
+"""What test_resume.py and test_faults.py share: a run of a second on a toy model, and a process that may die.
+
+A child is a fork of the test process, so that it starts at once; what it patches dies with it.
+"""
+
+import functools
+import os
+import shutil
+import signal
+import socket
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+
+import eval
+import train
+from data import synthetic, write_jsonl
+from model import ModelConfig, Qwen2, save_hf
+from reward import Verdict
+
+STEPS = 8
+LOOPBACK = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
+LIMIT_S = 240  # for a test, and half of it for a child: nothing may wait for ever
+
+
+def pay_odd_lengths(reply, answer, scheme):
+    """A reward that random replies earn now and then."""
+    right = len(reply) % 2 == 1
+    return Verdict(float(right), right, right, right, [], None if right else "even")
+
+
+def make_files(folder):
+    """A base in the Hugging Face layout with weights that mean nothing, and examples."""
+    config = ModelConfig(vocab_size=2000, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                         num_attention_heads=2, num_key_value_heads=1, head_dim=16, tie_word_embeddings=True,
+                         max_position_embeddings=1024)
+    save_hf(Qwen2(config).init_weights(0), folder / "base")
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        shutil.copy(Path("assets/tiny") / name, folder / "base")
+    # Two steps an epoch: checkpoints lie at the ends of epochs.
+    write_jsonl(folder / "train.jsonl", synthetic(8, 0, "train"))
+    write_jsonl(folder / "heldout.jsonl", synthetic(6, 0, "heldout"))
+    return folder
+
+
+def arguments(files, out, *more):
+    return ["configs/demo.yaml", f"--out={out}", f"--model.path={files / 'base'}",
+            f"--data.train={files / 'train.jsonl'}", f"--data.heldout={files / 'heldout.jsonl'}",
+            f"--train.steps={STEPS}", "--train.prompts_per_step=4", "--train.updates_per_step=2",
+            "--train.lr=0.01", "--rollout.n=3", "--rollout.max_new_tokens=9", "--eval.every=3",
+            "--eval.max_new_tokens=9", "--checkpoint.every=2", "--log.rollouts_every=1",
+            "--grpo.kl_coef=0.1", *more]
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def ask_to_stop():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def pause():
+    """Stay where it is, through signals that are only noted."""
+    print("pausing")
+    while True:
+        time.sleep(0.01)
+
+
+def at_call(module, name, number, what, after=False):
+    """Patch a function to do `what` before (or after) its call of that number, counted from 1."""
+    function, calls = getattr(module, name), []
+
+    def patched(*arguments, **settings):
+        calls.append(1)
+        if len(calls) == number and not after:
+            what()
+        result = function(*arguments, **settings)
+        if len(calls) == number and after:
+            what()
+        return result
+
+    setattr(module, name, patched)
+
+
+def inside_generate(name, number, what):
+    """Do `what` in the middle of the replies of train.generate or train.evaluate: at the second poll."""
+    function, calls = getattr(train, name), []
+
+    def patched(*arguments, should_stop, **settings):
+        calls.append(1)
+        polls = []
+
+        def poll():
+            polls.append(1)
+            if len(calls) == number and len(polls) == 2:
+                what()
+            return should_stop()
+
+        return function(*arguments, should_stop=poll, **settings)
+
+    setattr(train, name, patched)
+
+
+def in_child(action, log):
+    """Do `action` in a child. Returns (its exit status, less than 0 for a signal; what it printed)."""
+    pid = start_child(action, log)
+    return wait_for(pid), Path(log).read_text(encoding="utf-8")
+
+
+def start_child(action, log):
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 70
+    # If nobody waits for it any more, the alarm ends it.
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(LIMIT_S)
+    try:
+        handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(handle, 1)
+        os.dup2(handle, 2)
+        sys.stdout, sys.stderr = (open(i, "w", buffering=1, closefd=False) for i in (1, 2))
+        action()
+        status = 0
+    except SystemExit as stopped:
+        status = stopped.code or 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(status)
+
+
+def start_ranks(ranks, action, log):
+    """Do action(rank) in children that can meet, as if torchrun had started them. Returns their ids."""
+    import torch.distributed.fsdp  # noqa: F401  once, and not in every child
+
+    meeting = {**LOOPBACK, "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+
+    def as_rank(rank):
+        os.environ.update(meeting, RANK=str(rank), LOCAL_RANK=str(rank))
+        action(rank)
+
+    return [start_child(functools.partial(as_rank, rank), f"{log}{rank}") for rank in range(ranks)]
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def in_ranks(ranks, action, log):
+    """(exit statuses, what each printed) of `start_ranks`."""
+    statuses = [wait_for(pid) for pid in start_ranks(ranks, action, log)]
+    return statuses, [Path(f"{log}{rank}").read_text(encoding="utf-8") for rank in range(ranks)]
+
+
+def wait_until_it_says(words, log):
+    deadline = time.monotonic() + LIMIT_S / 2
+    while words not in (Path(log).read_text(encoding="utf-8") if Path(log).exists() else ""):
+        assert time.monotonic() < deadline, f"the child never said {words!r}"
+        time.sleep(0.005)
+
+
+def wait_for(pid, limit_s=LIMIT_S / 2):
+    deadline = time.monotonic() + limit_s
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.002)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    pytest.fail(f"the child did not end within {limit_s} s")
+
+
+def limit_time():
+    """For a fixture: TimeoutError where what follows takes longer than LIMIT_S."""
+    def complain(number, frame):
+        raise TimeoutError(f"no end after {LIMIT_S} s")
+
+    before = signal.signal(signal.SIGALRM, complain)
+    signal.alarm(LIMIT_S)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def refusal(words, capsys):
+    """The one line and the status with which train.py ends."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        train.main(words)
+    error = capsys.readouterr().err
+    # Which kernel runs is told there too, once.
+    lines = [line for line in error.splitlines() if line and "kernel" not in line]
+    assert len(lines) == 1 and lines[0].startswith("error: "), error
+    return lines[0], stopped.value.code
+
+
+def make_setting(monkeypatch):
+    """For a fixture: a reward for random replies, and no waits for the disk, since here no machine dies."""
+    monkeypatch.setattr(eval, "score", pay_odd_lengths)
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
+def equal_weights(folder, model):
+    saved = train.load_hf(folder).state_dict()
+    return all(torch.equal(saved[name], weight) for name, weight in model.state_dict().items())
