@@ -74,9 +74,10 @@ from sample import generate, prompt_seeds
 
 MAX_SKIPPED = 3  # steps in a row without a finite gradient before the run stops
 MAX_DEAD = 10  # steps in a row that have nothing to learn from before the run stops, see `diagnose`
-USAGE = """python train.py [FILE.yaml] [--section.key=value ...]
+USAGE = """python train.py [FILE.yaml] [--section.key=value ...] [--plan [--gpus N] [--gpu_memory GIB]]
 
-Presets are in configs/; configs/schema.py says what each key means. The defaults:
+Presets are in configs/; configs/schema.py says what each key means. --plan trains nothing: it prints memory,
+steps and tokens. The defaults:
 """
 
 
@@ -86,6 +87,9 @@ def main(argv=None):
         print(USAGE)
         print(yaml.safe_dump(dataclasses.asdict(Config()), sort_keys=False), end="")
         return
+    if "--plan" in argv:
+        from tools.plan import main as plan
+        return plan(argv)
     status = 0
     try:
         train(load_config(argv))
