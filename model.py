@@ -329,14 +329,13 @@ def unsharded(model):
 # Hugging Face folders.
 
 
-def resolve(path):
-    """The local folder of a model: `path` itself where it is one, else the hub's snapshot of that name."""
+def resolve(path, patterns=("*.json", "*.safetensors", "*.txt", "*.jinja")):
+    """The local folder of a model: `path` itself where it is one, else such files of the hub's snapshot."""
     if os.path.isdir(path):
         return Path(path)
     from huggingface_hub import snapshot_download
     try:
-        patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
-        return Path(snapshot_download(str(path), allow_patterns=patterns))
+        return Path(snapshot_download(str(path), allow_patterns=list(patterns)))
     except (ValueError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{path}: no local folder, and the hub gave no such model ({reason})") from None

@@ -105,9 +105,10 @@ MAY_CHANGE = ("out", "resume", "data.train", "data.heldout", "data.system_prompt
               "checkpoint.", "train.max_minutes", "train.timeout_minutes", "train.micro_batch_tokens",
               "train.activation_checkpointing", "rollout.batch_size", "rollout.kv_memory_gib",
               "grpo.reference_on_cpu")
-USAGE = """python train.py [FILE.yaml] [--section.key=value ...]
+USAGE = """python train.py [FILE.yaml] [--section.key=value ...] [--plan [--gpus N] [--gpu_memory GIB]]
 
-Presets are in configs/; configs/schema.py says what each key means. The defaults:
+Presets are in configs/; configs/schema.py says what each key means. --plan trains nothing: it prints memory,
+steps and tokens. The defaults:
 """
 
 
@@ -133,6 +134,9 @@ def main(argv=None):
         print(USAGE)
         print(yaml.safe_dump(dataclasses.asdict(Config()), sort_keys=False), end="")
         return
+    if "--plan" in argv:
+        from tools.plan import main as plan
+        return plan(argv)
     try:
         status = train(load_config(argv))
     except (ValueError, OSError) as error:

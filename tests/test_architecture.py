@@ -46,7 +46,8 @@ MAY_IMPORT = {
     "configs/schema.py": set(),
     **dict.fromkeys(CHECKERS, {"reward", "benchmarks"}),
 }
-MAIN_MAY_ALSO_IMPORT = {"sample.py": {"data", "reward"}}  # the command line of sample.py, not generate()
+# The command line of sample.py, not generate(); --plan, which is no part of training.
+MAIN_MAY_ALSO_IMPORT = {"sample.py": {"data", "reward"}, "train.py": {"tools"}}
 OWN_MODULES = {Path(name).stem for name in TOP_LEVEL} | {"benchmarks", "configs", "tests", "tools"}
 
 SIX_PACKAGES = {"torch", "safetensors", "tokenizers", "numpy", "triton", "pyyaml"}
