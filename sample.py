@@ -13,8 +13,7 @@ and one that has to start again is drawn as it was. Where a reply ends, a waitin
 batch. Each prompt is computed once for its n replies, all but its last token, which is their first input.
 
 A rollout phase takes the weights as they are, allocates keys and values, captures CUDA graphs, decodes, and
-drops graphs, keys and values: nothing is left that points to memory which training moves. Autocast casts fp32
-weights once a phase and holds the copies until the caller's `with` ends: 2 bytes a parameter, 15 GB at 7B.
+drops graphs, keys and values: nothing is left that points to memory which training moves.
 
 Axes: P prompts, T packed tokens, B rows being decoded, D width, H query heads, K key/value heads, E head
 size, S cache slots, M pages of a row, N parts of a row, V vocabulary rows.
@@ -437,10 +436,10 @@ class PagedCache:
 
 
 def prefill(model, prompts):
-    """Fill in `kv` of the first prompts, as many as PREFILL_TOKENS allow. Returns the others."""
+    """Fill in `kv` of the first prompts, as many as PREFILL_TOKENS allow."""
     ends = list(accumulate(len(prompt.ids) - 1 for prompt in prompts))
     fit = max(1, sum(end <= PREFILL_TOKENS for end in ends))
-    prompts, later, device = prompts[:fit], prompts[fit:], model.embed_tokens.weight.device
+    prompts, device = prompts[:fit], model.embed_tokens.weight.device
     lengths = [len(prompt.ids) - 1 for prompt in prompts]
     attend_packed, layers = packed_attention([0, *ends[:fit]]), []
 
@@ -452,7 +451,6 @@ def prefill(model, prompts):
     model(tokens_T, torch.cat([torch.arange(length, device=device) for length in lengths]), attend)
     for prompt, kv in zip(prompts, torch.stack(layers).split(lengths, 2), strict=True):
         prompt.kv = kv
-    return later
 
 
 class Decoder:
@@ -606,13 +604,15 @@ def start_rows(model, cache, waiting, running, slots):
     while waiting and len(running) < slots and cache.open(waiting[0], len(running)):
         running.append(waiting.popleft())
         running[-1].prompt.waiting -= 1
-    prompts = dict.fromkeys(row.prompt for row in running[first:])
-    todo = [prompt for prompt in prompts if prompt.kv is None]
-    while todo:
-        todo = prefill(model, todo)
-    for slot, row in enumerate(running[first:], first):
-        cache.place(row, slot)
-    cache.forget(prompt for prompt in prompts if not prompt.waiting)
+    new = list(enumerate(running[first:], first))
+    while new:  # each pass is placed before the next one, so that no more than one is held
+        if todo := dict.fromkeys(row.prompt for _, row in new if row.prompt.kv is None):
+            prefill(model, list(todo))
+        ready = [pair for pair in new if pair[1].prompt.kv is not None]
+        for slot, row in ready:
+            cache.place(row, slot)
+        cache.forget(dict.fromkeys(row.prompt for _, row in ready if not row.prompt.waiting))
+        new = [pair for pair in new if pair not in ready]
 
 
 def vacate(cache, running, row):

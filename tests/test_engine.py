@@ -58,6 +58,22 @@ def caches(monkeypatch):
     return made
 
 
+def test_a_pass_of_prefill_is_placed_before_the_next_one(model, monkeypatch):
+    held, prefill = [], sample.prefill
+
+    def watching(model, prompts):
+        held.append([prompt for prompt in prompts if prompt.kv is not None])
+        seen.update(prompts)
+        assert not [prompt for prompt in seen if prompt.kv is not None and not prompt.waiting]
+        prefill(model, prompts)
+
+    seen = set()
+    monkeypatch.setattr(sample, "prefill", watching)
+    monkeypatch.setattr(sample, "PREFILL_TOKENS", 8)
+    draw(model, ragged_prompts(6, 13, 0), 2, max_new_tokens=2, stop_ids=set(), seeds_P=prompt_seeds(0, 0, 0, 6))
+    assert len(held) > 2 and not any(held)
+
+
 # The same replies, whatever the schedule.
 
 

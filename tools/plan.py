@@ -37,9 +37,8 @@ logits      a chunk of CHUNK_TOKENS rows in w bytes or, if larger, the bf16 copy
             in w bytes, on a CPU 20 (logits, log-probs, probabilities, sums in fp64)
 keys and    pages of PAGE tokens: rollout.kv_memory_gib of them, else what is free but MARGIN_GIB, and no
 values      more than all rows can fill. On a CPU every row has room for the longest, which grows by half
-prompts     (among activations) keys and values of all that start at once are kept until all are
-            computed; a pass of PREFILL_TOKENS stacks its own, a second copy, or has 3 F + 3 D a token in
-            an MLP
+prompts     (among activations) one pass of PREFILL_TOKENS is computed and placed before the next: its keys
+            and values, and then a second copy of them, stacked, or 3 F + 3 D a token in an MLP
 
 What is not known before is taken as the worst: every prompt has data.max_prompt_tokens, or the tokens of
 the longest one where data and tokenizer are there; every sampled reply its limit; micro-batches are
@@ -222,7 +221,6 @@ def sampling_memory(s, prompts, n, reply, free=math.inf):
     slots = min(s.batch_size, rows)
     parts = {SHARE: 4 * z.share, WHOLE: w * z.total if s.sharded else 0, MOMENTS: 8 * z.share,
              REFERENCE: reference(s, z)}
-    started = math.ceil(slots / n) * (s.prompt - 1)
     if s.device == "cpu" and s.kv_gib is None:
         first = slots * token * (s.prompt + min(reply, sample.FIRST_ROOM))
         most = slots * token * grown_cache(s.prompt, reply, math.ceil(rows / slots) * reply)
@@ -231,11 +229,10 @@ def sampling_memory(s, prompts, n, reply, free=math.inf):
         given = free - total(parts) - sample.MARGIN_GIB * GIB if s.kv_gib is None else s.kv_gib * GIB
         # One reply must have room, or sampling refuses to start.
         first = most = page * max(pages + 1, min(slots * pages + 1, given // page))
-        started = min(started, most / token)
-    at_once = min(started, max(sample.PREFILL_TOKENS, s.prompt - 1))
+    at_once = min(math.ceil(slots / n) * (s.prompt - 1), max(sample.PREFILL_TOKENS, s.prompt - 1))
     mlp = 3 * (c.intermediate_size + c.hidden_size) * w + 4 * c.head_dim
     logits = slots * c.vocab_size * (w if s.device == "cuda" else 20)
-    return largest(plus(parts, {KV: first, ACTIVATIONS: started * token + at_once * max(token, mlp)}),
+    return largest(plus(parts, {KV: first, ACTIVATIONS: at_once * (token + max(token, mlp))}),
                    plus(parts, {KV: most, LOGITS: logits}))
 
 
