@@ -192,14 +192,17 @@ class Qwen2(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed):
-        """Matrices from N(0, initializer_range²), biases 0, norms 1; a function of `seed` only. -> self"""
-        generator = torch.Generator().manual_seed(seed)
+        """Matrices from N(0, initializer_range²), biases 0, norms 1; a function of `seed`, and of whether
+        there is a GPU: it draws the billions of a 7B in a second, a CPU in a minute. -> self"""
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        generator = torch.Generator(device).manual_seed(seed)
         for name, parameter in self.named_parameters():
+            own, rows = own_rows(parameter)
             if parameter.dim() == 2:
-                noise = torch.randn(parameter.shape, generator=generator)
-                parameter.copy_(noise * self.config.initializer_range)
+                noise = torch.randn(parameter.shape, generator=generator, device=device)
+                own.copy_(noise[rows] * self.config.initializer_range)
             else:
-                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+                own.fill_(0.0 if name.endswith("bias") else 1.0)
         return self
 
 
@@ -388,16 +391,21 @@ def own_rows(tensor):
 
 
 @torch.no_grad()
-def load_hf(path, device="cpu", dtype=torch.float32, shard=None):
+def load_hf(path, device="cpu", dtype=torch.float32, shard=None, seed=None):
     """The model in a Hugging Face folder or under a hub name, its tensors cast to `dtype` on `device`.
 
     shard(model): divides the parameters over the ranks before any has memory; each rank then reads its rows.
-    ValueError, naming the folder and the tensor, where one is missing, unknown or of another shape. A tied
-    model's copy of its head is accepted where it equals the embedding.
+    seed: read config.json only, and draw the weights. ValueError, naming the folder and the tensor, where one
+    is missing, unknown or of another shape. A tied model's copy of its head is accepted where it equals the
+    embedding.
     """
     folder = resolve(path)
     with torch.device("meta"):
         model = Qwen2(ModelConfig.from_hf(folder)).to(dtype)
+    if seed is not None:
+        if shard:
+            shard(model)
+        return model.to_empty(device=device).init_weights(seed)
     slices = open_weights(folder)
     copy = slices.pop("lm_head.weight", None) if model.config.tie_word_embeddings else None
     parameters = {hf_name(name): parameter for name, parameter in model.named_parameters()}

@@ -203,15 +203,17 @@ def take_steps(c, run, signals):
     batches.cursor = run.step * c.train.prompts_per_step
     if run.step > steps:
         raise Agreed(f"{checkpoint} is past the {steps} steps of this run; raise train.steps")
-    model = load_model(checkpoint or base, device, bf16)
+    seed = c.seed if c.model.init == "random" else None
+    model = load_model(checkpoint or base, device, bf16, seed=None if checkpoint else seed)
     model.checkpoint_blocks = c.train.activation_checkpointing
     longest = c.data.max_prompt_tokens + max(c.rollout.max_new_tokens, c.eval.max_new_tokens)
     if longest > model.config.max_position_embeddings:
         raise Agreed(f"a prompt and a reply may take {longest} tokens, but {c.model.path} has "
                      f"{model.config.max_position_embeddings} positions; lower data.max_prompt_tokens, "
                      "rollout.max_new_tokens or eval.max_new_tokens")
-    with_reference = c.stage == "grpo" and c.grpo.kl_coef > 0
-    reference = load_model(base, device, bf16, False, c.grpo.reference_on_cpu) if with_reference else None
+    reference = None
+    if c.stage == "grpo" and c.grpo.kl_coef > 0:
+        reference = load_model(base, device, bf16, False, c.grpo.reference_on_cpu, seed)
     optimizer = make_optimizer(model, c.train.weight_decay, c.train.beta2)
     if checkpoint:
         read_moments(checkpoint, model, optimizer)
@@ -262,13 +264,14 @@ def take_steps(c, run, signals):
                 rollouts = generate(policy, [prompts_P[p] for p in own_P], c.rollout.n,
                                     seeds_P=seeds_P[own_P], progress=run.writes and "rollout", **sampling)
             signals.poll()
+            memory = peak_memory("rollout")
             verdicts = score_rollouts(rollouts, [examples_P[p] for p in own_P], chat, c.grpo.reward)
             rollouts_N, verdicts_N = gather(own_P, rollouts), gather(own_P, verdicts)
             rewards_PG = torch.tensor([verdict.reward for verdict in verdicts_N]).view(-1, c.rollout.n)
             adv_PG = group_advantages(rewards_PG, c.grpo.normalize)
             sampled = run.enter(f"update of step {step + 1}")
             metrics = grpo_updates(model, reference, optimizer, rollouts_N, adv_PG, **losses, **updating)
-            metrics |= rollout_metrics(rollouts_N, verdicts_N, rewards_PG)
+            metrics |= rollout_metrics(rollouts_N, verdicts_N, rewards_PG) | memory | peak_memory("update")
             metrics |= {"time/rollout_s": sampled - began, "time/update_s": time.perf_counter() - sampled}
             is_odd = metrics["skipped_updates"] or metrics["reward/raised"]
             if (step + 1) % c.log.rollouts_every == 0 or step == 0 or is_odd:
@@ -402,16 +405,16 @@ def fill_up(parts_U, nothing):
 # Sharding.
 
 
-def load_model(path, device, bf16, trained=True, on_cpu=False):
+def load_model(path, device, bf16, trained=True, on_cpu=False, seed=None):
     """A folder's model, divided over the ranks, if there are any, by rows (FSDP2): each block is whole while
     it computes.
 
     Embedding, norm and head are one group, because they may share a weight; trained: it stays whole from
     forward to backward. On a GPU, bf16: whole weights are bf16; shards, sums of gradients and moments are
-    fp32 all the same; on_cpu: shards are in the host's memory.
+    fp32 all the same; on_cpu: shards are in the host's memory. seed: of random weights, where wanted.
     """
     if not dist.is_initialized():
-        return load_hf(path, device).requires_grad_(trained)
+        return load_hf(path, device, seed=seed).requires_grad_(trained)
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
     dtype, options = torch.float32, {}
     if device == "cuda" and bf16:
@@ -429,7 +432,14 @@ def load_model(path, device, bf16, trained=True, on_cpu=False):
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
 
-    return load_hf(path, device, dtype, shard).requires_grad_(trained)
+    return load_hf(path, device, dtype, shard, seed).requires_grad_(trained)
+
+
+def peak_memory(phase):
+    """The most GiB that tensors took since `Run.enter`, as a metric of a phase; on a GPU."""
+    if not torch.cuda.is_available():
+        return {}
+    return {f"memory/{phase}_gib": torch.cuda.max_memory_allocated() / 2**30}
 
 
 # Optimizer updates.
@@ -711,6 +721,8 @@ class Run:
     def enter(self, phase):
         """Note what comes next, for the last words of a rank that fails. Returns the time in seconds."""
         self.phase = phase
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
         return time.perf_counter()
 
     def newest_checkpoint(self, config, fingerprint):

@@ -21,6 +21,7 @@ import yaml
 @dataclass(frozen=True)
 class ModelSettings:
     path: str = ""  # Hugging Face folder or hub name: the policy at step 0 and the KL reference
+    init: str = "trained"  # weights: trained | random, of the shape in config.json: to measure speed
     precision: str = "auto"  # of matrix products: bf16 (autocast) | fp32 | auto: bf16 on a GPU, fp32 on a CPU
 
 
@@ -217,6 +218,7 @@ def check(config):
     rewards = "binary", "binary_no_reasoning", "partial_format", "partial_format_names", "official"
     choices = {"stage": ("grpo", "sft"), "resume": ("auto", True, False), "grpo.normalize": ("std", "none"),
                "model.precision": ("auto", "bf16", "fp32"), "train.schedule": ("constant", "cosine"),
+               "model.init": ("trained", "random"),
                "grpo.reward": rewards, "log.tracker": ("none", "tensorboard", "wandb")}
     required = ("out", "model.path", "data.train")
     may_be_zero = ("seed", "grpo.kl_coef", "train.weight_decay")

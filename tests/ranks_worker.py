@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 import model as model_module  # noqa: E402
 import train  # noqa: E402
 from configs.schema import load_config  # noqa: E402
-from model import load_hf, own_rows, save_hf, unsharded  # noqa: E402
+from model import Qwen2, load_hf, own_rows, save_hf, unsharded  # noqa: E402
 from sample import generate  # noqa: E402
 
 PROMPTS = [[3, 1, 4], [3, 1, 4], [1, 5, 9, 2, 6], [5], [9, 2], [6, 5, 3, 5, 8], [9, 7], [9, 3, 2, 3, 8, 4, 6]]
@@ -85,6 +85,9 @@ def check_files(folder, aside):
         assert torch.equal(own, plain[name][rows]), name
         share += own.nbytes
     assert sum(tensor.nbytes for tensor in read) == share
+    drawn = whole(train.load_model(folder, "cpu", bf16=False, seed=3).state_dict())
+    for name, weight in Qwen2(model.config).init_weights(3).state_dict().items():
+        assert torch.equal(drawn[name], weight), name
     if dist.is_initialized():
         from torch.distributed.tensor import DTensor
         full_tensor = DTensor.full_tensor

@@ -30,7 +30,7 @@ PEERS = {"logprob": {"reference", "torch.compile", "naive", "Liger"}, "decode": 
 def toy_sizes(monkeypatch):
     monkeypatch.setitem(bench.SHAPES, "toy", (32, 64, 2, 2, 1, 16, 64, True))
     settings = {"logprob": ("toy", 40), "decode": ("toy", 2, 3, 5, 8), "sampling": (3, 64),
-                "step": ("toy", 2, 4, 5, 6), "prefix": ("toy", 2, 3, 5, 4)}
+                "step": ("toy", 2, 4, 5, 6), "prefix": ("toy", 2, 3, 5, 4), "run": ("tiny", 2, 4, 6)}
     monkeypatch.setattr(bench, "SETTINGS", {name: {"cpu": [setting]} for name, setting in settings.items()})
     # A compiler takes longer than everything else here.
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
@@ -67,6 +67,14 @@ def test_each_benchmark_runs_at_toy_size_and_says_which_peer_is_missing(
     assert told.err.count("is not installed") == len(missing)
     assert told.out.count("not installed") >= len(missing)
     assert all(who in told.out for who in rows)
+
+
+def test_a_whole_run_of_the_preset_for_one_gpu_is_told_by_phase(tmp_path):
+    rows = measure("run", tmp_path, rounds=2)["rows"]
+    assert [row["who"] for row in rows] == ["ours, rollout", "ours, update"]
+    for row, tokens in zip(rows, (2 * 5 * 6, 2 * 200), strict=True):
+        assert len(row["rounds"]) == 2, "the first step is left out"
+        assert 0.5 * tokens < row["speed"] * row["seconds"] < 6 * tokens
 
 
 @pytest.mark.parametrize("name", ["decode", "step"])
@@ -157,6 +165,6 @@ esac
                           env={**os.environ, "PYTHON": str(stub), "OUT": str(tmp_path / "out")})
     table = said.stdout.rsplit("ours is x times as fast", 1)[1]
     for line in ("tests .* FAILED: .*3 passed, 2 failed", "logprob .* done",
-                 "decode .* STOPPED at its limit of 130 s", "step .* FAILED: .*no kernel"):
+                 "decode .* STOPPED at its limit of 110 s", "step .* FAILED: .*no kernel"):
         assert re.search(line, table), line
     assert said.returncode == 1

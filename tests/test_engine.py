@@ -70,7 +70,8 @@ def test_a_pass_of_prefill_is_placed_before_the_next_one(model, monkeypatch):
     seen = set()
     monkeypatch.setattr(sample, "prefill", watching)
     monkeypatch.setattr(sample, "PREFILL_TOKENS", 8)
-    draw(model, ragged_prompts(6, 13, 0), 2, max_new_tokens=2, stop_ids=set(), seeds_P=prompt_seeds(0, 0, 0, 6))
+    seeds_P = prompt_seeds(0, 0, 0, 6)
+    draw(model, ragged_prompts(6, 13, 0), 2, max_new_tokens=2, stop_ids=set(), seeds_P=seeds_P)
     assert len(held) > 2 and not any(held)
 
 

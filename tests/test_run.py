@@ -14,7 +14,7 @@ import model
 import train
 from configs.schema import Config
 from data import read_jsonl, synthetic, write_jsonl
-from model import load_hf
+from model import Qwen2, load_hf
 from sample import read_tools
 
 
@@ -153,9 +153,10 @@ def test_console_has_one_line_a_step_that_leads_with_reward_and_two_replies_an_e
 
 
 def test_sft_lowers_the_loss_and_keeps_only_so_many_checkpoints(files, tmp_path):
-    out = tmp_path / "sft"
+    out, data = tmp_path / "sft", tmp_path / "eight.jsonl"
+    write_jsonl(data, synthetic(8, 0, "train"))  # the same batch in every step
     train.main(arguments(files, out, "--stage=sft", "--checkpoint.every=1", "--checkpoint.keep=2",
-                         "--train.prompts_per_step=8"))
+                         "--train.prompts_per_step=8", f"--data.train={data}"))
     losses = [line["loss"] for line in metrics_of(out) if "loss" in line]
     assert len(losses) == 4 and losses[-1] < losses[0]
     assert [x.name for x in sorted((out / "checkpoints").iterdir())] == ["step_000003", "step_000004"]
@@ -213,6 +214,18 @@ def test_replies_of_a_skipped_update_are_saved_and_three_steps_of_them_stop_the_
     assert stopped.value.code == 3 and "step_000003.jsonl" in capsys.readouterr().err
     saved = sorted(path.name for path in (tmp_path / "run/rollouts").iterdir())
     assert saved == ["step_000001.jsonl", "step_000002.jsonl", "step_000003.jsonl"]
+
+
+def test_random_weights_ask_for_a_config_and_a_tokenizer_only(files, tmp_path):
+    shutil.copytree("assets/tiny", tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors"))
+    train.main(arguments(files, tmp_path / "run", f"--model.path={tmp_path / 'base'}", "--model.init=random",
+                         "--train.steps=1", "--train.updates_per_step=1", "--grpo.kl_coef=0.1"))
+    first = next(line for line in metrics_of(tmp_path / "run") if "kl" in line)
+    assert first["kl"] == 0, "policy and reference are the same draw"
+    assert first["entropy"] > 6, "of 1,232 tokens, ln 1,232 = 7.1"
+    again = load_hf("assets/tiny", seed=0).state_dict()
+    assert all(torch.equal(again[name], x) for name, x in Qwen2(load_hf("assets/tiny").config).init_weights(
+        0).state_dict().items())
 
 
 def test_help_prints_every_key_with_its_default(capsys):

@@ -20,9 +20,12 @@ import gc
 import json
 import os
 import platform
+import shutil
+import subprocess
 import sys
+import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
@@ -35,6 +38,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 from peers import hf_generate, liger_loss, trl_step  # noqa: E402
 
+from data import synthetic, write_jsonl  # noqa: E402
 from grpo import group_advantages, pack, token_logprobs, token_logprobs_reference  # noqa: E402
 from model import ModelConfig, Qwen2, packed_attention, shared_prefix_attention  # noqa: E402
 from sample import fold, generate, gumbel_tokens, prompt_seeds, sample_tokens, uniform  # noqa: E402
@@ -58,6 +62,8 @@ SETTINGS = {  # what each benchmark is called with
     "step": {"cpu": [("tiny", 8, 8, 64, 64)],  # as decode
              "cuda": [("0.5B", 8, 8, 896, 128), ("1.5B", 8, 8, 896, 128)]},
     "prefix": {"cpu": [("tiny", 1, 8, 900, 120)], "cuda": [("1.5B", 4, 8, 900, 120)]},  # as decode
+    "run": {"cpu": [("tiny", 4, 4, 16)],  # shape, P, tools in a prompt (4 or more), tokens of a reply
+            "cuda": [("7B", 32, 16, 120), ("1.5B", 64, 16, 120), ("0.5B", 64, 16, 120)]},
 }
 
 
@@ -137,12 +143,16 @@ def peer(package, make, *arguments):
         return "not installed"
 
 
+def config_of(shape):
+    D, width, layers, H, K, E, V, tied = SHAPES[shape]
+    return ModelConfig(V, D, width, layers, H, K, E, tie_word_embeddings=tied, max_position_embeddings=32768)
+
+
 def make_model(shape, dtype):
     """Qwen2 of a shape with random weights, made on the device."""
-    D, width, layers, H, K, E, V, tied = SHAPES[shape]
     torch.manual_seed(0)
     with torch.device(DEVICE):
-        model = Qwen2(ModelConfig(V, D, width, layers, H, K, E, tie_word_embeddings=tied)).to(dtype)
+        model = Qwen2(config_of(shape)).to(dtype)
     for parameter in model.parameters():
         if parameter.dim() == 2:
             torch.nn.init.normal_(parameter, std=0.02)
@@ -370,7 +380,46 @@ def prefix(rounds, shape, P, G, prompt_tokens, R):
     return rows(setting, times, P * G * R, "tokens/s", {"plain packed": 3.3}, notes)
 
 
-BENCHMARKS = {function.__name__: function for function in (logprob, decode, sampling, step, prefix)}
+def run(rounds, shape, P, tools, R):
+    """Whole steps of train.py by configs/tool_n1_7b_1gpu.yaml, on random weights of a shape.
+
+    P prompts a step with so many tools each (16: about 900 tokens), 5 replies of R tokens, one update; with
+    the KL reference. Rows are the phases of a step, without the first step: tokens of replies that a rollout
+    draws, tokens of the trees that an update takes, a second; on a GPU the peak of its memory, all told.
+    """
+    pool = synthetic(8 * tools, 1, "train")
+    with tempfile.TemporaryDirectory() as folder:
+        base, out = Path(folder, "base"), Path(folder, "run")
+        shutil.copytree(ROOT / "assets/tiny", base, ignore=shutil.ignore_patterns("*.safetensors"))
+        (base / "config.json").write_text(json.dumps(config_of(shape).to_hf()), encoding="utf-8")
+        examples = []
+        for example in synthetic(P + 8, 0, "train"):
+            offered = {tool["name"]: tool for other in (example, *pool) for tool in other.tools}
+            examples.append(replace(example, tools=list(offered.values())[:tools]))
+        write_jsonl(f"{folder}/train.jsonl", examples[:P])
+        write_jsonl(f"{folder}/heldout.jsonl", examples[P:])
+        settings = [f"--model.path={base}", "--model.init=random", f"--out={out}",
+                    f"--data.train={folder}/train.jsonl", f"--data.heldout={folder}/heldout.jsonl",
+                    "--data.system_prompt=configs/demo_prompt.txt", f"--train.steps={rounds + 1}",
+                    f"--train.prompts_per_step={P}", "--train.updates_per_step=1",
+                    f"--rollout.max_new_tokens={R}", f"--eval.max_new_tokens={R}"]
+        # Nothing is saved: weights and moments of a 7B are 91 GB.
+        code = "import train; train.Run.save_checkpoint = lambda run: None; train.main()"
+        subprocess.run([sys.executable, "-c", code, "configs/tool_n1_7b_1gpu.yaml", *settings], cwd=ROOT,
+                       check=True, stdout=sys.stderr)
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "time/rollout_s" in line][1:]
+    for phase in ("rollout", "update"):
+        seconds = [line[f"time/{phase}_s"] for line in steps]
+        work = [5 * P * line["length/mean"] if phase == "rollout" else line["tokens"] for line in steps]
+        row = {"setting": f"{shape}, {P} x 5 replies, {tools} tools + {R} tokens", "who": f"ours, {phase}",
+               "seconds": median(seconds), "rounds": seconds, "unit": "tokens/s",
+               "speed": median(n / s for n, s in zip(work, seconds, strict=True))}
+        peak = max(line.get(f"memory/{phase}_gib", 0) for line in steps)
+        yield row | ({"peak_gib": peak} if peak else {})
+
+
+BENCHMARKS = {function.__name__: function for function in (logprob, decode, sampling, step, prefix, run)}
 
 
 def machine():

@@ -42,16 +42,17 @@ part() {
 
 if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
     if "$python" -c 'import pytest' 2>/dev/null; then
-        part tests 100 "$python" -m pytest -m gpu -q -r f -p no:cacheprovider --continue-on-collection-errors tests
+        part tests 90 "$python" -m pytest -m gpu -q -r f -p no:cacheprovider --continue-on-collection-errors tests
     else
         parts+=("tests      not run: pytest is not installed")
         status=1
     fi
-    part logprob 95 "$python" tools/bench.py logprob --rounds=3 --out="$out"
-    part decode 130 "$python" tools/bench.py decode --rounds=1 --out="$out"
-    part step 95 "$python" tools/bench.py step --rounds=2 --out="$out"
-    part prefix 25 "$python" tools/bench.py prefix --out="$out"
-    part sampling 25 "$python" tools/bench.py sampling --out="$out"
+    part logprob 75 "$python" tools/bench.py logprob --rounds=3 --out="$out"
+    part decode 110 "$python" tools/bench.py decode --rounds=1 --out="$out"
+    part run 100 "$python" tools/bench.py run --rounds=1 --out="$out"
+    part step 60 "$python" tools/bench.py step --rounds=2 --out="$out"
+    part prefix 20 "$python" tools/bench.py prefix --out="$out"
+    part sampling 20 "$python" tools/bench.py sampling --out="$out"
 else
     parts+=("nothing was run: $python finds no CUDA GPU, or no torch")
     status=1
