@@ -9,7 +9,9 @@ import types
 import pytest
 import torch
 import yaml
+from short_run import pay_odd_lengths
 
+import eval
 import model
 import train
 from configs.schema import Config
@@ -216,13 +218,20 @@ def test_replies_of_a_skipped_update_are_saved_and_three_steps_of_them_stop_the_
     assert saved == ["step_000001.jsonl", "step_000002.jsonl", "step_000003.jsonl"]
 
 
-def test_random_weights_ask_for_a_config_and_a_tokenizer_only(files, tmp_path):
+def test_random_weights_ask_for_a_config_and_a_tokenizer_only(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(eval, "score", pay_odd_lengths)
     shutil.copytree("assets/tiny", tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors"))
-    train.main(arguments(files, tmp_path / "run", f"--model.path={tmp_path / 'base'}", "--model.init=random",
-                         "--train.steps=1", "--train.updates_per_step=1", "--grpo.kl_coef=0.1"))
-    first = next(line for line in metrics_of(tmp_path / "run") if "kl" in line)
+    words = arguments(files, tmp_path / "run", f"--model.path={tmp_path / 'base'}", "--model.init=random",
+                      "--train.steps=2", "--train.updates_per_step=1", "--grpo.kl_coef=0.1",
+                      "--checkpoint.every=1", "--rollout.max_new_tokens=9", "--eval.max_new_tokens=9")
+    train.main(words)
+    lines = metrics_of(tmp_path / "run")
+    first = next(line for line in lines if "kl" in line)
     assert first["kl"] == 0, "policy and reference are the same draw"
-    assert first["entropy"] > 6, "of 1,232 tokens, ln 1,232 = 7.1"
+    assert first["entropy"] > 6, "of 1,230 tokens, ln 1,230 = 7.1"
+    shutil.rmtree(tmp_path / "run/checkpoints/step_000002")
+    train.main(words)
+    assert metrics_of(tmp_path / "run") == lines, "it goes on from what it had learned"
     again = load_hf("assets/tiny", seed=0).state_dict()
     assert all(torch.equal(again[name], x) for name, x in Qwen2(load_hf("assets/tiny").config).init_weights(
         0).state_dict().items())
