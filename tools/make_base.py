@@ -174,12 +174,11 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Make the base model of the demo from nothing.")
     parser.add_argument("--out", type=Path, default=Path("assets/tiny"))
     parser.add_argument("--copy_steps", type=int, default=600, help="batches of 32")
-    parser.add_argument("--steps", type=int, default=4000, help="batches of 32 of imitation")
-    parser.add_argument("--more_steps", type=int, default=1200, help="the same again, at half the rate")
+    parser.add_argument("--steps", type=int, default=4000, help="batches of 32")
     args = parser.parse_args(argv)
     began, prompt_file = time.perf_counter(), "configs/demo_prompt.txt"
 
-    examples = synthetic(16 * (args.steps + args.more_steps), 1, "train")
+    examples = synthetic(16 * args.steps, 1, "train")
     system_prompt = Path(prompt_file).read_text(encoding="utf-8")
     rng = random.Random(0)
     taught = [lazy(example, rng) for example in examples]
@@ -195,8 +194,7 @@ def main(argv=None):
         pairs = [(chat.encode_prompt(example), chat.encode_reply(example)) for example in taught]
         beside = phrase_pairs(chat, len(pairs), 1, 3, 6)
         pairs = [pair for both in zip(pairs, beside, strict=True) for pair in both]
-        learn(model, pairs[:32 * args.steps], args.steps, 2e-3, chat.vocab_size, "imitation")
-        learn(model, pairs[32 * args.steps:], args.more_steps, 1e-3, chat.vocab_size, "more imitation")
+        learn(model, pairs, args.steps, 2e-3, chat.vocab_size, "imitation")
         rows, _ = evaluate(model, chat, synthetic(300, 1, "heldout"), max_new_tokens=128)
         print(table({"greedy": rows}))
         save_hf(model.to(torch.bfloat16), args.out)
