@@ -41,7 +41,7 @@ def test_judge_passes_a_run_that_reaches_every_bar():
         ("paraphrases", 44.9, "15 points or more on new paraphrases"),
         ("tools", 44.9, "15 points or more on new tools"),
         ("values/two_calls", 74.9, "every kind of query reaches 75 %"),
-        ("tools/no_tool", 44.9, "no kind of query loses"),
+        ("tools/no_tool", 49.9, "no kind of query is worse"),
     ],
 )
 def test_judge_misses_a_bar_that_is_missed_by_a_tenth(category, accuracy, reason):
@@ -140,7 +140,7 @@ def test_a_minute_of_grpo_gains_on_all_three_heldout_splits(tmp_path):
     train.main(["configs/demo.yaml", f"--out={tmp_path / 'run'}", f"--data.train={tmp_path / 'train.jsonl'}",
                 f"--data.heldout={tmp_path / 'heldout.jsonl'}", "--train.steps=12", "--eval.every=12"])
     before, after = demo.evaluations(tmp_path / "run")
-    gains = {"values": 15, "paraphrases": 5, "tools": 5}
+    gains = {"values": 15, "paraphrases": 10, "tools": 15}
     for asked, found, passes in demo.judge(before, after, gains, 0)[:3]:
         assert passes, f"{asked}: {found}"
     assert after["all"] - before["all"] >= 15

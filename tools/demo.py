@@ -33,9 +33,8 @@ from model import load_hf  # noqa: E402
 from reward import score  # noqa: E402
 from sample import generate, prompt_seeds  # noqa: E402
 
-GAINS = {"values": 20, "paraphrases": 8, "tools": 15}  # points that each split must gain at least
-NOISE = 5  # points that a kind, of about 100 queries, may lose by chance
-LEAST = 45  # percent that every kind of query must reach on new values
+GAINS = {"values": 25, "paraphrases": 15, "tools": 15}  # points that each split must gain at least
+LEAST = 50  # percent that every kind of query must reach on new values
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t at 95 %, by the number of seeds
 
 
@@ -65,8 +64,7 @@ def judge(before, after, gains, least):
                   kinds[worst] >= least))
     change = {name: accuracy - before[name] for name, accuracy in kinds.items()}
     lost = min(change, key=change.get)
-    found.append((f"no kind of query loses more than {NOISE} points", f"{lost} {change[lost]:+.1f}",
-                  change[lost] >= -NOISE))
+    found.append(("no kind of query is worse than before", f"{lost} {change[lost]:+.1f}", change[lost] >= 0))
     return found
 
 
