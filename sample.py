@@ -609,10 +609,10 @@ def start_rows(model, cache, waiting, running, slots):
         if todo := dict.fromkeys(row.prompt for _, row in new if row.prompt.kv is None):
             prefill(model, list(todo))
         ready = [pair for pair in new if pair[1].prompt.kv is not None]
+        new = [pair for pair in new if pair[1].prompt.kv is None]
         for slot, row in ready:
             cache.place(row, slot)
         cache.forget(dict.fromkeys(row.prompt for _, row in ready if not row.prompt.waiting))
-        new = [pair for pair in new if pair not in ready]
 
 
 def vacate(cache, running, row):
