@@ -1,0 +1,1 @@
+"""Readers of published data sets: a raw record in, the fields of data.Example out."""

@@ -1,0 +1,48 @@
+"""The choice between a definition in plain PyTorch and its fast twin in fast/, in one place for every caller."""
+
+import functools
+import importlib.util
+import os
+import sys
+
+KERNELS = ("auto", "reference", "fast")
+
+
+def gpu_twin_runs(device, part):
+    """Whether the twin for GPUs runs on this type of device; a Triton kernel also in Triton's interpreter."""
+    if part == "attention":  # FlashAttention comes with torch
+        return device == "cuda"
+    is_there = importlib.util.find_spec("triton") is not None
+    return is_there and (device == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@functools.cache
+def choose_kernel(kernel, device, part):
+    """What computes one part of the method on one type of device: "reference", "gpu" or "cpu", where the last
+    two are the twins for a GPU and for a CPU.
+
+    part: "sampling", "token log-probs" or "attention"; device: "cpu" or "cuda"; kernel: "reference", the
+    definition; "fast", the twin for the device ("triton" is an older name of "fast"); "auto", the twin where
+    there is one, else the definition, printed on stderr once. ValueError for another kernel, or where "fast"
+    cannot run.
+    """
+    if kernel not in (*KERNELS, "triton"):
+        raise ValueError(f"kernel is {kernel!r}; choose one of {', '.join(KERNELS)}")
+    if kernel == "reference":
+        return kernel
+    has_cpu_twin = device == "cpu" and part == "sampling"
+    if kernel == "auto":
+        # The interpreter is for tests: "auto" never takes it.
+        chosen = "gpu" if device == "cuda" and gpu_twin_runs(device, part) else "reference"
+        chosen = "cpu" if has_cpu_twin else chosen
+        if os.environ.get("RANK", "0") == "0":
+            print(f"kernel of {part} on {device}: {'reference' if chosen == 'reference' else 'fast'}",
+                  file=sys.stderr)
+        return chosen
+    if gpu_twin_runs(device, part):
+        return "gpu"
+    if has_cpu_twin:
+        return "cpu"
+    raise ValueError(f"kernel {kernel!r}: {part} on a {device} has no fast version that can run here; a GPU "
+                     "needs the triton package (TRITON_INTERPRET=1, set before the start, runs its kernels on "
+                     "a CPU, slowly); use 'auto' or 'reference'")

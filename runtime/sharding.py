@@ -1,0 +1,93 @@
+"""Weights over ranks: device and precision, FSDP2 by rows, the full copy for a rollout, peak memory.
+
+Knows a model only as a module with a list `layers`, a `config`, and a constructor that takes the config.
+"""
+
+import contextlib
+
+import torch
+import torch.distributed as dist
+
+
+def choose_device(precision="auto"):
+    """(device, whether matrix products are in bf16) of this machine. precision: "bf16", "fp32", or "auto",
+    which is bf16 on a GPU that has it and fp32 on a CPU."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    has_bf16 = device == "cuda" and torch.cuda.is_bf16_supported()
+    return device, precision == "bf16" or (precision == "auto" and has_bf16)
+
+
+def autocast(device, bf16):
+    """The autocast context of a CPU in bf16. On a GPU FSDP casts the parameters instead, so none is needed."""
+    return torch.autocast("cpu", torch.bfloat16) if bf16 and device == "cpu" else contextlib.nullcontext()
+
+
+def sharder(device, bf16, trained, on_cpu):
+    """How a model is sharded by rows with FSDP2: (device, dtype, shard) as `model.load_hf` takes them; shard is
+    None for a single process on a CPU. Each block is all-gathered while it computes.
+
+    Embedding, final norm and head are one group, because they may share a weight; trained: the group stays
+    gathered from forward to backward. On a GPU with bf16 the gathered weights are bf16, while shards,
+    gradient sums and moments are fp32. on_cpu: the shards live in host memory.
+    """
+    if not dist.is_initialized():
+        return device, torch.float32, None
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+    dtype, options = torch.float32, {}
+    if device == "cuda" and bf16:
+        options["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+        dtype = torch.float32 if trained else torch.bfloat16
+    if device == "cuda" and on_cpu:
+        options["offload_policy"], device = CPUOffloadPolicy(), "cpu"
+
+    def shard(model):
+        for block in model.layers:
+            fully_shard(block, **options)
+        fully_shard(model, reshard_after_forward=not trained, **options)
+        for module in (*model.layers, model):
+            # Sums over ranks, not means: a loss is already divided by the tokens of all ranks.
+            module.set_force_sum_reduction_for_comms(True)
+            module.set_gradient_divide_factor(1.0)
+
+    return device, dtype, shard
+
+
+def own_rows(tensor):
+    """(local shard, its row slice in the full tensor); (tensor, ...) where it is not sharded."""
+    if not hasattr(tensor, "to_local"):
+        return tensor, ...
+    size = -(-len(tensor) // tensor.device_mesh.size())
+    first = min(len(tensor), size * tensor.device_mesh.get_local_rank())
+    return tensor.to_local(), slice(first, min(len(tensor), first + size))
+
+
+@contextlib.contextmanager
+def unsharded(model):
+    """Collective: a plain model on the gathered weights, for a phase without collectives, such as a rollout."""
+    if not dist.is_initialized():
+        yield model
+        return
+    groups = (*model.layers, model)
+    try:
+        for module in groups:
+            module.unshard()
+        with torch.device("meta"):
+            plain = type(model)(model.config)  # the class that FSDP puts in front makes a model without FSDP
+        weights = {name: weight.detach() for name, weight in model.named_parameters()}
+        plain.load_state_dict(weights, assign=True)
+        yield plain
+    finally:
+        for module in groups:
+            module.reshard()
+
+
+def peak_memory(phase):
+    """{metric: GiB} of the most memory that tensors took since `reset_peak_memory`; empty without a GPU."""
+    if not torch.cuda.is_available():
+        return {}
+    return {f"memory/{phase}_gib": torch.cuda.max_memory_allocated() / 2**30}
+
+
+def reset_peak_memory():
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()

@@ -1,0 +1,110 @@
+"""Hugging Face folders as files: finding one, reading safetensors by rows, writing them a tensor at a time.
+
+In:  a folder or hub name. Out: {name: slice}, of which a rank reads only its rows. Names of tensors mean nothing
+here; model.py checks them.
+"""
+
+import contextlib
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from runtime.files import atomically, read_json
+from runtime.ranks import is_first_rank
+
+INDEX = "model.safetensors.index.json"
+DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+def resolve(path, patterns=("*.json", "*.safetensors", "*.txt", "*.jinja")):
+    """The local folder of a model: `path` itself if it is one, else the hub's snapshot of such files."""
+    if os.path.isdir(path):
+        return Path(path)
+    from huggingface_hub import snapshot_download
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=list(patterns)))
+    except (ValueError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{path}: no local folder, and the hub gave no such model ({reason})") from None
+
+
+def open_weights(folder):
+    """{name: slice} of a checkpoint: of its model.safetensors, or of every shard that its index names."""
+    files = ["model.safetensors"]
+    if (folder / INDEX).exists():
+        weight_map = read_json(folder / INDEX).get("weight_map")
+        files = weight_map.values() if isinstance(weight_map, dict) else [None]
+        for file in files:
+            if not isinstance(file, str) or file != os.path.basename(file) or file in ("", ".", ".."):
+                raise ValueError(f"{folder / INDEX}: weight_map names {file!r}, not a file of this folder; "
+                                 "refused")
+    return {name: part for file in sorted(set(files)) for name, part in open_tensors(folder / file).items()}
+
+
+def open_tensors(file):
+    """{name: slice} of a safetensors file: `slice[rows]` reads only these."""
+    try:
+        opened = safe_open(file, framework="pt")
+        return {name: opened.get_slice(name) for name in opened.keys()}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: no readable tensors ({error}); is it all there?") from None
+
+
+def write_weights(folder, tensors, texts, max_shard_bytes):
+    """Collective: write {name: tensor} as model.safetensors, or as numbered shards with an index where they
+    take more than `max_shard_bytes`, and then `texts`, {file name: JSON value}.
+
+    No file takes its final name before all are written. Other weights that the folder held are removed.
+    """
+    folder = Path(folder)
+    if not is_first_rank():
+        write_tensors(folder, tensors)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    shards, size = [{}], 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > max_shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    weights = {"model.safetensors": shards[0]}
+    if len(shards) > 1:
+        weights = {f"model-{i:05d}-of-{len(shards):05d}.safetensors": x for i, x in enumerate(shards, 1)}
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        weight_map = {name: file for file, shard in weights.items() for name in shard}
+        texts = {INDEX: {"metadata": {"total_size": total}, "weight_map": weight_map}, **texts}
+    with contextlib.ExitStack() as stack:
+        # The stack renames in reverse order: weights first, and the config, by which a folder is known, last.
+        temporary = {file: stack.enter_context(atomically(folder / file)) for file in [*weights, *texts][::-1]}
+        for file, shard in weights.items():
+            write_tensors(temporary[file], shard)
+        for file, value in texts.items():
+            temporary[file].write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        for old in folder.glob("model*.safetensors*"):
+            if old.name not in weights | texts and old not in temporary.values():
+                old.unlink()
+
+
+def write_tensors(file, tensors):
+    """Collective: write {name: tensor} as safetensors. A sharded tensor is gathered when it is its turn, so one
+    full tensor exists at a time; rank 0 writes.
+
+    The format: 8 bytes with the length of a JSON header, the header, the numbers of each tensor in its order.
+    """
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, tensor in tensors.items():
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape),
+                        "data_offsets": [end, end + tensor.nbytes]}
+        end += tensor.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the numbers start at a multiple of 8
+    with open(file if is_first_rank() else os.devnull, "wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            gather = getattr(tensor, "full_tensor", tensor.detach)
+            # No variable keeps a full tensor while the next one is gathered.
+            out.write(gather().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
