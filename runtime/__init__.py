@@ -1,1 +1,1 @@
-"""Machinery that knows nothing of the method: ranks, sharding, signals, files, checkpoints, the run folder."""
+"""Machinery that knows nothing of the method: ranks, sharding, signals, files, checkpoints, run folder."""

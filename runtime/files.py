@@ -1,7 +1,7 @@
 """Files that are complete or absent: reading text and JSON, atomic writes, the lock and the seal of a folder.
 
-In:  paths and values. Out: values and files. Every failure is a ValueError of one line that names the file and
-the remedy. Pure Python, so that the benchmark scorers, which import it, need no torch.
+In:  paths and values. Out: values and files. Every failure is a ValueError of one line that names the file
+and the remedy. Pure Python, so that the benchmark scorers, which import it, need no torch.
 
 A file is written under a temporary name, fsynced and renamed (`atomically`). A folder is sealed by
 manifest.json, which is written last and holds the size and the SHA-256 of every other file.
@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import json
 import os
+import subprocess
 from hashlib import sha256
 from pathlib import Path
 
@@ -137,3 +138,14 @@ def digest(path):
         while block := file.read(2**22):
             hashed.update(block)
     return hashed.hexdigest()
+
+
+def git_revision():
+    """The commit of this code, with "+changes" where the tree differs; "unknown" outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        output = [subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout
+                  for words in (["rev-parse", "HEAD"], ["status", "--porcelain"])]
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return output[0].strip() + ("+changes" if output[1].strip() else "")

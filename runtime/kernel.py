@@ -1,4 +1,4 @@
-"""The choice between a definition in plain PyTorch and its fast twin in fast/, in one place for every caller."""
+"""The choice between a definition in plain PyTorch and its fast twin in fast/, for every caller."""
 
 import functools
 import importlib.util
@@ -43,6 +43,12 @@ def choose_kernel(kernel, device, part):
         return "gpu"
     if has_cpu_twin:
         return "cpu"
-    raise ValueError(f"kernel {kernel!r}: {part} on a {device} has no fast version that can run here; a GPU "
-                     "needs the triton package (TRITON_INTERPRET=1, set before the start, runs its kernels on "
-                     "a CPU, slowly); use 'auto' or 'reference'")
+    raise ValueError(f"kernel {kernel!r}: no fast version of {part} can run on this {device}: it needs a CUDA "
+                     "GPU and the triton package; use 'auto' or 'reference' (TRITON_INTERPRET=1, set before "
+                     "the start, runs Triton kernels on a CPU, slowly)")
+
+
+def check_kernel(kernel, device):
+    """ValueError, before a run has loaded anything, where its kernel "fast" cannot run for each part."""
+    for part in ("sampling", "token log-probs", "attention") if kernel != "auto" else ():
+        choose_kernel(kernel, device, part)

@@ -9,6 +9,7 @@ import datetime
 import itertools
 import os
 import sys
+import traceback
 
 import torch
 import torch.distributed as dist
@@ -48,6 +49,30 @@ def join_ranks(device, timeout_minutes):
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timeout)
+
+
+def run_and_exit(function):
+    """Call `function`, which returns an exit status, and end the process with it. An error becomes a line on
+    stderr and a status: its own, or 2 for bad input; 1 for a lost rank or no memory; 130 for Ctrl-C."""
+    if not is_first_rank():
+        sys.stdout = open(os.devnull, "w")
+    try:
+        status = function()
+    except (ValueError, OSError) as error:
+        # Before the ranks have met, each rank of a node finds the same error, and one of them prints it.
+        silent = isinstance(error, RankError) if dist.is_initialized() else rank_variable("LOCAL_RANK", 0) > 0
+        if is_first_rank():
+            print(f"error: {error}", file=sys.stderr)
+        elif not silent:
+            print(f"error on rank {rank_variable('RANK', 0)}: {error}", file=sys.stderr)
+        status = getattr(error, "status", 2)
+    except RuntimeError:  # RunFolder has printed the phase
+        traceback.print_exc()
+        status = 1
+    except KeyboardInterrupt:
+        print("\ninterrupted: the same command goes on from the newest checkpoint", file=sys.stderr)
+        status = 130
+    leave_ranks(status)
 
 
 def leave_ranks(status):

@@ -18,13 +18,13 @@ def choose_device(precision="auto"):
 
 
 def autocast(device, bf16):
-    """The autocast context of a CPU in bf16. On a GPU FSDP casts the parameters instead, so none is needed."""
+    """The autocast context of a CPU in bf16. On a GPU FSDP casts the parameters instead."""
     return torch.autocast("cpu", torch.bfloat16) if bf16 and device == "cpu" else contextlib.nullcontext()
 
 
 def sharder(device, bf16, trained, on_cpu):
-    """How a model is sharded by rows with FSDP2: (device, dtype, shard) as `model.load_hf` takes them; shard is
-    None for a single process on a CPU. Each block is all-gathered while it computes.
+    """How a model is sharded by rows with FSDP2: (device, dtype, shard) as `model.load_hf` takes them; shard
+    is None for a single process on a CPU. Each block is all-gathered while it computes.
 
     Embedding, final norm and head are one group, because they may share a weight; trained: the group stays
     gathered from forward to backward. On a GPU with bf16 the gathered weights are bf16, while shards,
@@ -63,7 +63,7 @@ def own_rows(tensor):
 
 @contextlib.contextmanager
 def unsharded(model):
-    """Collective: a plain model on the gathered weights, for a phase without collectives, such as a rollout."""
+    """Collective: a plain model on the gathered weights, for a phase without collectives: a rollout."""
     if not dist.is_initialized():
         yield model
         return

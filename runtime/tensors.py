@@ -1,7 +1,7 @@
 """Hugging Face folders as files: finding one, reading safetensors by rows, writing them a tensor at a time.
 
-In:  a folder or hub name. Out: {name: slice}, of which a rank reads only its rows. Names of tensors mean nothing
-here; model.py checks them.
+In:  a folder or hub name. Out: {name: slice}, of which a rank reads only its rows. Names of tensors mean
+nothing here; model.py checks them.
 """
 
 import contextlib
@@ -78,8 +78,9 @@ def write_weights(folder, tensors, texts, max_shard_bytes):
         weight_map = {name: file for file, shard in weights.items() for name in shard}
         texts = {INDEX: {"metadata": {"total_size": total}, "weight_map": weight_map}, **texts}
     with contextlib.ExitStack() as stack:
-        # The stack renames in reverse order: weights first, and the config, by which a folder is known, last.
-        temporary = {file: stack.enter_context(atomically(folder / file)) for file in [*weights, *texts][::-1]}
+        # The stack renames in reverse order: weights first, and the config, which marks a complete folder, last.
+        temporary = {file: stack.enter_context(atomically(folder / file))
+                     for file in reversed([*weights, *texts])}
         for file, shard in weights.items():
             write_tensors(temporary[file], shard)
         for file, value in texts.items():
@@ -90,8 +91,8 @@ def write_weights(folder, tensors, texts, max_shard_bytes):
 
 
 def write_tensors(file, tensors):
-    """Collective: write {name: tensor} as safetensors. A sharded tensor is gathered when it is its turn, so one
-    full tensor exists at a time; rank 0 writes.
+    """Collective: write {name: tensor} as safetensors. A sharded tensor is gathered when it is its turn, so
+    one full tensor exists at a time; rank 0 writes.
 
     The format: 8 bytes with the length of a JSON header, the header, the numbers of each tensor in its order.
     """
