@@ -9,15 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from data import Chat, synthetic
+from data import Chat
 from grpo import group_advantages, grpo_loss, pack
 from reward import score
 from tools import plot_demo
+from tools.synthetic import synthetic
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
-RESULTS = ROOT / "tools" / "results"
+RESULTS, RESULTS_PAGE = ROOT / "tools" / "results", ROOT / "docs" / "results.md"
 T_95 = 4.303  # Student's t at 95 % for three seeds
 
 
@@ -28,6 +29,11 @@ def text_of(page):
 def section_of(page, title):
     """The text under a heading of the second level, up to the next one."""
     return text_of(page).split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def table_of(section):
+    """The lines of the tables in a section."""
+    return [line for line in section.splitlines() if line.startswith("|")]
 
 
 @pytest.fixture(scope="module")
@@ -94,17 +100,16 @@ def test_tables_of_the_demo_are_those_of_the_measured_numbers(demo):
     rows = {}
     for name, row in demo.items():
         label = name.replace("_", " ") if "/" in name else f"**{name}**"
-        passed = row["pass@8"]
-        rows[name] = (f"| {label} | {row['base']:.1f} | {interval(row['control'])} | {interval(row['grpo'])} | "
-                      f"{passed['base']:.1f} | {passed['GRPO']:.1f} |")
-    table = [line for line in section_of(ROOT / "docs/results.md", "The demo").splitlines() if line[:1] == "|"]
-    assert table[2:] == list(rows.values())
-    table = [line for line in section_of(README, "make demo").splitlines() if line[:1] == "|"]
-    assert table[2:] == [row for name, row in rows.items() if "/" not in name]
+        cells = (label, f"{row['base']:.1f}", interval(row["control"]), interval(row["grpo"]),
+                 f"{row['pass@8']['base']:.1f}", f"{row['pass@8']['GRPO']:.1f}")
+        rows[name] = f"| {' | '.join(cells)} |"
+    assert table_of(section_of(RESULTS_PAGE, "The demo"))[2:] == list(rows.values())
+    shortened = [row for name, row in rows.items() if "/" not in name]
+    assert table_of(section_of(README, "make demo"))[2:] == shortened
 
 
 def test_console_output_of_the_demo_ends_with_the_measured_numbers_of_seed_0(demo):
-    output = section_of(ROOT / "docs/results.md", "The console output of the demo")
+    output = section_of(RESULTS_PAGE, "The console output of the demo")
     shown = re.findall(r"^([a-z]+(?:/\w+)?) +\d+ +(\d+\.\d) \[.*?\] +(\d+\.\d) \[", output, re.M)
     assert shown == [(name, f"{row['base']:.1f}", f"{row['grpo'][0]:.1f}") for name, row in demo.items()]
     lines = re.search(r"```\n(.*?)```", section_of(README, "make demo"), re.S)[1].splitlines()
@@ -117,9 +122,10 @@ def test_console_output_of_the_demo_ends_with_the_measured_numbers_of_seed_0(dem
     ("logprob", "Liger", "ours"), ("logprob", "torch.compile", "ours")])
 def test_table_of_speed_is_that_of_the_measured_rows(benchmark, peer, ours):
     measured = {row["who"]: row for row in json.loads(text_of(RESULTS / f"{benchmark}.json"))["rows"]}
-    table = [line for line in section_of(ROOT / "docs/results.md", "Speed").splitlines() if line[:1] == "|"]
-    row = table.index(next(line for line in table if line.startswith(f"| `{benchmark}`"))) + (peer == "TRL bf16")
-    _, _, our_cell, peer_cell, ratio_cell, _ = table[row].split("|")
+    table = table_of(section_of(RESULTS_PAGE, "Speed"))
+    row = next(i for i, line in enumerate(table) if line.startswith(f"| `{benchmark}`"))
+    # The row of bf16 follows that of fp32.
+    _, _, our_cell, peer_cell, ratio_cell, _ = table[row + (peer == "TRL bf16")].split("|")
 
     def seconds(who):
         digits = 3 if measured[who]["seconds"] < 0.1 else 2
@@ -175,7 +181,8 @@ def test_every_relative_link_names_a_file_and_a_heading_that_exist(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_file_and_every_target_of_make_in_a_page_exists(page):
     folders = "assets|benchmarks|configs|converters|fast|runtime|tests|tools"
-    for name in re.findall(rf"(?<![\w./-])((?:{folders})/[\w/]+\.(?:py|yaml|json|txt|sh|svg))", text_of(page)):
+    names = rf"(?<![\w./-])((?:{folders})/[\w/]+\.(?:py|yaml|json|txt|sh|svg))"
+    for name in re.findall(names, text_of(page)):
         assert (ROOT / name).exists(), f"{page.name} names {name}"
     targets = re.search(r"^\.PHONY: (help .+)$", text_of(ROOT / "Makefile"), re.M)[1].split()
     assert set(re.findall(r"(?:`|^|\$ )make ([a-z-]+)", text_of(page), re.M)) <= set(targets)

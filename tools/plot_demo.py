@@ -1,4 +1,4 @@
-"""Draws the README's figure of the demo, assets/demo.svg, from the measured numbers in tools/results/demo.json.
+"""Draws the README's figure, assets/demo.svg, from the numbers of the demo in tools/results/demo.json.
 
 In:  the JSON file that `python tools/demo.py table RUN…` writes. Out: the text of an SVG, written by hand, so
 that no plotting package is needed. For each split: the base, the control and GRPO as bars (means over seeds),
@@ -76,7 +76,8 @@ def group(x, label, row):
     for i, name in enumerate(BARS):
         seeds = row[name] if isinstance(row[name], list) else [row[name]]
         left, y = x + i * (BAR + GAP), height_of(mean(seeds))
-        lines.append(f'<rect class="{name}" x="{left}" y="{y}" width="{BAR}" height="{round(BOTTOM - y, 1)}"/>')
+        lines.append(f'<rect class="{name}" x="{left}" y="{y}" width="{BAR}" '
+                     f'height="{round(BOTTOM - y, 1)}"/>')
         lines.append(text(left + BAR / 2, BOTTOM - 8, f"{mean(seeds):.1f}", "value"))
         if len(seeds) > 1:
             first = left + BAR / 2 - SEED * (len(seeds) - 1) / 2
