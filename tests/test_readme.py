@@ -1,21 +1,44 @@
-"""The step that README follows is computed anew: its numbers are those of the code."""
+"""What README and docs/ say is true: the followed step, the tables of results, the files, names and links."""
 
+import ast
+import json
 import re
+import statistics
 from pathlib import Path
 
 import pytest
 import torch
 
-from data import Chat, synthetic
+from data import Chat
 from grpo import group_advantages, grpo_loss, pack
 from reward import score
+from tools import plot_demo
+from tools.synthetic import synthetic
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+RESULTS, RESULTS_PAGE = ROOT / "tools" / "results", ROOT / "docs" / "results.md"
+T_95 = 4.303  # Student's t at 95 % for three seeds
+
+
+def text_of(page):
+    return page.read_text(encoding="utf-8")
+
+
+def section_of(page, title):
+    """The text under a heading of the second level, up to the next one."""
+    return text_of(page).split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def table_of(section):
+    """The lines of the tables in a section."""
+    return [line for line in section.splitlines() if line.startswith("|")]
 
 
 @pytest.fixture(scope="module")
 def section():
-    return README.read_text(encoding="utf-8").split("## One step, followed")[1].split("\n## ")[0]
+    return section_of(README, "One step, followed")
 
 
 @pytest.fixture(scope="module")
@@ -52,12 +75,143 @@ def test_advantages_pack_and_loss_are_those_of_the_code(section, step):
     tree = pack([prompt], [ids])
     assert f"one run of {len(tree.tokens_T)} tokens" in section
     first, second = tree.predictor_L.split([len(reply) for reply in ids])
-    told = re.search(r"^predictor_L +(.+)$", section, re.M)[1]
+    predictors = re.search(r"^predictor_L +(.+)$", section, re.M)[1]
     for part in (first, second):
-        assert f"{', '.join(str(i) for i in part[:3].tolist())}, …, {part[-1]}" in told
+        assert f"{', '.join(str(i) for i in part[:3].tolist())}, …, {part[-1]}" in predictors
 
     logp_L = torch.zeros(len(tree.targets_L))
     adv_L = adv_PG[0][tree.reply_L]
     loss, _ = grpo_loss(logp_L, logp_L, None, adv_L, clip_low=0.2, clip_high=0.2, kl_coef=0,
                         denominator=len(logp_L))
     assert f"/ {len(logp_L)} = {loss.item():+.4f}" in section
+
+
+def interval(seeds):
+    return f"{statistics.mean(seeds):.1f} ± {T_95 * statistics.stdev(seeds) / 3 ** 0.5:.1f}"
+
+
+@pytest.fixture(scope="module")
+def demo():
+    """{split or split/kind: what the demo measured}, in percent."""
+    return json.loads(text_of(RESULTS / "demo.json"))["rows"]
+
+
+def test_tables_of_the_demo_are_those_of_the_measured_numbers(demo):
+    rows = {}
+    for name, row in demo.items():
+        label = name.replace("_", " ") if "/" in name else f"**{name}**"
+        cells = (label, f"{row['base']:.1f}", interval(row["control"]), interval(row["grpo"]),
+                 f"{row['pass@8']['base']:.1f}", f"{row['pass@8']['GRPO']:.1f}")
+        rows[name] = f"| {' | '.join(cells)} |"
+    assert table_of(section_of(RESULTS_PAGE, "The demo"))[2:] == list(rows.values())
+    shortened = [row for name, row in rows.items() if "/" not in name]
+    assert table_of(section_of(README, "make demo"))[2:] == shortened
+
+
+def test_console_output_of_the_demo_ends_with_the_measured_numbers_of_seed_0(demo):
+    output = section_of(RESULTS_PAGE, "The console output of the demo")
+    shown = re.findall(r"^([a-z]+(?:/\w+)?) +\d+ +(\d+\.\d) \[.*?\] +(\d+\.\d) \[", output, re.M)
+    assert shown == [(name, f"{row['base']:.1f}", f"{row['grpo'][0]:.1f}") for name, row in demo.items()]
+    lines = re.search(r"```\n(.*?)```", section_of(README, "make demo"), re.S)[1].splitlines()
+    assert set(lines) <= set(output.splitlines())
+
+
+@pytest.mark.parametrize(("benchmark", "peer", "ours"), [
+    ("decode", "transformers", "ours"), ("step", "TRL fp32", "ours"), ("step", "TRL bf16", "ours bf16"),
+    ("prefix", "plain packed", "ours"), ("sampling", "multinomial", "ours"), ("sampling", "sort", "ours"),
+    ("logprob", "Liger", "ours"), ("logprob", "torch.compile", "ours")])
+def test_table_of_speed_is_that_of_the_measured_rows(benchmark, peer, ours):
+    measured = {row["who"]: row for row in json.loads(text_of(RESULTS / f"{benchmark}.json"))["rows"]}
+    table = table_of(section_of(RESULTS_PAGE, "Speed"))
+    row = next(i for i, line in enumerate(table) if line.startswith(f"| `{benchmark}`"))
+    # The row of bf16 follows that of fp32.
+    _, _, our_cell, peer_cell, ratio_cell, _ = table[row + (peer == "TRL bf16")].split("|")
+
+    def seconds(who):
+        digits = 3 if measured[who]["seconds"] < 0.1 else 2
+        return f"{measured[who]['seconds']:.{digits}f} s"
+
+    ratio = measured["TRL's best, and our best" if peer == "TRL bf16" else peer]
+    digits = 1 if ratio["x"] > 10 else 2
+    assert our_cell.strip() == seconds(ours) and seconds(peer) in peer_cell
+    assert f"{ratio['x']:.{digits}f}" in ratio_cell
+    if "to" in ratio_cell:
+        assert f"({ratio['x_low']:.2f} to {ratio['x_high']:.2f})" in ratio_cell
+
+
+def test_step_is_as_many_times_as_fast_as_the_readme_says():
+    rows = {row["who"]: row for row in json.loads(text_of(RESULTS / "step.json"))["rows"]}
+    times = re.search(r"([\d.]+) times as fast as\s+TRL", text_of(README))[1]
+    assert times == f"{rows['TRL fp32']['x']:.2f}"
+
+
+def test_committed_figure_is_what_the_script_draws_from_the_committed_numbers(demo):
+    assert text_of(plot_demo.FIGURE) == plot_demo.draw(demo)
+
+
+def test_figure_shows_every_seed_and_the_means_of_the_table(demo):
+    figure = plot_demo.draw(demo)
+    for split in plot_demo.SPLITS:
+        for name in plot_demo.BARS:
+            seeds = demo[split][name]
+            seeds = seeds if isinstance(seeds, list) else [seeds]
+            assert f">{statistics.mean(seeds):.1f}</text>" in figure
+            for seed in seeds if len(seeds) > 1 else []:
+                assert f'cy="{plot_demo.height_of(seed)}"' in figure
+        assert f">{demo[split]['pass@8']['base']:.1f}</text>" in figure
+    assert plot_demo.height_of(0) == plot_demo.BOTTOM and plot_demo.height_of(100) == plot_demo.TOP
+
+
+def anchors(page):
+    """The anchors that GitHub makes of a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", text_of(page), flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_relative_link_names_a_file_and_a_heading_that_exist(page):
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text_of(page)) if "://" not in link]
+    for link in links:
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), f"{page.name} links to {link}"
+        assert not anchor or anchor in anchors(target), f"{page.name} links to {link}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_file_and_every_target_of_make_in_a_page_exists(page):
+    folders = "assets|benchmarks|configs|converters|fast|runtime|tests|tools"
+    names = rf"(?<![\w./-])((?:{folders})/[\w/]+\.(?:py|yaml|json|txt|sh|svg))"
+    for name in re.findall(names, text_of(page)):
+        assert (ROOT / name).exists(), f"{page.name} names {name}"
+    targets = re.search(r"^\.PHONY: (help .+)$", text_of(ROOT / "Makefile"), re.M)[1].split()
+    assert set(re.findall(r"(?:`|^|\$ )make ([a-z-]+)", text_of(page), re.M)) <= set(targets)
+
+
+def definitions(name):
+    """The names that a Python file defines at its top."""
+    nodes = ast.parse(text_of(ROOT / name)).body
+    return {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+
+
+def test_files_define_what_the_readme_names():
+    rows = re.findall(r"^\| `(\w+\.py)` \| \d+ \| (.+) \|$", section_of(README, "The files"), re.M)
+    assert len(rows) == 7
+    for name, words in rows:
+        assert set(re.findall(r"`(\w+)`", words)) <= definitions(name), name
+    for name, definition in re.findall(r"`(\w+)\.(\w+)` \|$", section_of(README, "The equations"), re.M):
+        assert definition in definitions(f"{name}.py")
+    for definition, name in re.findall(r"`(\w+)` in `(\w+\.py)`", section_of(README, "To change X, edit Y")):
+        assert definition in definitions(name)
+
+
+@pytest.mark.parametrize("room", ["fast", "runtime", "converters", "benchmarks", "tools"])
+def test_readme_names_every_module_of_a_room(room):
+    words = re.search(rf"^\| `{room}/` \| (.+) \|$", section_of(README, "The files"), re.M)[1]
+    files = [path for path in (ROOT / room).iterdir() if path.suffix in (".py", ".sh")]
+    modules = {path.name if path.suffix == ".sh" else path.stem for path in files} - {"__init__"}
+    assert set(re.findall(r"`([\w.]+)`", words)) == modules
+
+
+def test_readme_has_at_most_16_kB():
+    assert len(README.read_bytes()) <= 16_000
