@@ -78,7 +78,7 @@ def write_weights(folder, tensors, texts, max_shard_bytes):
         weight_map = {name: file for file, shard in weights.items() for name in shard}
         texts = {INDEX: {"metadata": {"total_size": total}, "weight_map": weight_map}, **texts}
     with contextlib.ExitStack() as stack:
-        # The stack renames in reverse order: weights first, and the config, which marks a complete folder, last.
+        # The stack renames in reverse order: weights first and, to mark a complete folder, the config last.
         temporary = {file: stack.enter_context(atomically(folder / file))
                      for file in reversed([*weights, *texts])}
         for file, shard in weights.items():

@@ -18,10 +18,12 @@ import torch.distributed as dist
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import model as model_module  # noqa: E402
 import train  # noqa: E402
 from configs.schema import load_config  # noqa: E402
-from model import Qwen2, load_hf, own_rows, save_hf, unsharded  # noqa: E402
+from model import Qwen2, load_hf, save_hf  # noqa: E402
+from runtime import ranks as ranks_module  # noqa: E402
+from runtime import tensors  # noqa: E402
+from runtime.sharding import own_rows, unsharded  # noqa: E402
 from sample import generate  # noqa: E402
 
 PROMPTS = [[3, 1, 4], [3, 1, 4], [1, 5, 9, 2, 6], [5], [9, 2], [6, 5, 3, 5, 8], [9, 7], [9, 3, 2, 3, 8, 4, 6]]
@@ -63,7 +65,7 @@ def change_by(update, model):
 def check_files(folder, aside):
     """A sharded load reads this rank's rows and no others, a save holds one whole tensor at a time."""
     read, alive = [], []
-    open_tensors, share = model_module.open_tensors, 0
+    open_tensors, share = tensors.open_tensors, 0
 
     class Slice:
         def __init__(self, slice):
@@ -76,9 +78,9 @@ def check_files(folder, aside):
     def note_reads(file):
         return {name: Slice(part) for name, part in open_tensors(file).items()}
 
-    model_module.open_tensors = note_reads
+    tensors.open_tensors = note_reads
     model = train.load_model(folder, "cpu", bf16=False)
-    model_module.open_tensors = open_tensors
+    tensors.open_tensors = open_tensors
     plain = load_hf(folder).state_dict()
     for name, parameter in model.named_parameters():
         own, rows = own_rows(parameter)
@@ -118,12 +120,12 @@ def check_rollouts(folder):
     model = train.load_model(folder, "cpu", bf16=False)
     sample = functools.partial(generate, n=3, temperature=TEMPERATURE, stop_ids=STOPS, vocab_size=VOCAB)
     with unsharded(model) as policy:
-        if train.environment("RANK", 0) == 0:
+        if ranks_module.rank_variable("RANK", 0) == 0:
             sample(policy, PROMPTS, max_new_tokens=50, seeds_P=range(len(PROMPTS)))
-        own_P = train.own(range(len(PROMPTS)))
+        own_P = ranks_module.my_share(range(len(PROMPTS)))
         rollouts = sample(policy, [PROMPTS[p] for p in own_P], max_new_tokens=40, seeds_P=list(own_P))
     own_N = [3 * p + i for p in own_P for i in range(3)]
-    return [rollout.ids for rollout in train.gather(own_N, rollouts)]
+    return [rollout.ids for rollout in ranks_module.gather_in_order(own_N, rollouts)]
 
 
 def check_updates(folder, rollouts_N):
@@ -174,7 +176,7 @@ def work(folder, ranks):
     found = {}
     for name in ("tied", "untied"):
         rollouts_N = torch.load(folder / name / "rollouts.pt", weights_only=False)
-        found[name] = {"share": train.of_ranks(check_files(folder / name, folder / f"{name}{ranks}")),
+        found[name] = {"share": ranks_module.all_gather(check_files(folder / name, folder / f"{name}{ranks}")),
                        "ids": check_rollouts(folder / name),
                        "updates": check_updates(folder / name, rollouts_N)}
     return found
@@ -183,11 +185,11 @@ def work(folder, ranks):
 def work_and_save(folder):
     torch.set_num_threads(1)
     faulthandler.dump_traceback_later(220, exit=True)  # a rank that hangs says where
-    ranks = train.environment("WORLD_SIZE", 1)
+    ranks = ranks_module.rank_variable("WORLD_SIZE", 1)
     found = work(folder, ranks)
-    if train.environment("RANK", 0) == 0:
+    if ranks_module.rank_variable("RANK", 0) == 0:
         torch.save(found, folder / f"found{ranks}.pt")
-    train.leave_ranks(0)
+    ranks_module.leave_ranks(0)
 
 
 if __name__ == "__main__":

@@ -16,11 +16,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import eval
+import reward
 import train
-from data import synthetic, write_jsonl
+from data import write_jsonl
 from model import ModelConfig, Qwen2, save_hf
 from reward import Verdict
+from tools.synthetic import synthetic
 
 STEPS = 8
 LOOPBACK = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
@@ -206,7 +207,7 @@ def refusal(words, capsys):
 
 def make_setting(monkeypatch):
     """For a fixture: a reward for random replies, and no waits for the disk, since here no machine dies."""
-    monkeypatch.setattr(eval, "score", pay_odd_lengths)
+    monkeypatch.setattr(reward, "score", pay_odd_lengths)
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 

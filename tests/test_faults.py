@@ -43,10 +43,13 @@ from short_run import (
     wait_until_it_says,
 )
 
-import eval
 import model
+import reward
 import train
-from data import read_jsonl
+from data import Example, read_jsonl
+from runtime.files import seal
+
+EXAMPLE = Example("1", "test", [{"name": "f"}], [{"role": "user", "content": "q"}], [])
 
 limit = pytest.fixture(autouse=True)(limit_time)
 
@@ -137,11 +140,10 @@ def saving(files, tmp_path):
         train.apply_update(optimizer, 1.0, 0.0)
         run.step += 1
 
-    with train.Run(tmp_path / "run", "auto") as run:
-        run.keep = 1
-        run.write = functools.partial(train.write_checkpoint, model=policy, optimizer=optimizer,
-                                      base=files / "base")
-        run.open(dataclasses.asdict(config), settings, {}, "none")
+    with train.RunFolder(tmp_path / "run", "auto") as run:
+        run.open(dataclasses.asdict(config), {"config": settings, "fingerprint": {}}, "none", keep=1,
+                 write_state=functools.partial(train.write_state, model=policy, optimizer=optimizer,
+                                               save_model=model.save_hf, base=files / "base"))
         take_step()
         run.save_checkpoint()
         take_step()
@@ -150,7 +152,8 @@ def saving(files, tmp_path):
 
 def newest_that_loads(saving):
     """The step of the newest checkpoint; its files are as they were sealed and load."""
-    found, _ = saving.run.newest_checkpoint(saving.settings, {})
+    found, _ = saving.run.newest_checkpoint(
+        train.read_yaml, saving.settings, train.flat(train.Config()), {})
     model.load_hf(found)
     return int(found.name[5:11])
 
@@ -308,14 +311,14 @@ def test_a_log_that_cannot_be_written_is_named(files, tmp_path, monkeypatch, cap
         return opened(file, mode, *arguments, **settings)
 
     if name == "metrics.jsonl":
-        inside = train.Run.log
+        inside = train.RunFolder.log
 
         def log(self, step, metrics):
             (self.folder / "metrics.jsonl").unlink()
             (self.folder / "metrics.jsonl").mkdir()
             inside(self, step, metrics)
 
-        monkeypatch.setattr(train.Run, "log", log)
+        monkeypatch.setattr(train.RunFolder, "log", log)
     else:
         monkeypatch.setattr(io, "open", refuse)
     error, status = refusal(arguments(files, tmp_path / "run"), capsys)
@@ -416,8 +419,8 @@ def test_three_supervised_steps_without_a_gradient_end_with_status_3_and_their_e
 
 @pytest.mark.parametrize("reward", [math.nan, math.inf, "1", None])
 def test_a_reward_that_is_no_finite_number_counts_as_one_that_raised(monkeypatch, reward):
-    monkeypatch.setattr(eval, "score", lambda *_: pay_odd_lengths("x", [], "")._replace(reward=reward))
-    verdict = eval.judge("x", [], "binary")
+    monkeypatch.setattr(reward, "score", lambda *_: pay_odd_lengths("x", [], "")._replace(reward=reward))
+    verdict = reward.judge(EXAMPLE, "x", "binary")
     assert verdict.reward == 0 and verdict.error.startswith("the reward raised ") and not verdict.format_ok
 
 
@@ -433,7 +436,7 @@ def test_a_reward_that_raises_costs_its_reply_the_reward_and_is_counted_and_save
             return None
         return pay_odd_lengths(reply, answer, scheme)
 
-    monkeypatch.setattr(eval, "score", raising)
+    monkeypatch.setattr(reward, "score", raising)
     out = tmp_path / "run"
     train.main(arguments(files, out, "--train.steps=3", "--log.rollouts_every=100"))
     said = capsys.readouterr().out
@@ -456,9 +459,9 @@ def test_an_interrupt_inside_the_reward_is_not_taken_for_its_error(monkeypatch):
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(eval, "score", interrupt)
+    monkeypatch.setattr(reward, "score", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        eval.judge("", [], "binary")
+        reward.judge(EXAMPLE, "", "binary")
 
 
 # ---- files that mean harm
@@ -466,7 +469,7 @@ def test_an_interrupt_inside_the_reward_is_not_taken_for_its_error(monkeypatch):
 
 def reseal(folder):
     (folder / "manifest.json").unlink()
-    eval.seal(folder)
+    seal(folder)
 
 
 class Harm:

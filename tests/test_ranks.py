@@ -15,9 +15,12 @@ from safetensors.torch import load_file
 from short_run import LOOPBACK, free_port, in_child, in_ranks
 
 import train
-from data import synthetic, write_jsonl
-from model import ModelConfig, Qwen2, load_hf, save_hf, unsharded
+from data import write_jsonl
+from model import ModelConfig, Qwen2, load_hf, save_hf
+from runtime.ranks import join_ranks
+from runtime.sharding import unsharded
 from sample import Rollout, generate
+from tools.synthetic import synthetic
 
 SECONDS = 240  # a launch takes 10 to 15; one that takes longer hangs
 
@@ -182,12 +185,12 @@ def test_more_ranks_than_prompts_an_update_are_refused_before_they_meet(folder, 
 @pytest.mark.gpu
 def test_one_gpu_computes_in_bf16_and_keeps_fp32_shards():
     """One path, also for one GPU. A reference equal to the policy is at no distance, wherever it is kept."""
-    train.join_ranks("cuda", 5)
+    join_ranks("cuda", 5)
     base, adv_PG = ROOT / "assets/tiny", torch.tensor([[1.0, -1.0]])
     rollouts_N = [Rollout([3, 1, 4, 1, 5], ids, [-1.0] * len(ids)) for ids in ([9, 2, 6], [5, 3])]
     policy = train.load_model(base, "cuda", bf16=True)
     for on_cpu in (False, True):
-        reference = train.load_model(base, "cuda", bf16=True, trained=False, on_cpu=on_cpu)
+        reference = train.load_model(base, "cuda", bf16=True, trained=False, reference_on_cpu=on_cpu)
         assert {parameter.dtype for parameter in reference.parameters()} == {torch.bfloat16}
         optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0)
         metrics = train.grpo_updates(policy, reference, optimizer, rollouts_N, adv_PG, updates=1, kl_coef=0.1,

@@ -8,11 +8,11 @@ import json
 import os
 import shutil
 import signal
-import sys
 import time
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from short_run import (
     STEPS,
     arguments,
@@ -34,11 +34,11 @@ from short_run import (
 )
 
 import train
-from data import synthetic, write_jsonl
-
-sys.path.insert(0, "tools")
-
-from soak import differences, rows  # noqa: E402
+from data import write_jsonl
+from runtime import checkpoints, signals, tensors
+from runtime.files import check_seal
+from tools.soak import differences, rows
+from tools.synthetic import synthetic
 
 limit = pytest.fixture(autouse=True)(limit_time)
 
@@ -78,6 +78,11 @@ def killed(files, out, *more, by=(), log):
 
 def newest(out):
     return sorted(path.name for path in (out / "checkpoints").glob("step_??????"))[-1]
+
+
+def find(run, settings):
+    """The checkpoint that a run folder resumes from, and the state in it."""
+    return run.newest_checkpoint(train.read_yaml, settings, train.flat(train.Config()), {})
 
 
 def back_to(run, step, out):
@@ -123,10 +128,10 @@ def test_killed_in_rollout_update_evaluation_and_save_a_run_ends_as_if_left_in_p
         ((inside_generate, "generate", 4, die), "step_000002"),
         ((at_call, train, "apply_update", 3, die, True), "step_000002"),  # the second of its step is missing
         ((inside_generate, "evaluate", 1, die), "step_000002"),
-        ((at_call, train, "seal", 1, die, True), "step_000002"),  # all is written, but not renamed
-        ((at_call, train, "seal", 2, die), "step_000004"),
+        ((at_call, checkpoints, "seal", 1, die, True), "step_000002"),  # all is written, but not renamed
+        ((at_call, checkpoints, "seal", 2, die), "step_000004"),
         ((at_call, os, "replace", 1, die, True), "step_000004"),  # in setup
-        ((at_call, train.Run, "log_step", 3, die, True), "step_000006"),
+        ((at_call, train.RunFolder, "log_step", 3, die, True), "step_000006"),
     ]
     if stage == "sft":
         lives[:2] = [((at_call, train, "sft_loss", 4, die), None), ((at_call, train, "sft_loss", 8, die),
@@ -245,7 +250,7 @@ def test_sigterm_in_a_supervised_update_saves_too(files, undisturbed, tmp_path):
 def test_updates_that_take_too_long_after_a_signal_are_left_for_the_newest_checkpoint(
         files, undisturbed, tmp_path):
     def action():
-        train.TO_FINISH_S = 0
+        signals.TO_FINISH_S = 0
         at_call(train, "apply_update", 7, ask_to_stop)
         train.main(arguments(files, tmp_path / "run"))
 
@@ -321,13 +326,13 @@ PAIR_LIVES = {
         # Five passes a step; in this one the embedding is whole, and what is saved must be right even so.
         (0, (at_call, train, "logprobs_of_pack", 7, ask_to_stop), STOPPED, None, "step_000003"),
         (0, (at_call, train, "apply_update", 1, die, True), KILLED, "update of step 4", "step_000003"),
-        (1, (at_call, train, "write_tensors", 1, die), KILLED, "save after step 4", "step_000003"),
+        (1, (at_call, tensors, "write_tensors", 1, die), KILLED, "save after step 4", "step_000003"),
         (1, (inside_generate, "evaluate", 1, die), KILLED, "evaluation after step 6", "step_000004"),
         (1, (inside_generate, "generate", 2, ask_to_stop), STOPPED, None, "step_000005"),
     ],
     "sft": [
         (1, (at_call, train, "sft_loss", 7, die), KILLED, "update of step 4", "step_000002"),
-        (0, (at_call, train, "seal", 1, die, True), KILLED, "save after step 4", "step_000002"),
+        (0, (at_call, checkpoints, "seal", 1, die, True), KILLED, "save after step 4", "step_000002"),
     ],
 }
 
@@ -495,8 +500,8 @@ def test_a_spoiled_checkpoint_is_named_passed_over_and_left_where_it_is(
         files, undisturbed, tmp_path, capsys, how):
     out = shutil.copytree(undisturbed("grpo"), tmp_path / "run")
     spoiled = damage(out / "checkpoints/step_000008", how)
-    with train.Run(out, "auto") as run:
-        found, _ = run.newest_checkpoint(train.flat(train.load_config(arguments(files, out))), {})
+    with train.RunFolder(out, "auto") as run:
+        found, _ = find(run, train.flat(train.load_config(arguments(files, out))))
     said = capsys.readouterr().out
     assert found == out / "checkpoints" / ("step_000008" if spoiled.name == "step_000009" else "step_000006")
     assert f"passed over {spoiled}: " in said and f"going on from {found}\n" in said
@@ -533,12 +538,12 @@ def test_one_flipped_bit_anywhere_in_a_checkpoint_is_seen(files, undisturbed, tm
             flipped = bytearray(content)
             flipped[place] ^= 4
             file.write_bytes(flipped)
-            with train.Run(out, "auto") as run:
-                found, _ = run.newest_checkpoint(config, {})
+            with train.RunFolder(out, "auto") as run:
+                found, _ = find(run, config)
                 assert found == out / "checkpoints/step_000004", (file.name, place)
         file.write_bytes(content)
-    with train.Run(out, "auto") as run:
-        assert run.newest_checkpoint(config, {})[0] == out / "checkpoints/step_000006"
+    with train.RunFolder(out, "auto") as run:
+        assert find(run, config)[0] == out / "checkpoints/step_000006"
 
 
 def test_a_checkpoint_of_another_run_is_passed_over(files, undisturbed, tmp_path, capsys):
@@ -561,7 +566,7 @@ def test_a_run_with_a_spoiled_newest_checkpoint_ends_as_if_left_in_peace(files, 
     # Of the two that are kept none is the spoiled one.
     assert newest(out) == "step_000008"
     for name in ("step_000008", "step_000006"):
-        train.check_seal(out / "checkpoints" / name)
+        check_seal(out / "checkpoints" / name)
 
 
 def test_only_so_many_checkpoints_are_kept_and_never_by_counting_spoiled_ones(files, undisturbed, tmp_path):
@@ -578,3 +583,29 @@ def test_transformers_loads_a_checkpoint_with_equal_logits(undisturbed):
     ids = torch.arange(100, 140)
     hidden_TD = ours(ids, torch.arange(40), train.shared_prefix_attention([(40, [])]))
     assert torch.allclose(theirs(ids[None]).logits[0], hidden_TD @ ours.head_weight().T, atol=1e-5)
+
+
+# ---- run folders of earlier versions
+
+
+def test_a_run_folder_of_an_earlier_version_resumes_to_the_end_that_it_had_there(tmp_path, monkeypatch, capsys):
+    """tests/old_run was written by the version before runtime/ existed: two of its four steps, and what its last
+    two had logged and learnt. Machines differ in the last bit."""
+    old = shutil.copytree("tests/old_run", tmp_path / "old")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(f"assets/tiny/{name}", old / "base")
+    expected = rows(old / "run")
+    replies = {file.name: file.read_bytes() for file in (old / "run/rollouts").iterdir()}
+    monkeypatch.chdir(old)
+    train.main(["run/config.yaml"])
+    assert "going on from run/checkpoints/step_000002\n" in capsys.readouterr().out
+    for ours, theirs in zip(rows(old / "run"), expected, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+    for name, text in replies.items():
+        lines = [[json.loads(line) for line in content.splitlines()]
+                 for content in (text, (old / "run/rollouts" / name).read_bytes())]
+        assert [line["reply"] for line in lines[0]] == [line["reply"] for line in lines[1]]
+        assert [line["advantage"] for line in lines[0]] == [line["advantage"] for line in lines[1]]
+    ours, theirs = (load_file(folder / "model.safetensors")
+                    for folder in (old / "run/checkpoints/step_000004", old / "finished"))
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-4) for name in theirs)

@@ -11,13 +11,15 @@ import torch
 import yaml
 from short_run import pay_odd_lengths
 
-import eval
 import model
+import reward
 import train
 from configs.schema import Config
-from data import read_jsonl, synthetic, write_jsonl
+from data import read_jsonl, write_jsonl
 from model import Qwen2, load_hf
-from sample import read_tools
+from runtime import metrics
+from tools.ask import read_tools
+from tools.synthetic import synthetic
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +63,8 @@ def test_run_folder_holds_what_the_readme_says(whole_run):
     assert len(rollouts) == 8 and {"query", "reply", "reward", "advantage"} <= json.loads(rollouts[0]).keys()
 
 
-def test_every_logged_metric_is_explained_in_the_readme(whole_run):
-    table = open("README.md", encoding="utf-8").read().split("## What is logged")[1].split("\n## ")[0]
+def test_every_logged_metric_is_explained_in_the_docs(whole_run):
+    table = open("docs/metrics.md", encoding="utf-8").read()
     lines = [line for line in table.splitlines() if line.startswith("| `")]
     told = set()
     for line in lines:
@@ -72,7 +74,7 @@ def test_every_logged_metric_is_explained_in_the_readme(whole_run):
         if names[0].startswith("sampling/"):
             told.add("sampling/logp_diff_max")
     logged = {key for line in metrics_of(whole_run) for key in line if not key.startswith("eval/")} - {"step"}
-    assert logged <= told, f"not in the README: {sorted(logged - told)}"
+    assert logged <= told, f"not in docs/metrics.md: {sorted(logged - told)}"
 
 
 def test_example_and_tools_that_the_readme_shows_are_read(tmp_path):
@@ -219,7 +221,7 @@ def test_replies_of_a_skipped_update_are_saved_and_three_steps_of_them_stop_the_
 
 
 def test_random_weights_ask_for_a_config_and_a_tokenizer_only(files, tmp_path, monkeypatch):
-    monkeypatch.setattr(eval, "score", pay_odd_lengths)
+    monkeypatch.setattr(reward, "score", pay_odd_lengths)
     shutil.copytree("assets/tiny", tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors"))
     words = arguments(files, tmp_path / "run", f"--model.path={tmp_path / 'base'}", "--model.init=random",
                       "--train.steps=2", "--train.updates_per_step=1", "--grpo.kl_coef=0.1",
@@ -274,11 +276,11 @@ def test_trackers_get_every_metric_and_their_absence_is_one_line(tmp_path, monke
     sent = []
     run = types.SimpleNamespace(log=lambda metrics, step: sent.append((step, metrics)))
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **settings: run))
-    train.open_tracker("wandb", tmp_path, {})(3, {"loss": 1.0})
+    metrics.open_tracker("wandb", tmp_path, {})(3, {"loss": 1.0})
     assert sent == [(3, {"loss": 1.0})]
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match="not installed; pip install wandb"):
-        train.open_tracker("wandb", tmp_path, {})
+        metrics.open_tracker("wandb", tmp_path, {})
 
 
 @pytest.mark.parametrize("schedule, warmup, expected", [
