@@ -588,9 +588,10 @@ def test_transformers_loads_a_checkpoint_with_equal_logits(undisturbed):
 # ---- run folders of earlier versions
 
 
-def test_a_run_folder_of_an_earlier_version_resumes_to_the_end_that_it_had_there(tmp_path, monkeypatch, capsys):
-    """tests/old_run was written by the version before runtime/ existed: two of its four steps, and what its last
-    two had logged and learnt. Machines differ in the last bit."""
+def test_a_run_folder_of_an_earlier_version_resumes_to_the_end_that_it_had_there(
+        tmp_path, monkeypatch, capsys):
+    """tests/old_run was written by the version before runtime/ existed: two of its four steps, and what its
+    last two had logged and learnt. Machines differ in the last bit."""
     old = shutil.copytree("tests/old_run", tmp_path / "old")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(f"assets/tiny/{name}", old / "base")
