@@ -18,26 +18,19 @@ Parameter names are those of the Hugging Face checkpoints without their leading 
 Axes: T packed tokens, D width, H query heads, K key/value heads, E head size, V vocabulary rows.
 """
 
-import contextlib
 import functools
-import inspect
 import itertools
-import json
-import os
-import tempfile
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
-from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-INDEX = "model.safetensors.index.json"
-DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+from runtime.files import read_json
+from runtime.kernel import choose_kernel
+from runtime.sharding import own_rows
+from runtime.tensors import open_weights, resolve, write_weights
 
 
 @dataclass(frozen=True)
@@ -221,7 +214,7 @@ def packed_attention(cu_seqlens):
     return shared_prefix_attention([(end - start, []) for start, end in itertools.pairwise(bounds)])
 
 
-def shared_prefix_attention(groups):
+def shared_prefix_attention(groups, kernel="auto"):
     """attend: each group is a tree, its prompt once and then its replies (Prefix Grouper, arXiv 2506.05433).
 
     groups: for each group (prompt length, [reply lengths]), in the order of the pack. A prompt is causal
@@ -231,12 +224,16 @@ def shared_prefix_attention(groups):
     """
     lengths = [length for prompt, replies in groups for length in (prompt, *replies)]
     total = sum(lengths)
-    attend_flash = flash_attention(groups)
+
+    @functools.cache
+    def attend_flash():
+        from fast.flash_prefix import shared_prefix_attention
+        return shared_prefix_attention(groups)
 
     def attend(layer, q_THE, k_TKE, v_TKE):
         assert len(q_THE) == total, f"{len(q_THE)} tokens in a pack of {total}"
-        if q_THE.is_cuda and q_THE.dtype in (torch.bfloat16, torch.float16) and total:
-            return attend_flash(layer, q_THE, k_TKE, v_TKE)
+        if total and takes_flash(kernel, q_THE):
+            return attend_flash()(layer, q_THE, k_TKE, v_TKE)
         parts = zip(q_THE.split(lengths), k_TKE.split(lengths), v_TKE.split(lengths), strict=True)
         out = []
         for P, replies in groups:
@@ -252,142 +249,25 @@ def shared_prefix_attention(groups):
     return attend
 
 
-def flash_attention(groups):
-    """attend: `shared_prefix_attention` as two calls of FlashAttention over sequences of many lengths.
-
-    The first takes the prompts, each over itself; the second takes each reply over [its prompt; itself], so a
-    prompt's keys are gathered once for every reply. Two calls and not one, because a call launches as many
-    blocks for each sequence as its longest one needs.
-    """
-    @functools.cache  # once for all layers
-    def calls(device):
-        """[(queries, keys)] of the calls, and the place in their outputs of each of the T tokens."""
-        prompts, replies, keys, end = [], [], [], 0
-        for P, lengths in groups:
-            prompts.append(torch.arange(end, end + P))
-            end += P
-            for R in lengths:
-                replies.append(torch.arange(end, end + R))
-                keys.append(torch.cat((prompts[-1], replies[-1])))
-                end += R
-        pairs = [(prompts, prompts), (replies, keys)] if replies else [(prompts, prompts)]
-        place_T = torch.cat(prompts + replies).argsort().to(device)
-        return [(Runs.of(queries, device), Runs.of(keys, device)) for queries, keys in pairs], place_T
-
-    def attend(layer, q_THE, k_TKE, v_TKE):
-        pairs, place_T = calls(q_THE.device)
-        return torch.cat([varlen_causal(q_THE, k_TKE, v_TKE, *pair) for pair in pairs])[place_T]
-
-    return attend
-
-
-class Runs(NamedTuple):
-    """Sequences of tokens of a pack: the index of each token, int32 boundaries, tokens of the longest."""
-
-    index: torch.Tensor
-    bounds: torch.Tensor
-    longest: int
-
-    @classmethod
-    def of(cls, parts, device):
-        lengths = [len(part) for part in parts]
-        bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
-        return cls(torch.cat(parts).to(device), bounds, max(lengths))
-
-
-def varlen_causal(q_THE, k_TKE, v_TKE, queries, keys):
-    """FlashAttention of each run of queries over its run of keys, where the last query sees the last key."""
-    from torch.nn.attention.varlen import varlen_attn  # takes a second to import
-    # Plain indexing: its gradient adds up the copies of a prompt in a fixed order.
-    q, k, v = q_THE[queries.index], k_TKE[keys.index], v_TKE[keys.index]
-    grouped = {"enable_gqa": True}
-    if "enable_gqa" not in inspect.signature(varlen_attn).parameters:  # torch 2.11
-        share, grouped = q.shape[1] // k.shape[1], {}
-        k, v = k.repeat_interleave(share, 1), v.repeat_interleave(share, 1)
-    # The window, any key before and none after, is counted from the last query and the last key.
-    return varlen_attn(q, k, v, queries.bounds, keys.bounds, queries.longest, keys.longest,
-                       window_size=(-1, 0), **grouped)
-
-
-@contextlib.contextmanager
-def unsharded(model):
-    """A plain model on the whole weights, for a phase in which no rank waits for another."""
-    if not dist.is_initialized():
-        yield model
-        return
-    groups = (*model.layers, model)
-    try:
-        for module in groups:
-            module.unshard()
-        with torch.device("meta"):
-            plain = Qwen2(model.config)
-        weights = {name: weight.detach() for name, weight in model.named_parameters()}
-        plain.load_state_dict(weights, assign=True)
-        yield plain
-    finally:
-        for module in groups:
-            module.reshard()
+def takes_flash(kernel, q_THE):
+    """Whether FlashAttention computes the attention of these queries; it has no kernels but of 16 bits."""
+    is_16_bit = q_THE.dtype in (torch.bfloat16, torch.float16)
+    if kernel == "auto" and q_THE.is_cuda and not is_16_bit:
+        return False
+    if choose_kernel(kernel, q_THE.device.type, "attention") != "gpu":
+        return False
+    if not is_16_bit:
+        raise ValueError(f"kernel {kernel!r}: FlashAttention takes bf16 and fp16, not {q_THE.dtype}; use "
+                         "'auto' or 'reference'")
+    return True
 
 
 # Hugging Face folders.
 
 
-def resolve(path, patterns=("*.json", "*.safetensors", "*.txt", "*.jinja")):
-    """The local folder of a model: `path` itself where it is one, else such files of the hub's snapshot."""
-    if os.path.isdir(path):
-        return Path(path)
-    from huggingface_hub import snapshot_download
-    try:
-        return Path(snapshot_download(str(path), allow_patterns=list(patterns)))
-    except (ValueError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{path}: no local folder, and the hub gave no such model ({reason})") from None
-
-
-def read_json(file):
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file}: not a readable JSON file ({error}); is the folder complete?") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{file}: expected a JSON object, found {type(value).__name__}")
-    return value
-
-
 def hf_name(name):
     """The name of a parameter in a Hugging Face checkpoint."""
     return name if name.startswith("lm_head.") else "model." + name
-
-
-def open_weights(folder):
-    """{name: slice} of a checkpoint: of its model.safetensors, or of every shard that its index names."""
-    files = ["model.safetensors"]
-    if (folder / INDEX).exists():
-        weight_map = read_json(folder / INDEX).get("weight_map")
-        files = weight_map.values() if isinstance(weight_map, dict) else [None]
-        for file in files:
-            if not isinstance(file, str) or file != os.path.basename(file) or file in ("", ".", ".."):
-                raise ValueError(f"{folder / INDEX}: weight_map names {file!r}, not a file of this folder; "
-                                 "refused")
-    return {name: part for file in sorted(set(files)) for name, part in open_tensors(folder / file).items()}
-
-
-def open_tensors(file):
-    """{name: slice} of a safetensors file: `slice[rows]` reads only these."""
-    try:
-        opened = safe_open(file, framework="pt")
-        return {name: opened.get_slice(name) for name in opened.keys()}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file}: no readable tensors ({error}); is it all there?") from None
-
-
-def own_rows(tensor):
-    """(this rank's rows of a tensor, as which they count in the whole one); all where it is not sharded."""
-    if not hasattr(tensor, "to_local"):
-        return tensor, ...
-    size = -(-len(tensor) // tensor.device_mesh.size())
-    first = min(len(tensor), size * tensor.device_mesh.get_local_rank())
-    return tensor.to_local(), slice(first, min(len(tensor), first + size))
 
 
 @torch.no_grad()
@@ -437,55 +317,6 @@ def save_hf(model, path, max_shard_bytes=5_000_000_000):
     every rank must call this: parameters are gathered one at a time, and the first rank writes.
     """
     tensors = {hf_name(name): tensor for name, tensor in model.state_dict().items()}
-    folder = Path(path)
-    if dist.is_initialized() and dist.get_rank() > 0:
-        write_tensors(folder, tensors)
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    shards, size = [{}], 0
-    for name, tensor in tensors.items():
-        if shards[-1] and size + tensor.nbytes > max_shard_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor
-        size += tensor.nbytes
-    weights, texts = {"model.safetensors": shards[0]}, {}
-    if len(shards) > 1:
-        weights = {f"model-{i:05d}-of-{len(shards):05d}.safetensors": x for i, x in enumerate(shards, 1)}
-        total = sum(tensor.nbytes for tensor in tensors.values())
-        weight_map = {name: file for file, shard in weights.items() for name in shard}
-        texts[INDEX] = {"metadata": {"total_size": total}, "weight_map": weight_map}
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    texts["config.json"] = {**model.config.to_hf(), "torch_dtype": dtype}
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished_") as aside:
-        for file, shard in weights.items():
-            write_tensors(Path(aside, file), shard)
-        for file, value in texts.items():
-            Path(aside, file).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-        for old in folder.glob("model*.safetensors*"):
-            if old.name not in weights | texts:
-                old.unlink()
-        for file in weights | texts:
-            os.replace(Path(aside, file), folder / file)
-
-
-def write_tensors(file, tensors):
-    """Write {name: tensor} as safetensors, a tensor at a time; a sharded one is gathered for it by all ranks,
-    which all must call this: the first one writes.
-
-    The format: the length of a JSON header in 8 bytes, the header, the numbers of each tensor in its order.
-    """
-    header, end = {"__metadata__": {"format": "pt"}}, 0
-    for name, tensor in tensors.items():
-        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape),
-                        "data_offsets": [end, end + tensor.nbytes]}
-        end += tensor.nbytes
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # the numbers start at a multiple of 8
-    is_first = not dist.is_initialized() or dist.get_rank() == 0
-    with open(file if is_first else os.devnull, "wb") as out:
-        out.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors.values():
-            gather = getattr(tensor, "full_tensor", tensor.detach)
-            # No name keeps a whole tensor while the next one is gathered.
-            out.write(gather().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    config = {**model.config.to_hf(), "torch_dtype": dtype}
+    write_weights(path, tensors, {"config.json": config}, max_shard_bytes)
