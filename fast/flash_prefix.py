@@ -1,4 +1,11 @@
-"""Equals model.shared_prefix_attention: FlashAttention, over a prompt's keys gathered once for each reply."""
+"""Equals model.shared_prefix_attention: two calls of FlashAttention over sequences of different lengths.
+
+The first call takes the prompts, each over itself. The second takes each reply over [its prompt; itself], for
+which a prompt's keys are copied once for every reply. A single call would launch as many blocks for each
+sequence as its longest one needs.
+
+Axes: T packed tokens, H query heads, K key/value heads, E head size.
+"""
 
 import functools
 import inspect
@@ -9,36 +16,35 @@ import torch
 
 
 def shared_prefix_attention(groups):
-    """attend: as two calls of FlashAttention over sequences of many lengths.
+    """attend(layer, q_THE, k_TKE, v_TKE) -> o_THE for bf16 or fp16 on a GPU, at least one token.
 
-    The first takes the prompts, each over itself; the second takes each reply over [its prompt; itself], so a
-    prompt's keys are gathered once for every reply. Two calls and not one, because a call launches as many
-    blocks for each sequence as its longest one needs.
+    groups: for each group (prompt length, [reply lengths]) in tokens, in the order of the pack.
     """
     @functools.cache  # once for all layers
     def calls(device):
-        """[(queries, keys)] of the calls, and the place in their outputs of each of the T tokens."""
+        """([(queries, keys)] of the calls, index of each of the T tokens in their concatenated outputs)."""
         prompts, replies, keys, end = [], [], [], 0
-        for P, lengths in groups:
-            prompts.append(torch.arange(end, end + P))
-            end += P
-            for R in lengths:
-                replies.append(torch.arange(end, end + R))
+        for prompt_length, reply_lengths in groups:
+            prompts.append(torch.arange(end, end + prompt_length))
+            end += prompt_length
+            for length in reply_lengths:
+                replies.append(torch.arange(end, end + length))
                 keys.append(torch.cat((prompts[-1], replies[-1])))
-                end += R
+                end += length
         pairs = [(prompts, prompts), (replies, keys)] if replies else [(prompts, prompts)]
-        place_T = torch.cat(prompts + replies).argsort().to(device)
-        return [(Runs.of(queries, device), Runs.of(keys, device)) for queries, keys in pairs], place_T
+        index_T = torch.cat(prompts + replies).argsort().to(device)
+        return [(Runs.of(queries, device), Runs.of(keys, device)) for queries, keys in pairs], index_T
 
     def attend(layer, q_THE, k_TKE, v_TKE):
-        pairs, place_T = calls(q_THE.device)
-        return torch.cat([varlen_causal(q_THE, k_TKE, v_TKE, *pair) for pair in pairs])[place_T]
+        pairs, index_T = calls(q_THE.device)
+        return torch.cat([varlen_causal(q_THE, k_TKE, v_TKE, *pair) for pair in pairs])[index_T]
 
     return attend
 
 
 class Runs(NamedTuple):
-    """Sequences of tokens of a pack: the index of each token, int32 boundaries, tokens of the longest."""
+    """Sequences cut out of a pack: the index of each of their tokens in it, their int32 boundaries, and the
+    length of the longest in tokens."""
 
     index: torch.Tensor
     bounds: torch.Tensor
@@ -58,8 +64,8 @@ def varlen_causal(q_THE, k_TKE, v_TKE, queries, keys):
     q, k, v = q_THE[queries.index], k_TKE[keys.index], v_TKE[keys.index]
     grouped = {"enable_gqa": True}
     if "enable_gqa" not in inspect.signature(varlen_attn).parameters:  # torch 2.11
-        share, grouped = q.shape[1] // k.shape[1], {}
-        k, v = k.repeat_interleave(share, 1), v.repeat_interleave(share, 1)
-    # The window, any key before and none after, is counted from the last query and the last key.
+        repeats, grouped = q.shape[1] // k.shape[1], {}
+        k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+    # The window (any key before, none after) is counted from the last query and the last key.
     return varlen_attn(q, k, v, queries.bounds, keys.bounds, queries.longest, keys.longest,
                        window_size=(-1, 0), **grouped)
