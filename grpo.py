@@ -9,13 +9,13 @@ over parts.
     k3   = exp(d) - d - 1,  d = log π_ref - log π                    KL(π ‖ π_ref), never negative
     loss = Σ_tokens( -min(ρ A, clip(ρ, 1-ε_low, 1+ε_high) A) + β k3 ) / denominator       eq. 3, negated
 
-Where this differs from the paper's code: the denominator is the number of reply tokens of the whole
-optimizer update (its mini-batch, all ranks, groups without spread included), known before the first
-backward. The paper's code takes the mean within each micro-batch, which makes the gradient depend on how
-sequences happen to be packed. And a group's prompt is computed once: a pack is a run of trees, each a
-prompt followed by its replies (arXiv 2506.05433).
+Two differences from the paper's code. The denominator is the number of reply tokens of the whole optimizer
+update (its mini-batch, all ranks, groups with equal rewards included), known before the first backward. The
+paper's code takes the mean within each micro-batch, so that its gradient depends on the packing. And a
+group's prompt is computed once: a pack is a sequence of trees, each a prompt followed by its replies
+(arXiv 2506.05433).
 
-Axes: P prompts, G rollouts a prompt, T packed tokens, L reply tokens that carry loss (the stop token
+Axes: P prompts, G rollouts a prompt, N = P·G, T packed tokens, L reply tokens that carry loss (the stop token
 included), D width, V vocabulary rows, C one chunk of L.
 """
 
@@ -29,36 +29,37 @@ from torch.utils.checkpoint import checkpoint
 from runtime.kernel import choose_kernel
 
 CHUNK_LOGITS = 2**25  # logits that exist at once in the reference, 128 MiB in fp32
-MAX_LOG_RATIO = 20.0  # exp(20) = 4.9e8: a ratio past it is an accident, and exp overflows fp32 at 88
+MAX_LOG_RATIO = 20.0  # exp(20) = 4.9e8: no sound update has such a ratio, and exp overflows fp32 at 88
 
 
 def group_advantages(rewards_PG, normalize="std"):
     """Advantage of each rollout within its group (eq. 4): float [P, G] in, float [P, G] out.
 
     normalize "std" divides by the unbiased standard deviation plus 1e-6 (the paper); "none" only subtracts
-    the mean (arXiv 2503.20783). A group without spread, or with a reward that is not finite, teaches
-    nothing: exactly zero. ValueError for groups of one, whose advantage would always be zero.
+    the mean (arXiv 2503.20783). A group whose rewards are equal or not all finite gets exactly zero.
+    ValueError for G < 2, where every advantage would be zero.
     """
     if rewards_PG.dim() != 2 or rewards_PG.shape[1] < 2:
         raise ValueError(f"rewards of shape {list(rewards_PG.shape)}: expected [P, G] with G >= 2 rollouts")
     if normalize not in ("std", "none"):
         raise ValueError(f"normalize is {normalize!r}; choose 'std' or 'none'")
     rewards_PG = rewards_PG if rewards_PG.is_floating_point() else rewards_PG.float()
+    # eq. 4
     adv_PG = rewards_PG - rewards_PG.mean(1, keepdim=True)
     if normalize == "std":
         adv_PG = adv_PG / (rewards_PG.std(1, keepdim=True) + 1e-6)
-    # Rounding leaves a mean a little off equal rewards, and dividing by 1e-6 would make a signal of it.
+    # The mean of equal rewards can differ from them by rounding, which division by 1e-6 would amplify.
     spread_P = (rewards_PG != rewards_PG[:, :1]).any(1) & rewards_PG.isfinite().all(1)
     return torch.where(spread_P[:, None], adv_PG, 0.0)
 
 
 @dataclass
 class Pack:
-    """One micro-batch: a run of trees. All tensors are int64.
+    """The trees of one micro-batch. All tensors are int64.
 
-    tokens_T, positions_T: what the model's forward takes; groups: what `shared_prefix_attention` takes;
-    predictor_L: index into T of the hidden state that predicts reply token l; targets_L: the id it should
-    predict; reply_L: which reply token l belongs to, counted over all replies in their order.
+    tokens_T, positions_T: arguments of the model's forward; groups: argument of `shared_prefix_attention`;
+    predictor_L: index into T of the hidden state that predicts reply token l; targets_L: the id of token l;
+    reply_L: the reply that token l belongs to, counted over all replies in their order.
     """
 
     tokens_T: torch.Tensor
@@ -74,11 +75,11 @@ class Pack:
 
 
 def pack(prompts_P, replies_P_G, first_reply=0):
-    """Pack groups as trees: each prompt once, then its replies, whose positions go on from the prompt's end.
+    """Pack groups as trees: each prompt once, then its replies, whose positions start at the prompt's length.
 
-    prompts_P: lists of ids; replies_P_G: for each prompt, any number of lists of ids. The first token of
-    *every* reply is predicted by the prompt's last position, so `predictor_L` is not a shift by one.
-    `reply_L` counts from `first_reply`.
+    prompts_P: lists of ids; replies_P_G: for each prompt, any number of lists of ids; none may be empty. The
+    first token of *every* reply is predicted by the prompt's last position, so `predictor_L` is not a shift
+    by one. `reply_L` counts from `first_reply`.
     """
     tokens, positions, groups, predictor, targets, reply_of = [], [], [], [], [], []
     reply_index = first_reply
@@ -103,10 +104,10 @@ def pack(prompts_P, replies_P_G, first_reply=0):
 
 
 def pack_micro_batches(prompts_P, replies_P_G, max_tokens):
-    """Cut groups into packs of at most `max_tokens` tokens, in order; `reply_L` counts over all of them.
+    """Split groups into packs of at most `max_tokens` tokens, in order; `reply_L` counts over all packs.
 
-    A group that is longer than that is cut into parts that each repeat the prompt. ValueError where one
-    prompt with one reply is already too long.
+    prompts_P, replies_P_G: as in `pack`. A group longer than `max_tokens` is split into parts, each with the
+    prompt again. ValueError where a prompt with one of its replies is already too long.
     """
     packs, prompts, replies, size, first, index = [], [], [], 0, 0, 0
     for prompt, group in zip(prompts_P, replies_P_G, strict=True):
@@ -117,7 +118,7 @@ def pack_micro_batches(prompts_P, replies_P_G, max_tokens):
                 raise ValueError(f"a prompt of {len(prompt)} and a reply of {len(reply)} tokens exceed the "
                                  f"{max_tokens} tokens of a micro-batch; raise train.micro_batch_tokens")
             needed = len(reply) + (len(prompt) if starts_group else 0)
-            # A group that fits a pack of its own is not cut only because the current pack is nearly full.
+            # A group that fits into one pack starts a new one rather than being split.
             wanted = whole if starts_group and whole <= max_tokens else needed
             if prompts and size + wanted > max_tokens:
                 packs.append(pack(prompts, replies, first))
@@ -137,7 +138,7 @@ def pack_micro_batches(prompts_P, replies_P_G, max_tokens):
 
 @dataclass
 class MicroBatch:
-    """One pack with what its loss needs, a number for each of its L reply tokens."""
+    """One pack and the inputs of its loss, one float for each of its L reply tokens."""
 
     pack: Pack
     adv_L: torch.Tensor
@@ -147,27 +148,32 @@ class MicroBatch:
 
 
 def make_micro_batches(rollouts_N, adv_PG, live_P, micro_batch_tokens, device):
-    """The micro-batches of the groups `live_P`, in order."""
-    n = adv_PG.shape[1]
-    groups_P = [rollouts_N[p * n:(p + 1) * n] for p in live_P]
+    """The micro-batches of the groups `live_P` (indices into P), in order, on `device`.
+
+    rollouts_N: prompt-major, each with prompt_ids, ids and logp (of the sampler); micro_batch_tokens: the
+    most tokens of a pack. ValueError as in `pack_micro_batches`.
+    """
+    G = adv_PG.shape[1]
+    groups_P = [rollouts_N[p * G:(p + 1) * G] for p in live_P]
     packs = pack_micro_batches([group[0].prompt_ids for group in groups_P],
                                [[rollout.ids for rollout in group] for group in groups_P], micro_batch_tokens)
     adv_N = adv_PG[live_P].flatten()
     sampled = [logp for group in groups_P for rollout in group for logp in rollout.logp]
-    sizes = [len(pack.targets_L) for pack in packs]
-    return [MicroBatch(pack.to(device), adv_N[pack.reply_L].to(device), logp_L.to(device))
-            for pack, logp_L in zip(packs, torch.tensor(sampled).split(sizes), strict=True)]
+    sizes = [len(part.targets_L) for part in packs]
+    return [MicroBatch(part.to(device), adv_N[part.reply_L].to(device), logp_L.to(device))
+            for part, logp_L in zip(packs, torch.tensor(sampled).split(sizes), strict=True)]
 
 
 def token_logprobs(hidden_LD, weight_VD, targets_L, temperature, vocab_size=None, kernel="auto"):
-    """Log-probability of each target under softmax(hidden · weightᵀ / temperature), and that softmax's
-    entropy.
+    """(logp_L, entropy_L): log-probability of each target under softmax(hidden · weightᵀ / temperature), and
+    the entropy of that softmax, both in nats.
 
     hidden_LD, weight_VD: floats of one dtype, or of any under autocast; targets_L: int64 below `vocab_size`;
-    temperature > 0; vocab_size: ids that have a token: the rows beyond (Qwen pads its vocabulary) take no
-    part. Returns logp_L <= 0, in nats, with gradients for hidden and weight, and entropy_L, in nats, without;
-    both at least fp32. kernel: "reference"; "triton", the fused version; or "auto", which takes the fused one
-    on a GPU and says so once.
+    temperature > 0; vocab_size: number of ids that have a token: the rows beyond, with which Qwen pads its
+    vocabulary, are left out. Both results are at least fp32; logp_L <= 0 has gradients for hidden and weight,
+    entropy_L >= 0 has none.
+    kernel: "reference", the definition; "fast", its twin in fast/; "auto", the twin on a GPU, else the
+    definition, printed once. ValueError where "fast" cannot run.
     """
     chosen = choose_kernel(kernel, hidden_LD.device.type, "token log-probs")
     assert temperature > 0, "the tempered distribution of greedy decoding is not defined"
@@ -178,9 +184,9 @@ def token_logprobs(hidden_LD, weight_VD, targets_L, temperature, vocab_size=None
 
 
 def token_logprobs_reference(hidden_LD, weight_VD, targets_L, temperature, vocab_size=None):
-    """The definition of `token_logprobs`, in plain PyTorch and in chunks of tokens.
+    """The definition of `token_logprobs`, in plain PyTorch: same arguments, shapes and results.
 
-    The [L, V] logits never exist at once, in backward neither: each chunk is recomputed there.
+    It works in chunks of tokens, which backward computes again: the [L, V] logits never exist at once.
     """
     weight_VD = weight_VD[:vocab_size]
 
@@ -203,27 +209,27 @@ def token_logprobs_reference(hidden_LD, weight_VD, targets_L, temperature, vocab
 def grpo_loss(logp_L, old_logp_L, ref_logp_L, adv_L, *, clip_low, clip_high, kl_coef, denominator):
     """The clipped policy-gradient loss with a KL penalty (eq. 3) of one part of an optimizer update.
 
-    logp_L: log-probs of the policy, with gradient; old_logp_L: of the policy that sampled; ref_logp_L: of
-    the reference model, or None without one (then kl_coef must be 0); adv_L: each token's advantage, that
-    of its reply; denominator: reply tokens of the whole update. Returns (loss, stats): losses of parts add
-    up to the loss of the whole, and `merge_stats` adds up stats. In stats, all detached: `loss` is the
-    number that was differentiated, `tokens` and `*_sum` are sums over tokens, `*_max` and `*_min` extremes.
+    logp_L: log-probs of the policy in nats, with gradient; old_logp_L: of the policy that sampled;
+    ref_logp_L: of the reference model, or None without one (then kl_coef must be 0); adv_L: each token's
+    advantage, that of its reply; denominator: reply tokens of the whole update. Returns (loss, stats): losses
+    of parts sum to the loss of the update, stats merge by runtime.metrics.merge_stats. Stats are detached:
+    `loss` is the loss as a number, `tokens` and `*_sum` are sums over tokens, `*_max` and `*_min` extremes.
     """
     assert denominator > 0, "an optimizer update without reply tokens"
     assert ref_logp_L is not None or kl_coef == 0, "a KL penalty needs a reference model"
-    # Broadcasting would turn a number for each reply into nonsense without a word.
+    # Broadcasting would silently accept one number for all tokens.
     assert logp_L.shape == old_logp_L.shape == adv_L.shape, "one number for each reply token"
     assert ref_logp_L is None or ref_logp_L.shape == logp_L.shape, "one number for each reply token"
     old_logp_L = old_logp_L.detach()
     log_ratio_L = logp_L - old_logp_L
     ratio_L = log_ratio_L.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-    # eq. 3: the lower of the plain and the clipped objective
     plain_L, clipped_L = ratio_L * adv_L, ratio_L.clamp(1 - clip_low, 1 + clip_high) * adv_L
+    # eq. 3: the lower of the plain and the clipped objective
     loss_L = -torch.minimum(plain_L, clipped_L)
     kl_L = torch.zeros_like(logp_L)
     if ref_logp_L is not None:
         d_L = (ref_logp_L.detach() - logp_L).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-        # k3; expm1 keeps the digits that exp(d) - 1 loses near zero
+        # eq. 3: k3; expm1 keeps the digits that exp(d) - 1 loses near zero
         kl_L = torch.expm1(d_L) - d_L
     if kl_coef:
         loss_L = loss_L + kl_coef * kl_L
@@ -236,7 +242,7 @@ def grpo_loss(logp_L, old_logp_L, ref_logp_L, adv_L, *, clip_low, clip_high, kl_
             "tokens": torch.tensor(float(len(logp_L))),
             "kl_sum": kl_L.sum(),
             "ratio_sum": ratio_L.sum(),
-            # Without tokens: bounds of the ratio, which leave the extremes of the other parts as they are.
+            # Without tokens, the bounds of the ratio: they do not change the extremes of other parts.
             "ratio_max": extreme(ratio_L, torch.max, 0.0),
             "ratio_min": extreme(ratio_L, torch.min, math.exp(MAX_LOG_RATIO)),
             "clip_low_sum": (clipped_off_L & (adv_L < 0)).float().sum(),
@@ -247,10 +253,11 @@ def grpo_loss(logp_L, old_logp_L, ref_logp_L, adv_L, *, clip_low, clip_high, kl_
 
 
 def extreme(x_L, function, empty):
+    """function(x_L), torch.max or torch.min, or the number `empty` where there are no tokens."""
     return function(x_L) if len(x_L) else x_L.new_tensor(empty)
 
 
 def sft_loss(logp_L, denominator):
-    """Supervised fine-tuning: the negative log-likelihood of the target reply's tokens over `denominator`."""
+    """Supervised fine-tuning: -Σ logp_L, in nats, over `denominator`, the reply tokens of the update."""
     assert denominator > 0, "an optimizer update without reply tokens"
     return -logp_L.sum() / denominator

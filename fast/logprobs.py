@@ -1,30 +1,36 @@
-"""Equals grpo.token_logprobs_reference: one matrix product and one Triton kernel for each chunk of tokens."""
+"""Equals grpo.token_logprobs_reference: for each chunk of tokens one matrix product and one Triton kernel.
+
+Forward multiplies a chunk of hidden states with the weight (cuBLAS) and reads the logits once. Backward makes
+the logits again, and a second kernel writes their gradient over them.
+
+Axes: L reply tokens, D width, V vocabulary rows, C one chunk of L.
+"""
 
 import torch
 import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-CHUNK_TOKENS = 4096  # rows of logits that exist at once in the fused version: enough to fill a large GPU
+CHUNK_TOKENS = 4096  # rows of logits that exist at once: enough to fill a large GPU
 BLOCK = 4096  # logits of a row that a kernel holds at once
 
 
 def token_logprobs(hidden_LD, weight_VD, targets_L, temperature, vocab_size=None):
-    """`token_logprobs`, fused: cuBLAS makes the logits of one chunk of tokens, and a kernel reads them once.
+    """(logp_L, entropy_L) as the definition returns them, on a GPU or in Triton's interpreter.
 
-    Backward makes them again, and a second kernel writes their gradient over them. ValueError where Triton
-    cannot run.
+    hidden_LD, weight_VD: floats; targets_L: int64 below `vocab_size`; temperature > 0; vocab_size: number of
+    ids that have a token.
     """
     return FusedLogprobs.apply(hidden_LD, weight_VD, targets_L.contiguous(), temperature,
                                vocab_size or len(weight_VD))
 
 
 class FusedLogprobs(torch.autograd.Function):
-    """The chunks of `token_logprobs_triton`, forward and backward."""
+    """`token_logprobs` with its gradient for hidden_LD and weight_VD."""
 
     @staticmethod
     def forward(ctx, hidden_LD, weight_VD, targets_L, temperature, vocab_size):
-        # The dtype of the products: that of the operands, or what autocast makes of them.
+        # The dtype of the products: that of the operands, or the one autocast casts them to.
         dtype = (hidden_LD[:0] @ weight_VD[:0].T).dtype
         options = {"dtype": torch.promote_types(dtype, torch.float32), "device": hidden_LD.device}
         logp_L, entropy_L, peak_L, log_total_L = (torch.empty(len(targets_L), **options) for _ in range(4))
@@ -57,10 +63,11 @@ class FusedLogprobs(torch.autograd.Function):
 
 
 def logit_chunks(hidden_LD, weight_VD):
-    """(slice of L, hidden_CD, logits_CV) of each chunk, all logits in one buffer, in the weight's dtype.
+    """Yield (slice of L, hidden_CD, logits_CV) of each chunk, in the weight's dtype. All chunks share one
+    buffer for their logits.
 
-    Phantom rows are multiplied too: cut off, they would leave rows of logits at addresses that tensor cores
-    cannot take at full speed.
+    Rows of ids without a token are multiplied too: without them the rows of logits would start at addresses
+    at which tensor cores are slower.
     """
     buffer_CV = weight_VD.new_empty(min(CHUNK_TOKENS, len(hidden_LD)), len(weight_VD))
     for start in range(0, len(hidden_LD), CHUNK_TOKENS):
@@ -70,7 +77,7 @@ def logit_chunks(hidden_LD, weight_VD):
 
 
 def add_product(sum_VD, a_VC, b_CD):
-    """sum_VD += a_VC · b_CD in the precision of the sum: many chunks would drown in the rounding of bf16."""
+    """sum_VD += a_VC · b_CD in the precision of the sum, because bf16 would lose the terms of many chunks."""
     if sum_VD.is_cuda and sum_VD.dtype != b_CD.dtype:
         torch.addmm(sum_VD, a_VC, b_CD, out_dtype=sum_VD.dtype, out=sum_VD)
     else:
@@ -81,12 +88,12 @@ def add_product(sum_VD, a_VC, b_CD):
 def logprob_of_row(logits_ptr, targets_ptr, logp_ptr, entropy_ptr, peak_ptr, log_total_ptr, row_stride,
                    V: tl.constexpr, vocab_size: tl.constexpr, SHARPNESS: tl.constexpr,
                    BLOCK: tl.constexpr):
-    """One row of logits, read once: log-prob of its target, entropy, and what its softmax is made from
-    (online softmax, arXiv 1805.02867).
+    """Read one row of logits once: log-prob of its target, entropy, and the two numbers that backward makes
+    its softmax from (online softmax, arXiv 1805.02867).
 
     With SHARPNESS = 1 / temperature and d = (logit - peak) SHARPNESS, the peak being the largest logit:
         log_total = log Σ e^d        log p = d - log_total        entropy = log_total - Σ d e^d / Σ e^d
-    Peak and log_total go out apart: their sum, the log-sum-exp, would round away digits of log_total.
+    Peak and log_total are stored as two numbers: their sum, the log-sum-exp, would lose digits of log_total.
     """
     row = tl.program_id(0)
     row_ptr = logits_ptr + row.to(tl.int64) * row_stride
@@ -96,12 +103,12 @@ def logprob_of_row(logits_ptr, targets_ptr, logp_ptr, entropy_ptr, peak_ptr, log
     sum_e = tl.zeros([BLOCK], dtype)
     sum_de = tl.zeros([BLOCK], dtype)
     for start in range(0, vocab_size, BLOCK):
-        # V is a multiple of 16 where vocab_size is odd: a bound on V lets 8 logits come in one load.
+        # V is a multiple of 16 where vocab_size is odd: with V as the bound, one load reads 8 logits.
         logits = tl.load(row_ptr + start + columns, mask=start + columns < V, other=0.0).to(dtype)
         # Not -inf, at which d e^d would be NaN instead of 0.
         logits = tl.where(start + columns < vocab_size, logits, -1e30)
         new_peak = tl.maximum(peak, tl.max(logits, 0))
-        # What was summed up below the old peak, as seen from the new one.
+        # The sums were taken relative to the old peak.
         drop = (peak - new_peak) * SHARPNESS
         shrink = tl.exp(drop)
         d = (logits - new_peak) * SHARPNESS
@@ -123,7 +130,8 @@ def logprob_of_row(logits_ptr, targets_ptr, logp_ptr, entropy_ptr, peak_ptr, log
 def gradient_of_logits(logits_ptr, targets_ptr, peak_ptr, log_total_ptr, dlogp_ptr, row_stride,
                        V: tl.constexpr, vocab_size: tl.constexpr, SHARPNESS: tl.constexpr,
                        BLOCK: tl.constexpr):
-    """A block of a row of logits becomes its gradient dlogp (onehot - p) SHARPNESS, 0 for phantoms."""
+    """Overwrite a block of a row of logits with its gradient dlogp (onehot - p) SHARPNESS, which is 0 for ids
+    without a token."""
     row = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     logits_ptrs = logits_ptr + row.to(tl.int64) * row_stride + columns

@@ -4,9 +4,10 @@ import torch
 
 
 def merge_stats(parts):
-    """Stats of a whole from those of its parts: `*_max` by maximum, `*_min` by minimum, the others by sum.
+    """Merge the stats of parts, {name: scalar tensor} each: `*_max` by maximum, `*_min` by minimum, others by
+    sum.
 
-    A NaN in one part is a NaN in the whole (Python's own max and min would drop or keep it by its place).
+    A NaN in any part gives NaN (Python's own max and min would keep or drop it depending on the order).
     """
     merge_by = {"max": torch.amax, "min": torch.amin}
     columns = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
@@ -14,9 +15,9 @@ def merge_stats(parts):
 
 
 def metrics_of_stats(total, first):
-    """Means and extremes over the trained tokens, as the README explains them.
+    """{metric: number}: means and extremes over the trained tokens, as the README explains them.
 
-    total, first: merged stats, as numbers, of a step and of its first mini-batch, None where it had none.
+    total, first: merged stats, as numbers, of a step and of its first mini-batch (None if that was empty).
     """
     mean = {name: total[name + "_sum"] / total["tokens"]
             for name in ("ratio", "clip_low", "clip_high", "kl", "entropy", "diff")}

@@ -90,8 +90,8 @@ def write_weights(folder, tensors, texts, max_shard_bytes):
             with writing(folder / file):
                 temporary[file].write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
                 fsync(temporary[file])
-    # After the renames, so that a crash leaves a folder that loads; the old index first, because `open_weights`
-    # prefers it to the new model.safetensors.
+    # After the renames, so that a crash leaves a folder that loads; the old index first, because it takes
+    # precedence over the new model.safetensors.
     for old in sorted(folder.glob("model*.safetensors*"), reverse=True):
         if old.name not in weights | texts:
             with writing(old):
