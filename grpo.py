@@ -111,7 +111,7 @@ def pack_micro_batches(prompts_P, replies_P_G, max_tokens):
     """
     packs, prompts, replies, size, first, index = [], [], [], 0, 0, 0
     for prompt, group in zip(prompts_P, replies_P_G, strict=True):
-        whole = len(prompt) + sum(map(len, group))
+        group_tokens = len(prompt) + sum(map(len, group))
         starts_group = True
         for reply in group:
             if len(prompt) + len(reply) > max_tokens:
@@ -119,7 +119,7 @@ def pack_micro_batches(prompts_P, replies_P_G, max_tokens):
                                  f"{max_tokens} tokens of a micro-batch; raise train.micro_batch_tokens")
             needed = len(reply) + (len(prompt) if starts_group else 0)
             # A group that fits into one pack starts a new one rather than being split.
-            wanted = whole if starts_group and whole <= max_tokens else needed
+            wanted = group_tokens if starts_group and group_tokens <= max_tokens else needed
             if prompts and size + wanted > max_tokens:
                 packs.append(pack(prompts, replies, first))
                 prompts, replies, size, first, starts_group = [], [], 0, index, True

@@ -1,6 +1,6 @@
 """fast/flash_prefix.py against model.shared_prefix_attention, its definition, and the choice between the two.
 
-FlashAttention exists on GPUs only: without one, a stand-in computes what torch's varlen_attn computes.
+FlashAttention exists on GPUs only: without one, the function varlen_attn below replaces torch's.
 """
 
 import sys
@@ -123,7 +123,7 @@ def test_an_unknown_kernel_is_refused():
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    """model.py believes that it computes on a GPU; varlen_attn is the stand-in. Counts its calls."""
+    """model.py believes that it computes on a GPU, and varlen_attn is replaced: a list, one entry a call."""
     calls = []
     monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn",
                         lambda *args, enable_gqa=False, **settings: calls.append(1) or varlen_attn(

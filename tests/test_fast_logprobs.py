@@ -1,4 +1,4 @@
-"""The fused token log-probs against their definition: in Triton's interpreter, or compiled where a GPU is.
+"""fast/logprobs.py against grpo.token_logprobs_reference: in Triton's interpreter, or compiled on a GPU.
 
 Everywhere uninitialised memory is NaN, chunks hold 5 tokens and blocks 16 logits, so that the odd sizes below
 have many of each with ragged ends.
@@ -87,7 +87,7 @@ def test_the_first_and_the_last_id_are_targets_like_any_other(target):
 
 
 @pytest.mark.parametrize("peak", [0, 15, 16, 32])
-def test_the_largest_logit_may_stand_in_any_block(peak):
+def test_the_largest_logit_may_be_in_any_block(peak):
     hidden_LD, weight_VD, targets_L = random_head(4, 3, 37, 33)
     with torch.no_grad():
         hidden_LD.abs_()
@@ -309,7 +309,7 @@ def test_rows_past_two_to_the_31st_logit_are_found(tmp_path):
 
 @pytest.fixture
 def fresh_choice():
-    """The choice of a kernel is kept for a whole process: forget it before and after a test."""
+    """The choice of a kernel is kept as long as the process: clear it before and after a test."""
     choose_kernel.cache_clear()
     yield
     choose_kernel.cache_clear()

@@ -76,7 +76,7 @@ def assert_logits_equal(ours, theirs):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A tied toy model, saved whole."""
+    """A tied toy model in one file of weights."""
     save_hf(random_model(), tmp_path / "model")
     return tmp_path / "model"
 
@@ -357,7 +357,7 @@ def test_a_later_token_does_not_change_earlier_hidden_states():
 
 def tree(groups_of_tokens):
     """(tokens, positions, groups, sequences, index): the same replies as a tree and as plain sequences, and
-    where in the tree each token of the plain pack stands."""
+    the index in the tree of each token of the plain pack."""
     tokens, positions, groups, sequences, index = [], [], [], [], []
     end = 0
     for prompt, *replies in groups_of_tokens:
