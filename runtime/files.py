@@ -56,7 +56,8 @@ def atomically(path):
             fsync(temporary)
             os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it is gone already, or its folder could not be made
+            temporary.unlink()
 
 
 def write_text(path, text):
@@ -74,7 +75,7 @@ def writing(path):
     try:
         yield
     except OSError as error:
-        raise ValueError(f"{path}: cannot be written ({error.strerror})") from None
+        raise ValueError(f"{path}: cannot be written ({error.strerror or error})") from None
 
 
 def fsync(path):

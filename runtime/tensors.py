@@ -10,10 +10,10 @@ import os
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
-from runtime.files import atomically, read_json
-from runtime.ranks import is_first_rank
+from runtime.files import atomically, fsync, read_json, writing
 
 INDEX = "model.safetensors.index.json"
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -53,17 +53,22 @@ def open_tensors(file):
         raise ValueError(f"{file}: no readable tensors ({error}); is it all there?") from None
 
 
+def is_writer():
+    """Whether this process writes: rank 0 of a process group, and any process without one, whatever its RANK."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
 def write_weights(folder, tensors, texts, max_shard_bytes):
     """Collective: write {name: tensor} as model.safetensors, or as numbered shards with an index where they
     take more than `max_shard_bytes`, and then `texts`, {file name: JSON value}.
 
-    No file takes its final name before all are written. Other weights that the folder held are removed.
+    No file takes its final name before all are on the disk: an error while writing, a ValueError that names
+    the file, leaves the folder as it was. Other weights that the folder held are removed.
     """
     folder = Path(folder)
-    if not is_first_rank():
+    if not is_writer():
         write_tensors(folder, tensors)
         return
-    folder.mkdir(parents=True, exist_ok=True)
     shards, size = [{}], 0
     for name, tensor in tensors.items():
         if shards[-1] and size + tensor.nbytes > max_shard_bytes:
@@ -78,21 +83,29 @@ def write_weights(folder, tensors, texts, max_shard_bytes):
         weight_map = {name: file for file, shard in weights.items() for name in shard}
         texts = {INDEX: {"metadata": {"total_size": total}, "weight_map": weight_map}, **texts}
     with contextlib.ExitStack() as stack:
-        # The stack renames in reverse order: weights first and, to mark a complete folder, the config last.
-        temporary = {file: stack.enter_context(atomically(folder / file))
-                     for file in reversed([*weights, *texts])}
+        # The stack renames in reverse order: weights, then the index that refers to them, the config last.
+        files = reversed([*weights, *texts])
+        temporary = {file: stack.enter_context(atomically(folder / file)) for file in files}
+        # A full disk shows here, before the first rename replaces a part of the old folder.
         for file, shard in weights.items():
-            write_tensors(temporary[file], shard)
+            with writing(folder / file):
+                write_tensors(temporary[file], shard)
+                fsync(temporary[file])
         for file, value in texts.items():
-            temporary[file].write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-        for old in folder.glob("model*.safetensors*"):
-            if old.name not in weights | texts and old not in temporary.values():
+            with writing(folder / file):
+                temporary[file].write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+                fsync(temporary[file])
+    # After the renames, so that a crash leaves a folder that loads; the old index first, because it takes
+    # precedence over the new model.safetensors.
+    for old in sorted(folder.glob("model*.safetensors*"), reverse=True):
+        if old.name not in weights | texts:
+            with writing(old):
                 old.unlink()
 
 
 def write_tensors(file, tensors):
-    """Collective: write {name: tensor} as safetensors. A sharded tensor is gathered when it is its turn, so
-    one full tensor exists at a time; rank 0 writes.
+    """Collective: write {name: tensor} as safetensors. Sharded tensors are gathered one after the other, so
+    that one full tensor exists at a time; rank 0 writes.
 
     The format: 8 bytes with the length of a JSON header, the header, the numbers of each tensor in its order.
     """
@@ -103,7 +116,7 @@ def write_tensors(file, tensors):
         end += tensor.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the numbers start at a multiple of 8
-    with open(file if is_first_rank() else os.devnull, "wb") as out:
+    with open(file if is_writer() else os.devnull, "wb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
             gather = getattr(tensor, "full_tensor", tensor.detach)

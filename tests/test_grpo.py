@@ -1,4 +1,4 @@
-"""grpo.py against definitions written anew here: loops over the tokens of unpacked sequences, in fp64.
+"""grpo.py against independent definitions: loops over the tokens of unpacked sequences, in fp64.
 
 The toy model has two layers; 32 of its 37 vocabulary rows have a token.
 """
@@ -18,7 +18,6 @@ import grpo
 from grpo import (
     group_advantages,
     grpo_loss,
-    merge_stats,
     pack,
     pack_micro_batches,
     sft_loss,
@@ -26,13 +25,14 @@ from grpo import (
     token_logprobs_reference,
 )
 from model import ModelConfig, Qwen2, packed_attention, shared_prefix_attention
+from runtime.metrics import merge_stats
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCAB = 32
 STOP = 31
 TEMPERATURE = 0.7
 CLIP = {"clip_low": 0.2, "clip_high": 0.28}
-# Uneven on purpose; the first two prompts are equal, and the stop id stands inside a prompt.
+# Uneven on purpose; the first two prompts are equal, and a prompt contains the stop id.
 PROMPTS = [[3, 1, STOP, 5, 9], [3, 1, STOP, 5, 9], [7]]
 REPLIES = [
     [[4, 4, STOP], [6, 8, 2, 10, STOP], [STOP]],
