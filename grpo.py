@@ -146,6 +146,12 @@ class MicroBatch:
     old_logp_L: torch.Tensor | None = None
     ref_logp_L: torch.Tensor | None = None
 
+    @classmethod
+    def empty(cls, device):
+        """Without tokens, but with a graph down to every weight: for a rank that has fewer micro-batches."""
+        none_L = torch.zeros(0, device=device)
+        return cls(pack([], []).to(device), none_L, none_L)
+
 
 def make_micro_batches(rollouts_N, adv_PG, live_P, micro_batch_tokens, device):
     """The micro-batches of the groups `live_P` (indices into P), in order, on `device`.
