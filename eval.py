@@ -16,29 +16,26 @@ then renamed; a folder is sealed by a manifest of sizes and hashes, written last
 """
 
 import argparse
-import contextlib
-import fcntl
 import json
 import math
 import os
 import sys
-from collections import Counter
-from hashlib import sha256
 from pathlib import Path
 
 import torch
 
-from benchmarks import acebench, api_bank, bfcl
+from benchmarks import bfcl
 from benchmarks.acebench import check_acebench as check_acebench
 from benchmarks.api_bank import check_api_bank as check_api_bank
 from benchmarks.bfcl import check_bfcl as check_bfcl
+from benchmarks.tables import BENCHES, bench_table, paper_table, read_outputs, score_calls
 from data import Chat, Example, read_jsonl
 from model import load_hf
-from reward import SCHEMES, Verdict, score
+from reward import SCHEMES, judge
+from runtime.files import read_json, write_json, write_text
+from runtime.kernel import KERNELS
+from runtime.sharding import choose_device
 from sample import generate
-
-RAISED = "the reward raised "  # begins the error of a verdict that `judge` had to make up
-BENCHES = {"bfcl": bfcl, "api_bank": api_bank, "acebench": acebench}
 
 
 def wilson(right, n, z=1.96):
@@ -58,18 +55,6 @@ def generate_greedily(model, chat, prompts, max_new_tokens, batch_size, progress
                     progress=progress, **settings)
 
 
-def judge(reply, answer, scheme):
-    """`score` where a reward of your own may raise: the reply then earns 0, and the verdict says why."""
-    try:
-        verdict = score(reply, answer, scheme)
-        if not math.isfinite(verdict.reward):
-            raise ValueError(f"a reward of {verdict.reward}")
-        return verdict._replace(reward=float(verdict.reward))
-    except Exception as error:  # here only: what an edited reward raises is unknown, and a run outlives it
-        what = " ".join(f"{type(error).__name__}: {error}".split())
-        return Verdict(0.0, False, False, False, None, RAISED + what)
-
-
 def evaluate(model, chat, examples, *, max_new_tokens, batch_size=256, scheme="binary", progress=None,
              **settings):
     """Greedy replies to `examples`. Returns (rows, replies).
@@ -83,7 +68,7 @@ def evaluate(model, chat, examples, *, max_new_tokens, batch_size=256, scheme="b
     replies = []
     for example, rollout in zip(examples, rollouts, strict=True):
         text = chat.decode(rollout.ids)
-        verdict = judge(text, example.answer, scheme)
+        verdict = judge(example, text, scheme)
         replies.append({"id": example.id, "category": example.source,
                         "query": example.messages[-1]["content"], "answer": example.answer, "reply": text,
                         "right": verdict.reward == 1, "format_ok": verdict.format_ok,
@@ -140,137 +125,6 @@ def spread(examples, n):
     """At most `n` examples, evenly spaced, so that every part of a file counts; all where n is None."""
     n = len(examples) if n is None else min(n, len(examples))
     return [examples[i * len(examples) // n] for i in range(n)]
-
-
-# The rollouts of a training step.
-
-
-def score_rollouts(rollouts_N, examples_P, chat, scheme):
-    """The verdict of every rollout; rollout i belongs to example i // n."""
-    n = len(rollouts_N) // len(examples_P)
-    return [judge(chat.decode(rollout.ids), examples_P[i // n].answer, scheme)
-            for i, rollout in enumerate(rollouts_N)]
-
-
-def rollout_metrics(rollouts_N, verdicts_N, rewards_PG):
-    """What the replies of one step were like. Shares are of replies, all_zero and all_one of groups."""
-    lengths = [len(rollout.ids) for rollout in rollouts_N]
-    N = len(rollouts_N)
-    return {
-        "reward/mean": rewards_PG.mean().item(),
-        "reward/live": (rewards_PG != rewards_PG[:, :1]).any(1).float().mean().item(),
-        "reward/all_zero": (rewards_PG == 0).all(1).float().mean().item(),
-        "reward/all_one": (rewards_PG == 1).all(1).float().mean().item(),
-        "reward/format_ok": sum(verdict.format_ok for verdict in verdicts_N) / N,
-        "reward/names_ok": sum(verdict.names_ok for verdict in verdicts_N) / N,
-        "reward/no_calls": sum(verdict.calls == [] for verdict in verdicts_N) / N,
-        "reward/raised": sum((verdict.error or "").startswith(RAISED) for verdict in verdicts_N),
-        "reward/commonest": Counter(tuple(rollout.ids) for rollout in rollouts_N).most_common(1)[0][1] / N,
-        "length/mean": sum(lengths) / N, "length/min": min(lengths), "length/max": max(lengths),
-        "length/cut": sum(not rollout.finished for rollout in rollouts_N) / N,
-    }
-
-
-def diagnose(metrics):
-    """What keeps the rollouts of a step from teaching anything, with advice; None where something can."""
-    if metrics.get("reward/commonest", 0) > 0.95:
-        return ("nearly all replies to all prompts were the same: the policy has collapsed; go back to an "
-                "earlier checkpoint, lower train.lr or raise grpo.kl_coef")
-    if metrics.get("reward/live", 1) > 0:
-        return None
-    if metrics["reward/all_one"] == 1:
-        return "every reply was right, so nothing is left to learn; take harder examples"
-    return ("no group had a reply that earned more than another, so there was nothing to reinforce; teach "
-            "the task first (stage: sft), raise rollout.n or rollout.temperature, or look into rollouts/")
-
-
-# Files: whole or not there.
-
-
-def write_json(path, value):
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-
-
-def write_text(path, text):
-    """Write aside, to the disk, and rename, so that nothing half-written stays."""
-    path = Path(path)
-    aside = path.with_name(path.name + ".tmp")
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(text, encoding="utf-8")
-        sync(aside)
-        os.replace(aside, path)
-
-
-@contextlib.contextmanager
-def writing(path):
-    """ValueError, naming the file, where it cannot be written: an OSError of a full disk has no name."""
-    try:
-        yield
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be written ({error.strerror})") from None
-
-
-def sync(path):
-    """Wait until the bytes of a file, or the names in a folder, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def lock(folder):
-    """Keep a second run out of a folder while the returned file is open, or until the process dies."""
-    file = open(folder / "lock", "w", encoding="utf-8")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"{folder}: another process is at work on this run; wait until it ends, or choose "
-                         "another --out") from None
-    except OSError as error:
-        print(f"warning: {folder} cannot be locked ({error.strerror}): start no second run there")
-    return file
-
-
-def seal(folder):
-    """Bring the files of a folder to the disk, and then a manifest of their sizes and hashes."""
-    files = {}
-    for file in sorted(folder.iterdir()):
-        sync(file)
-        files[file.name] = [file.stat().st_size, digest(file)]
-    write_json(folder / "manifest.json", files)
-    sync(folder)
-
-
-def check_seal(folder):
-    """ValueError, saying what is wrong, where a folder is not as it was sealed."""
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        files = [(name, size, hexadecimal) for name, (size, hexadecimal) in manifest.items()]
-    except OSError as error:
-        raise ValueError(f"no manifest.json, which is written last ({error.strerror})") from None
-    except (ValueError, TypeError, AttributeError, RecursionError):
-        files = []
-    if not files:
-        raise ValueError("its manifest.json is damaged, or not one of ours")
-    for name, size, hexadecimal in files:
-        file = folder / name
-        if name != os.path.basename(name) or not file.is_file():
-            raise ValueError(f"no file {name!r} in it, which its manifest names")
-        if file.stat().st_size != size:
-            raise ValueError(f"{name} has {file.stat().st_size} bytes, but {size} were saved")
-        if digest(file) != hexadecimal:
-            raise ValueError(f"{name} is damaged: its hash is not that of what was saved")
-
-
-def digest(path):
-    """The SHA-256 of a file, as hexadecimal digits."""
-    hashed = sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**22):
-            hashed.update(block)
-    return hashed.hexdigest()
 
 
 # The public benchmarks.
@@ -331,87 +185,6 @@ def read_replies(file, entries, settings):
         text = text[:text.rfind("\n") + 1]
         file.write_text(text, encoding="utf-8")
     return {id: line["reply"] for id, line in read_outputs(file, entries, "reply").items()}
-
-
-def read_outputs(file, entries, key):
-    """{id: line} of a file of JSON lines with id and `key`. ValueError names file, line and id."""
-    categories = {entry.id: entry.category for entry in entries}
-    lines = {}
-    try:
-        text = Path(file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: cannot be read as UTF-8 text ({error})") from None
-    for number, raw in enumerate(text.split("\n"), 1):
-        if not raw.strip():
-            continue
-        try:
-            line = json.loads(raw)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{file}:{number}: not JSON ({error}); is the line cut off?") from None
-        if not isinstance(line, dict) or not isinstance(line.get("id"), str) or key not in line:
-            raise ValueError(f'{file}:{number}: not an object with "id" and "{key}"')
-        id = line["id"]
-        if id not in categories:
-            raise ValueError(f"{file}:{number}: unknown id {id!r}; is it of this benchmark and version?")
-        if line.get("category", categories[id]) != categories[id]:
-            raise ValueError(f"{file}:{number}: {id!r} is of {categories[id]}, not {line['category']!r}")
-        if id in lines:
-            raise ValueError(f"{file}:{number}: the id {id!r} stands twice")
-        lines[id] = line
-    return lines
-
-
-def score_calls(bench, entries, calls):
-    """Verdicts of {id: calls}: {metric: {category: {id: (valid, reason)}}}, of the entries it has."""
-    verdicts = {}
-    for metric in bench.METRICS:
-        of_metric = verdicts[metric] = {entry.category: {} for entry in entries}
-        for entry in entries:
-            if entry.id in calls:
-                of_metric[entry.category][entry.id] = bench.check(entry, calls[entry.id], metric)
-    return verdicts
-
-
-def bench_table(rows_by_metric):
-    """A text table of {metric: rows of `summarize`}: a line a row, a column a metric, what is missing."""
-    first = next(iter(rows_by_metric.values()))
-    width = max(len(row["label"]) for row in first)
-    lines = [f"{'':<{width}}      n" + "".join(f"  {metric:>9}" for metric in rows_by_metric)]
-    for i, row in enumerate(first):
-        cells = "".join(f"  {100 * rows[i]['accuracy']:9.2f}" for rows in rows_by_metric.values())
-        covered = ""
-        if row["n"] < row["expected"]:
-            share = row["n"] / row["expected"]
-            covered = f"   only {row['n']} scored ({share:.1%}); the rest counts as wrong"
-        lines.append(f"{row['label']:<{width}}  {row['expected']:>5}{cells}{covered}")
-    return "\n".join(lines)
-
-
-def paper_table(name, rows_by_metric, model):
-    """The paper's figures with a row for this model, in percent."""
-    found = {metric: {row["label"]: 100 * row["accuracy"] for row in rows}
-             for metric, rows in rows_by_metric.items()}
-    if name == "bfcl":
-        rows = found["official"]
-        ours = [rows[label] for label in (
-            "Simple AST", "multiple", "parallel", "parallel_multiple", "live_simple", "live_multiple",
-            "live_parallel", "live_parallel_multiple", "Non-Live AST")]
-        lines = {label + ("" if label in bfcl.PAPER_LIVE_IS_AST_ONLY else " *"): row
-                 for label, row in bfcl.PAPER.items()}
-        lines[model] = [*ours, rows["Live AST"], rows["Overall"]]
-        lines[model + " *"] = [*ours, rows["Live, v3 leaderboard"], rows["Overall, v3 leaderboard"]]
-        heads = ("Simple", "Mult.", "Par.", "P.Mult.", "L-Sim.", "L-Mult.", "L-Par.", "L-P.M.",
-                 "NonLive", "Live", "Overall")
-        note = "* Live counts live_irrelevance and live_relevance, as the v3 leaderboard: compare * with *"
-    else:
-        label = {"api_bank": "All entries", "acebench": "Pooled"}[name]
-        lines = {who: [figure] for who, figure in BENCHES[name].PAPER.items()}
-        lines |= {f"{model}, {metric}": [rows[label]] for metric, rows in found.items()}
-        heads, note = ("accuracy",), f"the paper's protocol is not published; see benchmarks/{name}.py"
-    width = max(map(len, lines))
-    text = [f"{'':<{width}}" + "".join(f"  {head:>8}" for head in heads)]
-    text += [f"{who:<{width}}" + "".join(f"  {x:8.2f}" for x in figures) for who, figures in lines.items()]
-    return "\n".join([*text, note])
 
 
 # Command line.

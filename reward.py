@@ -42,8 +42,9 @@ from typing import NamedTuple
 SCHEMES = ("binary", "binary_no_reasoning", "partial_format", "partial_format_names", "official")
 
 THINK, END_THINK, CALL, END_CALL = "<think>", "</think>", "<tool_call>", "</tool_call>"
-STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
-CHAT_MARKERS = ("<|im_start|>", *STOP_TOKENS)
+IM_START, IM_END = "<|im_start|>", "<|im_end|>"
+STOP_TOKENS = (IM_END, "<|endoftext|>")
+CHAT_MARKERS = (IM_START, *STOP_TOKENS)
 BLANKS = " \t\r\n"
 MAX_DEPTH, MAX_BYTES, MAX_DIGITS = 64, 64 * 1024, 40
 # The released scorer crashes at limits that vary with the interpreter and the call stack; a verdict must not.
@@ -64,6 +65,7 @@ class Verdict(NamedTuple):
     calls_ok: bool
     calls: list | None  # as the scheme read them; None: it could not
     error: str | None  # None where the reward is full, else one sentence that says what to change
+    raised: bool = False  # `judge` caught an error of the reward; `error` names it
 
 
 def format_calls(calls):
@@ -111,6 +113,19 @@ def score(reply, answer, scheme="binary"):
     return Verdict(reward, format_error is None, names_ok, calls_ok, calls, error)
 
 
+def judge(example, reply, scheme):
+    """The verdict on a reply to an example: the only call of `score` in training and evaluation. For a reward
+    that looks at example.tools or .messages, edit this function. If it raises, the reply earns 0."""
+    try:
+        verdict = score(reply, example.answer, scheme)
+        if not math.isfinite(verdict.reward):
+            raise ValueError(f"a reward of {verdict.reward}")
+        return verdict._replace(reward=float(verdict.reward))
+    except Exception as error:  # only here: what an edited reward raises is unknown, and must not end a run
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        return Verdict(0.0, False, False, False, None, f"the reward raised {what}", raised=True)
+
+
 def _read(reply):
     stop = next((token for token in STOP_TOKENS if reply.endswith(token)), "")
     text = reply.removesuffix(stop).strip(BLANKS)
@@ -153,7 +168,7 @@ def _strict_calls(text):
 
 
 def _official_calls(reply):
-    text = reply[max(reply.rfind("<|im_start|>assistant"), 0) :]
+    text = reply[max(reply.rfind(f"{IM_START}assistant"), 0) :]
     payload, at = None, 0
     # Each opening pairs with the next closing, from left to right: where blocks nest, not the last opening.
     while (start := text.find(CALL, at)) >= 0 and (end := text.find(END_CALL, start)) >= 0:
