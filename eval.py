@@ -1,18 +1,18 @@
 """Evaluation: held-out examples, BFCL, API-Bank and ACEBench, each in one table and one JSON file.
 
-In:  a model and a benchmark's data, or existing outputs ({"id", "category", "calls"} a line) in its place.
-Out: accuracies by category with the benchmark's own averages, the paper's rows beside them, scores.json.
+In:  a model and the data of a benchmark, or, without a model, existing outputs ({"id", "category", "calls"} a
+     line).
+Out: accuracies by category with the benchmark's own averages, the paper's rows below them, scores.json.
 
-Replies are greedy. Held-out examples are scored by training's own reward, with a 95 % confidence interval:
+Replies are greedy. Held-out examples are scored by the reward of training, with a 95 % confidence interval:
 
     interval = (p + z²/2n ± z √(p(1-p)/n + z²/4n²)) / (1 + z²/n),  z = 1.96         Wilson (1927)
 
-The public benchmarks are scored as their official scorers do; the rules stand in benchmarks/, a module each.
-Their replies are written as they come, so an evaluation that was stopped goes on where it was, and what is
-missing counts as wrong and is told: a denominator never shrinks.
+The public benchmarks are scored as their official scorers do, by the rules in the modules of benchmarks/.
+Replies to them are appended to a file batch by batch, so an interrupted evaluation resumes. Missing replies
+count as wrong and are reported, so the denominator is fixed.
 
-Training judges its replies here too, and writes its files by what stands under "Files": aside, to the disk,
-then renamed; a folder is sealed by a manifest of sizes and hashes, written last.
+Axes: P prompts.
 """
 
 import argparse
@@ -32,39 +32,44 @@ from benchmarks.tables import BENCHES, bench_table, paper_table, read_outputs, s
 from data import Chat, Example, read_jsonl
 from model import load_hf
 from reward import SCHEMES, judge
-from runtime.files import read_json, write_json, write_text
+from runtime.files import read_json, read_text, write_json, write_text
 from runtime.kernel import KERNELS
 from runtime.sharding import choose_device
 from sample import generate
 
 
+# ---- held-out examples
 def wilson(right, n, z=1.96):
-    """The 95 % confidence interval (low, high) of a share of `right` in `n`; (0, 1) where n is 0."""
+    """The 95 % confidence interval (low, high) of the share right / n, by default; (0, 1) for n = 0."""
     if n == 0:
         return 0.0, 1.0
     p = right / n
     middle = p + z * z / (2 * n)
-    spread = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, (middle - spread) / (1 + z * z / n)), min(1.0, (middle + spread) / (1 + z * z / n))
+    # Wilson (1927)
+    half_width = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    return max(0.0, (middle - half_width) / scale), min(1.0, (middle + half_width) / scale)
 
 
 def generate_greedily(model, chat, prompts, max_new_tokens, batch_size, progress, **settings):
-    """One greedy rollout a prompt; it draws no noise, so its seeds say nothing."""
+    """One greedy rollout a prompt. Greedy decoding draws no noise, so the seeds do not matter."""
     return generate(model, prompts, 1, max_new_tokens=max_new_tokens, temperature=0.0, stop_ids=chat.stop_ids,
                     seeds_P=[0] * len(prompts), vocab_size=chat.vocab_size, batch_size=batch_size,
                     progress=progress, **settings)
 
 
 def evaluate(model, chat, examples, *, max_new_tokens, batch_size=256, scheme="binary", progress=None,
-             **settings):
-    """Greedy replies to `examples`. Returns (rows, replies).
+             kernel="auto", **settings):
+    """Greedy replies to `examples`, judged. Returns (rows, replies).
 
-    rows: one dictionary a category and a last one for "all", as `summarize` makes them; replies: one
-    dictionary an example, with what was asked, what was written and what it scored. A reply is right where
-    its reward is 1. settings: kv_memory_gib and should_stop of `generate`.
+    max_new_tokens: tokens a reply; batch_size: replies decoded at once; scheme: of the reward; progress: name
+    of a progress bar; kernel: auto | reference | fast; settings: kv_memory_gib and should_stop of `generate`.
+    rows: one dictionary a category and a last one for "all", see `summarize`; replies: one dictionary an
+    example, with the query, the reply and the verdict. A reply is right if its reward is 1.
     """
     prompts = [chat.encode_prompt(example) for example in examples]
-    rollouts = generate_greedily(model, chat, prompts, max_new_tokens, batch_size, progress, **settings)
+    rollouts = generate_greedily(model, chat, prompts, max_new_tokens, batch_size, progress, kernel=kernel,
+                                 **settings)
     replies = []
     for example, rollout in zip(examples, rollouts, strict=True):
         text = chat.decode(rollout.ids)
@@ -77,8 +82,8 @@ def evaluate(model, chat, examples, *, max_new_tokens, batch_size=256, scheme="b
 
 
 def summarize(replies):
-    """Table rows from scored replies: one a category in alphabetical order, then "all". A category such as
-    "tools/single" counts in a row "tools" as well, before its parts."""
+    """Table rows from the replies of `evaluate`: one a category in alphabetical order, then "all". Replies of
+    a category such as "tools/single" also count in a row "tools", which comes before its parts."""
     rows_of = {name: {name, name.split("/")[0], "all"} for name in {reply["category"] for reply in replies}}
     rows = []
     for category in [*sorted(set().union(*rows_of.values()) - {"all"}), "all"]:
@@ -92,8 +97,8 @@ def summarize(replies):
     return rows
 
 
-def table(columns):
-    """A text table of accuracies in percent. columns: {heading: rows of `summarize`}, of the same set."""
+def accuracy_table(columns):
+    """A text table of accuracies in percent. columns: {heading: rows of `summarize`} on the same examples."""
     first = next(iter(columns.values()))
     width = max(len(row["category"]) for row in first)
     headings = "".join(f"  {heading:>22}" for heading in columns)
@@ -109,32 +114,32 @@ def table(columns):
     return "\n".join(lines)
 
 
-def tell(step, rows, replies):
-    """Print the line of an evaluation and these replies."""
+def print_evaluation(step, rows, replies):
+    """Print the accuracies at a training step on one line, then query, text and verdict of `replies`."""
     by_category = "  ".join(f"{row['category']} {row['accuracy']:.1%}" for row in rows[:-1]
                             if "/" not in row["category"])
     print(f"held-out accuracy at step {step}: {rows[-1]['accuracy']:.1%} of {rows[-1]['n']}  ({by_category})")
     for reply in replies:
-        # On one line each, and no longer than a screen can take.
+        # A query may have many lines and thousands of characters, which would flood the console.
         query, text = (" ".join(reply[key].split())[:1000] for key in ("query", "reply"))
         verdict = "right" if reply["right"] else f"wrong: {reply['error']}"
         print(f"  asked   {query}\n  wrote   {text}\n  {verdict}", flush=True)
 
 
-def spread(examples, n):
-    """At most `n` examples, evenly spaced, so that every part of a file counts; all where n is None."""
+def evenly_spaced(examples, n):
+    """At most `n` examples at even distances, so that every part of a file counts; all if n is None."""
     n = len(examples) if n is None else min(n, len(examples))
     return [examples[i * len(examples) // n] for i in range(n)]
 
 
-# The public benchmarks.
+# ---- the public benchmarks
+def answer_entries(model, chat, bench, entries, file, settings, *, max_new_tokens, batch_size,
+                   kernel="auto"):
+    """Greedy replies to the entries of a benchmark, {id: reply text}; those in `file` are not generated again.
 
-
-def answer_entries(model, chat, bench, entries, file, settings, *, max_new_tokens, batch_size):
-    """Greedy replies to the entries: {id: reply text}, from `file` where it has them, else generated.
-
-    `file` gets a line {"id", "category", "reply"} for each reply, after every batch; `settings` stands beside
-    it. ValueError where it holds the replies of other settings, or what is not a reply.
+    After every batch its replies are appended to `file`, a line {"id", "category", "reply"} each; `settings`
+    are saved in settings.json in the same folder. ValueError if `file` holds replies of other settings or a
+    line that is no reply, or if a prompt is too long for the model.
     """
     replies = read_replies(file, entries, settings)
     prompts = {}
@@ -147,7 +152,8 @@ def answer_entries(model, chat, bench, entries, file, settings, *, max_new_token
     if long:
         raise ValueError(f"{len(long)} of {len(prompts)} prompts, {long[0]} the first, have more than the "
                          f"{room} tokens that the model's positions leave beside --max_new_tokens")
-    # Prompts of like length share a batch; the longest come first, so that memory fails at once if it fails.
+    # Sorted, so that prompts of similar length share a batch; the longest first, so that a lack of memory
+    # shows in the first batch.
     waiting = [entry for entry in entries if entry.id in prompts]
     waiting.sort(key=lambda entry: len(prompts[entry.id]), reverse=True)
     if replies:
@@ -156,7 +162,7 @@ def answer_entries(model, chat, bench, entries, file, settings, *, max_new_token
         for start in range(0, len(waiting), batch_size):
             batch = waiting[start:start + batch_size]
             rollouts = generate_greedily(model, chat, [prompts[entry.id] for entry in batch],
-                                         max_new_tokens, batch_size, "replies")
+                                         max_new_tokens, batch_size, "replies", kernel=kernel)
             for entry, rollout in zip(batch, rollouts, strict=True):
                 replies[entry.id] = chat.decode(rollout.ids)
                 line = {"id": entry.id, "category": entry.category, "reply": replies[entry.id]}
@@ -167,29 +173,26 @@ def answer_entries(model, chat, bench, entries, file, settings, *, max_new_token
 
 
 def read_replies(file, entries, settings):
-    """The replies that an evaluation with these settings left in `file`; a last line cut short goes."""
-    beside = file.with_name("settings.json")
+    """{id: reply text} of an earlier evaluation with these settings; an incomplete last line is cut off."""
+    settings_file = file.with_name("settings.json")
     if not file.exists():
-        write_json(beside, settings)
+        write_json(settings_file, settings)
         return {}
-    if not beside.exists():
-        raise ValueError(f"{file} has no {beside.name} beside it, so what made it is unknown; choose another "
-                         "--out, or remove it")
-    earlier = json.loads(beside.read_text(encoding="utf-8"))
+    if not settings_file.exists():
+        raise ValueError(f"{file} has no {settings_file.name} beside it, so what made it is unknown; choose "
+                         "another --out, or remove it")
+    earlier = read_json(settings_file)
     for key in settings:
         if earlier.get(key) != settings[key]:
             raise ValueError(f"{file} was made with {key} {earlier.get(key)!r}, not {settings[key]!r}; "
                              "choose another --out, or remove it")
-    text = file.read_text(encoding="utf-8")
+    text = read_text(file)
     if not text.endswith("\n"):
-        text = text[:text.rfind("\n") + 1]
-        file.write_text(text, encoding="utf-8")
+        write_text(file, text[:text.rfind("\n") + 1])
     return {id: line["reply"] for id, line in read_outputs(file, entries, "reply").items()}
 
 
-# Command line.
-
-
+# ---- command line
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Score a model or existing outputs: a table, a JSON file.")
     parser.add_argument("model", nargs="?", help="folder in the Hugging Face layout, or a hub name")
@@ -204,6 +207,7 @@ def main(argv=None):
     parser.add_argument("--scheme", default="binary", help="heldout: scheme of the reward (default: binary)")
     parser.add_argument("--max_new_tokens", type=int, default=1024, help="tokens a reply (default: 1024)")
     parser.add_argument("--batch_size", type=int, default=256, help="replies at once (default: 256)")
+    parser.add_argument("--kernel", default="auto", choices=KERNELS, help="of decoding (default: auto)")
     args = parser.parse_args(argv)
     try:
         for name in ("examples", "max_new_tokens", "batch_size"):
@@ -228,8 +232,8 @@ def load_model(args):
     if not args.model:
         raise ValueError("no model: name its folder or hub name first, or give existing outputs with --score")
     chat = Chat(args.model, args.system_prompt)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return load_hf(args.model, device, torch.bfloat16 if device == "cuda" else torch.float32), chat
+    device, bf16 = choose_device()
+    return load_hf(args.model, device, torch.bfloat16 if bf16 else torch.float32), chat
 
 
 def evaluate_heldout(args):
@@ -242,8 +246,9 @@ def evaluate_heldout(args):
         raise ValueError(f"{args.data}: no examples")
     model, chat = load_model(args)
     rows, replies = evaluate(model, chat, examples, max_new_tokens=args.max_new_tokens,
-                             batch_size=args.batch_size, scheme=args.scheme, progress="evaluation")
-    print(table({"accuracy": rows}))
+                             batch_size=args.batch_size, scheme=args.scheme, progress="evaluation",
+                             kernel=args.kernel)
+    print(accuracy_table({"accuracy": rows}))
     out = results_folder(args) / "scores.json"
     write_json(out, {"model": args.model, "data": args.data, "scheme": args.scheme, "rows": rows,
                      "replies": replies})
@@ -267,7 +272,8 @@ def evaluate_bench(args):
                     "max_new_tokens": args.max_new_tokens}
         folder.mkdir(parents=True, exist_ok=True)
         replies = answer_entries(model, chat, bench, entries, folder / "replies.jsonl", settings,
-                                 max_new_tokens=args.max_new_tokens, batch_size=args.batch_size)
+                                 max_new_tokens=args.max_new_tokens, batch_size=args.batch_size,
+                                 kernel=args.kernel)
         calls = {id: bench.decode(reply) for id, reply in replies.items()}
     verdicts = score_calls(bench, entries, calls)
     rows = {metric: bench.summarize(of_metric) for metric, of_metric in verdicts.items()}
@@ -289,11 +295,11 @@ def evaluate_bench(args):
 
 
 def of_each(items, n, category):
-    """At most n items of each category, evenly spaced; all where n is None."""
+    """At most n items of each category, evenly spaced; all if n is None."""
     groups = {}
     for item in items:
         groups.setdefault(category(item), []).append(item)
-    return [item for group in groups.values() for item in spread(group, n)]
+    return [item for group in groups.values() for item in evenly_spaced(group, n)]
 
 
 if __name__ == "__main__":

@@ -35,12 +35,12 @@ are calls nested deeper than 64 or with an integer beyond about 4,200 digits. Th
 Figure 3b) does not say how it averages the eight accuracies: 86.00 and 87.00 fit `Pooled`, 82.34 does not.
 """
 
-import json
 import re
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks import json_lines
 from benchmarks.bfcl import decode as decode  # one reply format, one way to read it
 
 ATOM = dict.fromkeys((f"normal_atom_{name}" for name in (
@@ -115,19 +115,13 @@ def read_lines(path, fields):
     another type, an id for the second time. Blank lines are passed over.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
+        text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}; the benchmark needs this file") from None
     except UnicodeDecodeError:
         raise ValueError(f"{path}: not UTF-8; get the file again") from None
     records = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            raise ValueError(f"{path}, line {number}: not JSON; is the line cut off?") from None
+    for number, record in json_lines(path, text, "{path}, line {number}: not JSON; is the line cut off?"):
         for key, kind in fields.items():
             if not isinstance(record, dict) or not isinstance(record.get(key), kind):
                 raise ValueError(f"{path}, line {number}: {key} is missing or of another type")

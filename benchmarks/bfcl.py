@@ -39,6 +39,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks import json_lines
 from benchmarks.bfcl_languages import LISTS, TYPES, from_java, from_javascript, hinted, language_of
 from reward import CALL, END_CALL, OFFICIAL_DEPTH, OFFICIAL_DIGITS, loads_within
 
@@ -111,19 +112,14 @@ def load(folder):
 
 
 def _read(path, keys, expected):
-    """[(place, record)...] of a file with one JSON object a line; blank lines do not count."""
+    """[(place, record), ...] of a file of JSON lines, each an object with these keys."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}); BFCL needs it") from None
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", "not UTF-8 text")
+        raise ValueError(f"{path}: cannot be read ({why}); BFCL needs it") from None
     records = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}:{number}: not JSON ({error}); is the line cut off?") from None
+    for number, record in json_lines(path, text):
         if not isinstance(record, dict) or any(key not in record for key in keys):
             raise ValueError(f"{path}:{number}: not an object with {', '.join(keys)}")
         records.append((f"{path}:{number}", record))

@@ -1,9 +1,8 @@
 """Outputs of the public benchmarks: reading them, scoring them, the tables. Pure functions without torch."""
 
-import json
 from pathlib import Path
 
-from benchmarks import acebench, api_bank, bfcl
+from benchmarks import acebench, api_bank, bfcl, json_lines
 
 BENCHES = {"bfcl": bfcl, "api_bank": api_bank, "acebench": acebench}
 
@@ -16,13 +15,7 @@ def read_outputs(file, entries, key):
         text = Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{file}: cannot be read as UTF-8 text ({error})") from None
-    for number, raw in enumerate(text.split("\n"), 1):
-        if not raw.strip():
-            continue
-        try:
-            line = json.loads(raw)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{file}:{number}: not JSON ({error}); is the line cut off?") from None
+    for number, line in json_lines(file, text):
         if not isinstance(line, dict) or not isinstance(line.get("id"), str) or key not in line:
             raise ValueError(f'{file}:{number}: not an object with "id" and "{key}"')
         id = line["id"]
