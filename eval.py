@@ -120,7 +120,7 @@ def print_evaluation(step, rows, replies):
                             if "/" not in row["category"])
     print(f"held-out accuracy at step {step}: {rows[-1]['accuracy']:.1%} of {rows[-1]['n']}  ({by_category})")
     for reply in replies:
-        # A query may have many lines and thousands of characters, which would flood the console.
+        # One line each and not too long, because a query can have thousands of characters.
         query, text = (" ".join(reply[key].split())[:1000] for key in ("query", "reply"))
         verdict = "right" if reply["right"] else f"wrong: {reply['error']}"
         print(f"  asked   {query}\n  wrote   {text}\n  {verdict}", flush=True)
@@ -135,7 +135,7 @@ def evenly_spaced(examples, n):
 # ---- the public benchmarks
 def answer_entries(model, chat, bench, entries, file, settings, *, max_new_tokens, batch_size,
                    kernel="auto"):
-    """Greedy replies to the entries of a benchmark, {id: reply text}; those in `file` are not generated again.
+    """Greedy replies to the entries of a benchmark, {id: reply text}. Those in `file` are not made again.
 
     After every batch its replies are appended to `file`, a line {"id", "category", "reply"} each; `settings`
     are saved in settings.json in the same folder. ValueError if `file` holds replies of other settings or a

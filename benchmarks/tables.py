@@ -1,4 +1,8 @@
-"""Outputs of the public benchmarks: reading them, scoring them, the tables. Pure functions without torch."""
+"""Outputs of a public benchmark: reading, scoring, and the tables of the scores.
+
+In:  files of JSON lines {"id", "category", ...}; the entries of a benchmark and the calls for them.
+Out: {id: line}; verdicts; text tables. Nothing needs torch.
+"""
 
 from pathlib import Path
 
@@ -8,7 +12,8 @@ BENCHES = {"bfcl": bfcl, "api_bank": api_bank, "acebench": acebench}
 
 
 def read_outputs(file, entries, key):
-    """{id: line} of a file of JSON lines with id and `key`. ValueError names file, line and id."""
+    """{id: line} of a file of JSON lines with "id" and `key`. ValueError, naming file, line and id: an
+    unreadable line, an unknown or duplicate id, another category than the entry has."""
     categories = {entry.id: entry.category for entry in entries}
     lines = {}
     try:
@@ -30,7 +35,7 @@ def read_outputs(file, entries, key):
 
 
 def score_calls(bench, entries, calls):
-    """Verdicts of {id: calls}: {metric: {category: {id: (valid, reason)}}}, of the entries it has."""
+    """{metric: {category: {id: (valid, reason)}}} of {id: calls}; entries without calls are left out."""
     verdicts = {}
     for metric in bench.METRICS:
         of_metric = verdicts[metric] = {entry.category: {} for entry in entries}
@@ -41,7 +46,7 @@ def score_calls(bench, entries, calls):
 
 
 def bench_table(rows_by_metric):
-    """A text table of {metric: rows of `summarize`}: a line a row, a column a metric, what is missing."""
+    """A text table of {metric: rows of `summarize`}, a column a metric; missing replies are mentioned."""
     first = next(iter(rows_by_metric.values()))
     width = max(len(row["label"]) for row in first)
     lines = [f"{'':<{width}}      n" + "".join(f"  {metric:>9}" for metric in rows_by_metric)]
@@ -56,7 +61,7 @@ def bench_table(rows_by_metric):
 
 
 def paper_table(name, rows_by_metric, model):
-    """The paper's figures with a row for this model, in percent."""
+    """A text table of the paper's figures on a benchmark, then those of this model, in percent."""
     found = {metric: {row["label"]: 100 * row["accuracy"] for row in rows}
              for metric, rows in rows_by_metric.items()}
     if name == "bfcl":
