@@ -15,7 +15,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import reward
 from reward import SCHEMES, Verdict, format_calls, format_reply, judge, parse_reply, score
 
 TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
@@ -448,14 +447,14 @@ def raising(reply, answer, scheme):
     ids=["raises", "not finite", "no verdict"],
 )
 def test_a_reward_that_raises_earns_nothing_and_its_error_is_in_the_verdict(monkeypatch, edited, words):
-    monkeypatch.setattr(reward, "score", edited)
+    monkeypatch.setattr("reward.score", edited)
     verdict = judge(example(), reply_with(RIGHT), "binary")
     error = f"the reward raised {words}"
     assert verdict == Verdict(0.0, False, False, False, None, error, raised=True)
 
 
 def test_a_reward_may_be_any_number_that_is_finite(monkeypatch):
-    monkeypatch.setattr(reward, "score", lambda *_: Verdict(True, True, True, True, [], None))
+    monkeypatch.setattr("reward.score", lambda *_: Verdict(True, True, True, True, [], None))
     verdict = judge(example(), "", "binary")
     assert verdict.reward == 1.0 and type(verdict.reward) is float and not verdict.raised
 
