@@ -708,7 +708,7 @@ def by_category(entries):
     return grouped
 
 
-# Runs the official command line; packages that it imports and that are not installed are replaced by stand-ins.
+# Runs the official command line. Packages that it imports and that are not installed become stand-ins.
 OFFICIAL_MAIN = """
 import importlib.abc, importlib.machinery, importlib.util, sys, types
 class Anything(type):
