@@ -1,89 +1,79 @@
 """Evaluation: held-out examples, BFCL, API-Bank and ACEBench, each in one table and one JSON file.
 
-In:  a model and a benchmark's data, or existing outputs ({"id", "category", "calls"} a line) in its place.
-Out: accuracies by category with the benchmark's own averages, the paper's rows beside them, scores.json.
+In:  a model and the data of a benchmark, or, without a model, existing outputs ({"id", "category", "calls"} a
+     line).
+Out: accuracies by category with the benchmark's own averages, the paper's rows below them, scores.json.
 
-Replies are greedy. Held-out examples are scored by training's own reward, with a 95 % confidence interval:
+Replies are greedy. Held-out examples are scored by the reward of training, with a 95 % confidence interval:
 
     interval = (p + z²/2n ± z √(p(1-p)/n + z²/4n²)) / (1 + z²/n),  z = 1.96         Wilson (1927)
 
-The public benchmarks are scored as their official scorers do; the rules stand in benchmarks/, a module each.
-Their replies are written as they come, so an evaluation that was stopped goes on where it was, and what is
-missing counts as wrong and is told: a denominator never shrinks.
+The public benchmarks are scored as their official scorers do, by the rules in the modules of benchmarks/.
+Replies to them are appended to a file batch by batch, so an interrupted evaluation resumes. Missing replies
+count as wrong and are reported, so the denominator is fixed.
 
-Training judges its replies here too, and writes its files by what stands under "Files": aside, to the disk,
-then renamed; a folder is sealed by a manifest of sizes and hashes, written last.
+Axes: P prompts.
 """
 
 import argparse
-import contextlib
-import fcntl
 import json
 import math
 import os
 import sys
-from collections import Counter
-from hashlib import sha256
 from pathlib import Path
 
 import torch
 
-from benchmarks import acebench, api_bank, bfcl
+from benchmarks import bfcl
 from benchmarks.acebench import check_acebench as check_acebench
 from benchmarks.api_bank import check_api_bank as check_api_bank
 from benchmarks.bfcl import check_bfcl as check_bfcl
+from benchmarks.tables import BENCHES, bench_table, paper_table, read_outputs, score_calls
 from data import Chat, Example, read_jsonl
 from model import load_hf
-from reward import SCHEMES, Verdict, score
+from reward import SCHEMES, judge
+from runtime.files import read_json, read_text, write_json, write_text
+from runtime.kernel import KERNELS
+from runtime.sharding import choose_device
 from sample import generate
 
-RAISED = "the reward raised "  # begins the error of a verdict that `judge` had to make up
-BENCHES = {"bfcl": bfcl, "api_bank": api_bank, "acebench": acebench}
 
-
+# ---- held-out examples
 def wilson(right, n, z=1.96):
-    """The 95 % confidence interval (low, high) of a share of `right` in `n`; (0, 1) where n is 0."""
+    """The 95 % confidence interval (low, high) of the share right / n, by default; (0, 1) for n = 0."""
     if n == 0:
         return 0.0, 1.0
     p = right / n
     middle = p + z * z / (2 * n)
-    spread = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, (middle - spread) / (1 + z * z / n)), min(1.0, (middle + spread) / (1 + z * z / n))
+    # Wilson (1927)
+    half_width = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    return max(0.0, (middle - half_width) / scale), min(1.0, (middle + half_width) / scale)
 
 
 def generate_greedily(model, chat, prompts, max_new_tokens, batch_size, progress, **settings):
-    """One greedy rollout a prompt; it draws no noise, so its seeds say nothing."""
+    """One greedy rollout a prompt. Greedy decoding draws no noise, so the seeds do not matter."""
     return generate(model, prompts, 1, max_new_tokens=max_new_tokens, temperature=0.0, stop_ids=chat.stop_ids,
                     seeds_P=[0] * len(prompts), vocab_size=chat.vocab_size, batch_size=batch_size,
                     progress=progress, **settings)
 
 
-def judge(reply, answer, scheme):
-    """`score` where a reward of your own may raise: the reply then earns 0, and the verdict says why."""
-    try:
-        verdict = score(reply, answer, scheme)
-        if not math.isfinite(verdict.reward):
-            raise ValueError(f"a reward of {verdict.reward}")
-        return verdict._replace(reward=float(verdict.reward))
-    except Exception as error:  # here only: what an edited reward raises is unknown, and a run outlives it
-        what = " ".join(f"{type(error).__name__}: {error}".split())
-        return Verdict(0.0, False, False, False, None, RAISED + what)
-
-
 def evaluate(model, chat, examples, *, max_new_tokens, batch_size=256, scheme="binary", progress=None,
-             **settings):
-    """Greedy replies to `examples`. Returns (rows, replies).
+             kernel="auto", **settings):
+    """Greedy replies to `examples`, judged. Returns (rows, replies).
 
-    rows: one dictionary a category and a last one for "all", as `summarize` makes them; replies: one
-    dictionary an example, with what was asked, what was written and what it scored. A reply is right where
-    its reward is 1. settings: kv_memory_gib and should_stop of `generate`.
+    max_new_tokens: tokens a reply; batch_size: replies decoded at once; scheme: of the reward; progress: name
+    of a progress bar; kernel: auto | reference | fast; settings: kv_memory_gib and should_stop of `generate`.
+    rows: one dictionary a category and a last one for "all", see `summarize`; replies: one dictionary an
+    example, with the query, the reply and the verdict. A reply is right if its reward is 1.
     """
     prompts = [chat.encode_prompt(example) for example in examples]
-    rollouts = generate_greedily(model, chat, prompts, max_new_tokens, batch_size, progress, **settings)
+    rollouts = generate_greedily(model, chat, prompts, max_new_tokens, batch_size, progress, kernel=kernel,
+                                 **settings)
     replies = []
     for example, rollout in zip(examples, rollouts, strict=True):
         text = chat.decode(rollout.ids)
-        verdict = judge(text, example.answer, scheme)
+        verdict = judge(example, text, scheme)
         replies.append({"id": example.id, "category": example.source,
                         "query": example.messages[-1]["content"], "answer": example.answer, "reply": text,
                         "right": verdict.reward == 1, "format_ok": verdict.format_ok,
@@ -92,8 +82,8 @@ def evaluate(model, chat, examples, *, max_new_tokens, batch_size=256, scheme="b
 
 
 def summarize(replies):
-    """Table rows from scored replies: one a category in alphabetical order, then "all". A category such as
-    "tools/single" counts in a row "tools" as well, before its parts."""
+    """Table rows from the replies of `evaluate`: one a category in alphabetical order, then "all". Replies of
+    a category such as "tools/single" also count in a row "tools", which comes before its parts."""
     rows_of = {name: {name, name.split("/")[0], "all"} for name in {reply["category"] for reply in replies}}
     rows = []
     for category in [*sorted(set().union(*rows_of.values()) - {"all"}), "all"]:
@@ -107,8 +97,8 @@ def summarize(replies):
     return rows
 
 
-def table(columns):
-    """A text table of accuracies in percent. columns: {heading: rows of `summarize`}, of the same set."""
+def accuracy_table(columns):
+    """A text table of accuracies in percent. columns: {heading: rows of `summarize`} on the same examples."""
     first = next(iter(columns.values()))
     width = max(len(row["category"]) for row in first)
     headings = "".join(f"  {heading:>22}" for heading in columns)
@@ -124,163 +114,32 @@ def table(columns):
     return "\n".join(lines)
 
 
-def tell(step, rows, replies):
-    """Print the line of an evaluation and these replies."""
+def print_evaluation(step, rows, replies):
+    """Print the accuracies at a training step on one line, then query, text and verdict of `replies`."""
     by_category = "  ".join(f"{row['category']} {row['accuracy']:.1%}" for row in rows[:-1]
                             if "/" not in row["category"])
     print(f"held-out accuracy at step {step}: {rows[-1]['accuracy']:.1%} of {rows[-1]['n']}  ({by_category})")
     for reply in replies:
-        # On one line each, and no longer than a screen can take.
+        # One line each and not too long, because a query can have thousands of characters.
         query, text = (" ".join(reply[key].split())[:1000] for key in ("query", "reply"))
         verdict = "right" if reply["right"] else f"wrong: {reply['error']}"
         print(f"  asked   {query}\n  wrote   {text}\n  {verdict}", flush=True)
 
 
-def spread(examples, n):
-    """At most `n` examples, evenly spaced, so that every part of a file counts; all where n is None."""
+def evenly_spaced(examples, n):
+    """At most `n` examples at even distances, so that every part of a file counts; all if n is None."""
     n = len(examples) if n is None else min(n, len(examples))
     return [examples[i * len(examples) // n] for i in range(n)]
 
 
-# The rollouts of a training step.
+# ---- the public benchmarks
+def answer_entries(model, chat, bench, entries, file, settings, *, max_new_tokens, batch_size,
+                   kernel="auto"):
+    """Greedy replies to the entries of a benchmark, {id: reply text}. Those in `file` are not made again.
 
-
-def score_rollouts(rollouts_N, examples_P, chat, scheme):
-    """The verdict of every rollout; rollout i belongs to example i // n."""
-    n = len(rollouts_N) // len(examples_P)
-    return [judge(chat.decode(rollout.ids), examples_P[i // n].answer, scheme)
-            for i, rollout in enumerate(rollouts_N)]
-
-
-def rollout_metrics(rollouts_N, verdicts_N, rewards_PG):
-    """What the replies of one step were like. Shares are of replies, all_zero and all_one of groups."""
-    lengths = [len(rollout.ids) for rollout in rollouts_N]
-    N = len(rollouts_N)
-    return {
-        "reward/mean": rewards_PG.mean().item(),
-        "reward/live": (rewards_PG != rewards_PG[:, :1]).any(1).float().mean().item(),
-        "reward/all_zero": (rewards_PG == 0).all(1).float().mean().item(),
-        "reward/all_one": (rewards_PG == 1).all(1).float().mean().item(),
-        "reward/format_ok": sum(verdict.format_ok for verdict in verdicts_N) / N,
-        "reward/names_ok": sum(verdict.names_ok for verdict in verdicts_N) / N,
-        "reward/no_calls": sum(verdict.calls == [] for verdict in verdicts_N) / N,
-        "reward/raised": sum((verdict.error or "").startswith(RAISED) for verdict in verdicts_N),
-        "reward/commonest": Counter(tuple(rollout.ids) for rollout in rollouts_N).most_common(1)[0][1] / N,
-        "length/mean": sum(lengths) / N, "length/min": min(lengths), "length/max": max(lengths),
-        "length/cut": sum(not rollout.finished for rollout in rollouts_N) / N,
-    }
-
-
-def diagnose(metrics):
-    """What keeps the rollouts of a step from teaching anything, with advice; None where something can."""
-    if metrics.get("reward/commonest", 0) > 0.95:
-        return ("nearly all replies to all prompts were the same: the policy has collapsed; go back to an "
-                "earlier checkpoint, lower train.lr or raise grpo.kl_coef")
-    if metrics.get("reward/live", 1) > 0:
-        return None
-    if metrics["reward/all_one"] == 1:
-        return "every reply was right, so nothing is left to learn; take harder examples"
-    return ("no group had a reply that earned more than another, so there was nothing to reinforce; teach "
-            "the task first (stage: sft), raise rollout.n or rollout.temperature, or look into rollouts/")
-
-
-# Files: whole or not there.
-
-
-def write_json(path, value):
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-
-
-def write_text(path, text):
-    """Write aside, to the disk, and rename, so that nothing half-written stays."""
-    path = Path(path)
-    aside = path.with_name(path.name + ".tmp")
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(text, encoding="utf-8")
-        sync(aside)
-        os.replace(aside, path)
-
-
-@contextlib.contextmanager
-def writing(path):
-    """ValueError, naming the file, where it cannot be written: an OSError of a full disk has no name."""
-    try:
-        yield
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be written ({error.strerror})") from None
-
-
-def sync(path):
-    """Wait until the bytes of a file, or the names in a folder, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def lock(folder):
-    """Keep a second run out of a folder while the returned file is open, or until the process dies."""
-    file = open(folder / "lock", "w", encoding="utf-8")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"{folder}: another process is at work on this run; wait until it ends, or choose "
-                         "another --out") from None
-    except OSError as error:
-        print(f"warning: {folder} cannot be locked ({error.strerror}): start no second run there")
-    return file
-
-
-def seal(folder):
-    """Bring the files of a folder to the disk, and then a manifest of their sizes and hashes."""
-    files = {}
-    for file in sorted(folder.iterdir()):
-        sync(file)
-        files[file.name] = [file.stat().st_size, digest(file)]
-    write_json(folder / "manifest.json", files)
-    sync(folder)
-
-
-def check_seal(folder):
-    """ValueError, saying what is wrong, where a folder is not as it was sealed."""
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        files = [(name, size, hexadecimal) for name, (size, hexadecimal) in manifest.items()]
-    except OSError as error:
-        raise ValueError(f"no manifest.json, which is written last ({error.strerror})") from None
-    except (ValueError, TypeError, AttributeError, RecursionError):
-        files = []
-    if not files:
-        raise ValueError("its manifest.json is damaged, or not one of ours")
-    for name, size, hexadecimal in files:
-        file = folder / name
-        if name != os.path.basename(name) or not file.is_file():
-            raise ValueError(f"no file {name!r} in it, which its manifest names")
-        if file.stat().st_size != size:
-            raise ValueError(f"{name} has {file.stat().st_size} bytes, but {size} were saved")
-        if digest(file) != hexadecimal:
-            raise ValueError(f"{name} is damaged: its hash is not that of what was saved")
-
-
-def digest(path):
-    """The SHA-256 of a file, as hexadecimal digits."""
-    hashed = sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**22):
-            hashed.update(block)
-    return hashed.hexdigest()
-
-
-# The public benchmarks.
-
-
-def answer_entries(model, chat, bench, entries, file, settings, *, max_new_tokens, batch_size):
-    """Greedy replies to the entries: {id: reply text}, from `file` where it has them, else generated.
-
-    `file` gets a line {"id", "category", "reply"} for each reply, after every batch; `settings` stands beside
-    it. ValueError where it holds the replies of other settings, or what is not a reply.
+    After every batch its replies are appended to `file`, a line {"id", "category", "reply"} each; `settings`
+    are saved in settings.json in the same folder. ValueError if `file` holds replies of other settings or a
+    line that is no reply, or if a prompt is too long for the model.
     """
     replies = read_replies(file, entries, settings)
     prompts = {}
@@ -293,7 +152,8 @@ def answer_entries(model, chat, bench, entries, file, settings, *, max_new_token
     if long:
         raise ValueError(f"{len(long)} of {len(prompts)} prompts, {long[0]} the first, have more than the "
                          f"{room} tokens that the model's positions leave beside --max_new_tokens")
-    # Prompts of like length share a batch; the longest come first, so that memory fails at once if it fails.
+    # Sorted, so that prompts of similar length share a batch; the longest first, so that a lack of memory
+    # shows in the first batch.
     waiting = [entry for entry in entries if entry.id in prompts]
     waiting.sort(key=lambda entry: len(prompts[entry.id]), reverse=True)
     if replies:
@@ -302,7 +162,7 @@ def answer_entries(model, chat, bench, entries, file, settings, *, max_new_token
         for start in range(0, len(waiting), batch_size):
             batch = waiting[start:start + batch_size]
             rollouts = generate_greedily(model, chat, [prompts[entry.id] for entry in batch],
-                                         max_new_tokens, batch_size, "replies")
+                                         max_new_tokens, batch_size, "replies", kernel=kernel)
             for entry, rollout in zip(batch, rollouts, strict=True):
                 replies[entry.id] = chat.decode(rollout.ids)
                 line = {"id": entry.id, "category": entry.category, "reply": replies[entry.id]}
@@ -313,110 +173,26 @@ def answer_entries(model, chat, bench, entries, file, settings, *, max_new_token
 
 
 def read_replies(file, entries, settings):
-    """The replies that an evaluation with these settings left in `file`; a last line cut short goes."""
-    beside = file.with_name("settings.json")
+    """{id: reply text} of an earlier evaluation with these settings; an incomplete last line is cut off."""
+    settings_file = file.with_name("settings.json")
     if not file.exists():
-        write_json(beside, settings)
+        write_json(settings_file, settings)
         return {}
-    if not beside.exists():
-        raise ValueError(f"{file} has no {beside.name} beside it, so what made it is unknown; choose another "
-                         "--out, or remove it")
-    earlier = json.loads(beside.read_text(encoding="utf-8"))
+    if not settings_file.exists():
+        raise ValueError(f"{file} has no {settings_file.name} beside it, so what made it is unknown; choose "
+                         "another --out, or remove it")
+    earlier = read_json(settings_file)
     for key in settings:
         if earlier.get(key) != settings[key]:
             raise ValueError(f"{file} was made with {key} {earlier.get(key)!r}, not {settings[key]!r}; "
                              "choose another --out, or remove it")
-    text = file.read_text(encoding="utf-8")
+    text = read_text(file)
     if not text.endswith("\n"):
-        text = text[:text.rfind("\n") + 1]
-        file.write_text(text, encoding="utf-8")
+        write_text(file, text[:text.rfind("\n") + 1])
     return {id: line["reply"] for id, line in read_outputs(file, entries, "reply").items()}
 
 
-def read_outputs(file, entries, key):
-    """{id: line} of a file of JSON lines with id and `key`. ValueError names file, line and id."""
-    categories = {entry.id: entry.category for entry in entries}
-    lines = {}
-    try:
-        text = Path(file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: cannot be read as UTF-8 text ({error})") from None
-    for number, raw in enumerate(text.split("\n"), 1):
-        if not raw.strip():
-            continue
-        try:
-            line = json.loads(raw)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{file}:{number}: not JSON ({error}); is the line cut off?") from None
-        if not isinstance(line, dict) or not isinstance(line.get("id"), str) or key not in line:
-            raise ValueError(f'{file}:{number}: not an object with "id" and "{key}"')
-        id = line["id"]
-        if id not in categories:
-            raise ValueError(f"{file}:{number}: unknown id {id!r}; is it of this benchmark and version?")
-        if line.get("category", categories[id]) != categories[id]:
-            raise ValueError(f"{file}:{number}: {id!r} is of {categories[id]}, not {line['category']!r}")
-        if id in lines:
-            raise ValueError(f"{file}:{number}: the id {id!r} stands twice")
-        lines[id] = line
-    return lines
-
-
-def score_calls(bench, entries, calls):
-    """Verdicts of {id: calls}: {metric: {category: {id: (valid, reason)}}}, of the entries it has."""
-    verdicts = {}
-    for metric in bench.METRICS:
-        of_metric = verdicts[metric] = {entry.category: {} for entry in entries}
-        for entry in entries:
-            if entry.id in calls:
-                of_metric[entry.category][entry.id] = bench.check(entry, calls[entry.id], metric)
-    return verdicts
-
-
-def bench_table(rows_by_metric):
-    """A text table of {metric: rows of `summarize`}: a line a row, a column a metric, what is missing."""
-    first = next(iter(rows_by_metric.values()))
-    width = max(len(row["label"]) for row in first)
-    lines = [f"{'':<{width}}      n" + "".join(f"  {metric:>9}" for metric in rows_by_metric)]
-    for i, row in enumerate(first):
-        cells = "".join(f"  {100 * rows[i]['accuracy']:9.2f}" for rows in rows_by_metric.values())
-        covered = ""
-        if row["n"] < row["expected"]:
-            share = row["n"] / row["expected"]
-            covered = f"   only {row['n']} scored ({share:.1%}); the rest counts as wrong"
-        lines.append(f"{row['label']:<{width}}  {row['expected']:>5}{cells}{covered}")
-    return "\n".join(lines)
-
-
-def paper_table(name, rows_by_metric, model):
-    """The paper's figures with a row for this model, in percent."""
-    found = {metric: {row["label"]: 100 * row["accuracy"] for row in rows}
-             for metric, rows in rows_by_metric.items()}
-    if name == "bfcl":
-        rows = found["official"]
-        ours = [rows[label] for label in (
-            "Simple AST", "multiple", "parallel", "parallel_multiple", "live_simple", "live_multiple",
-            "live_parallel", "live_parallel_multiple", "Non-Live AST")]
-        lines = {label + ("" if label in bfcl.PAPER_LIVE_IS_AST_ONLY else " *"): row
-                 for label, row in bfcl.PAPER.items()}
-        lines[model] = [*ours, rows["Live AST"], rows["Overall"]]
-        lines[model + " *"] = [*ours, rows["Live, v3 leaderboard"], rows["Overall, v3 leaderboard"]]
-        heads = ("Simple", "Mult.", "Par.", "P.Mult.", "L-Sim.", "L-Mult.", "L-Par.", "L-P.M.",
-                 "NonLive", "Live", "Overall")
-        note = "* Live counts live_irrelevance and live_relevance, as the v3 leaderboard: compare * with *"
-    else:
-        label = {"api_bank": "All entries", "acebench": "Pooled"}[name]
-        lines = {who: [figure] for who, figure in BENCHES[name].PAPER.items()}
-        lines |= {f"{model}, {metric}": [rows[label]] for metric, rows in found.items()}
-        heads, note = ("accuracy",), f"the paper's protocol is not published; see benchmarks/{name}.py"
-    width = max(map(len, lines))
-    text = [f"{'':<{width}}" + "".join(f"  {head:>8}" for head in heads)]
-    text += [f"{who:<{width}}" + "".join(f"  {x:8.2f}" for x in figures) for who, figures in lines.items()]
-    return "\n".join([*text, note])
-
-
-# Command line.
-
-
+# ---- command line
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Score a model or existing outputs: a table, a JSON file.")
     parser.add_argument("model", nargs="?", help="folder in the Hugging Face layout, or a hub name")
@@ -431,6 +207,7 @@ def main(argv=None):
     parser.add_argument("--scheme", default="binary", help="heldout: scheme of the reward (default: binary)")
     parser.add_argument("--max_new_tokens", type=int, default=1024, help="tokens a reply (default: 1024)")
     parser.add_argument("--batch_size", type=int, default=256, help="replies at once (default: 256)")
+    parser.add_argument("--kernel", default="auto", choices=KERNELS, help="of decoding (default: auto)")
     args = parser.parse_args(argv)
     try:
         for name in ("examples", "max_new_tokens", "batch_size"):
@@ -455,8 +232,8 @@ def load_model(args):
     if not args.model:
         raise ValueError("no model: name its folder or hub name first, or give existing outputs with --score")
     chat = Chat(args.model, args.system_prompt)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return load_hf(args.model, device, torch.bfloat16 if device == "cuda" else torch.float32), chat
+    device, bf16 = choose_device()
+    return load_hf(args.model, device, torch.bfloat16 if bf16 else torch.float32), chat
 
 
 def evaluate_heldout(args):
@@ -469,8 +246,9 @@ def evaluate_heldout(args):
         raise ValueError(f"{args.data}: no examples")
     model, chat = load_model(args)
     rows, replies = evaluate(model, chat, examples, max_new_tokens=args.max_new_tokens,
-                             batch_size=args.batch_size, scheme=args.scheme, progress="evaluation")
-    print(table({"accuracy": rows}))
+                             batch_size=args.batch_size, scheme=args.scheme, progress="evaluation",
+                             kernel=args.kernel)
+    print(accuracy_table({"accuracy": rows}))
     out = results_folder(args) / "scores.json"
     write_json(out, {"model": args.model, "data": args.data, "scheme": args.scheme, "rows": rows,
                      "replies": replies})
@@ -494,7 +272,8 @@ def evaluate_bench(args):
                     "max_new_tokens": args.max_new_tokens}
         folder.mkdir(parents=True, exist_ok=True)
         replies = answer_entries(model, chat, bench, entries, folder / "replies.jsonl", settings,
-                                 max_new_tokens=args.max_new_tokens, batch_size=args.batch_size)
+                                 max_new_tokens=args.max_new_tokens, batch_size=args.batch_size,
+                                 kernel=args.kernel)
         calls = {id: bench.decode(reply) for id, reply in replies.items()}
     verdicts = score_calls(bench, entries, calls)
     rows = {metric: bench.summarize(of_metric) for metric, of_metric in verdicts.items()}
@@ -516,11 +295,11 @@ def evaluate_bench(args):
 
 
 def of_each(items, n, category):
-    """At most n items of each category, evenly spaced; all where n is None."""
+    """At most n items of each category, evenly spaced; all if n is None."""
     groups = {}
     for item in items:
         groups.setdefault(category(item), []).append(item)
-    return [item for group in groups.values() for item in spread(group, n)]
+    return [item for group in groups.values() for item in evenly_spaced(group, n)]
 
 
 if __name__ == "__main__":

@@ -1,34 +1,35 @@
-"""Reply text and ground truth in, verdict out. Pure Python; training and evaluation share it.
+"""Reply text and ground truth in, verdict out. Pure Python, shared by training and evaluation.
 
-In: `reply`, what the model itself wrote (never the prompt), and `answer`, the right calls,
+In: `reply`, the text that the model generated, without the prompt, and `answer`, the right calls,
 `[{"name": str, "arguments": dict}, ...]`, where `[]` means that no tool fits. Out: a `Verdict`.
 The format, as `format_reply` renders it:
 
     <think>any reasoning, may be empty</think>
     <tool_call>[{"name": "get_weather", "arguments": {"city": "Oslo", "days": 3}}]</tool_call>
 
-The strict reading drops at most one trailing stop token and trims blanks (space, tab, CR, LF). The four tags
-then stand exactly once each, in this order, the outer ones at the ends, only blanks between the blocks, no
-chat marker anywhere. The payload is a JSON list of objects with exactly `name` (a string) and `arguments` (an
-object): no key twice, no NaN or Infinity (1e999 is one), brackets at most 64 deep, at most 64 kB (65536 bytes
-of UTF-8), integers of at most 40 digits.
-Calls are right when the multisets of (name, arguments) are equal. The order of keys is free, that of lists is
-not, and types are kept apart: true, 1, 1.0 and "1" all differ (but 1.0 is 1e0, and -0.0 is 0.0).
+The strict reader removes at most one trailing stop token and trims blanks (space, tab, CR, LF). Then each of
+the four tags must occur exactly once, in this order, the first and the last at the ends of the text, with
+only blanks between the blocks and no chat marker anywhere. The payload is a JSON list of objects with exactly
+`name` (a string) and `arguments` (an object). It has no duplicate key, no NaN or Infinity (1e999 is one), at
+most 64 nested brackets, at most 64 kB (65536 bytes of UTF-8) and integers of at most 40 digits.
+Calls are right if the multisets of (name, arguments) are equal. The order of keys does not matter, the order
+of lists does, and types are distinct: true, 1, 1.0 and "1" all differ (but 1.0 is 1e0, and -0.0 is 0.0).
 
-Schemes (arXiv 2505.00024, Table 4), where *reasoning* means that the reply begins with its only
-<think>...</think>, no chat marker in it, and *calls* are the payload, strictly read, of the only
-<tool_call>...</tool_call>, which ends the reply:
+Schemes (arXiv 2505.00024, Table 4). *Reasoning* means that the reply begins with its only <think>...</think>,
+without a chat marker in it. *Calls* are the payload, strictly read, of the only <tool_call>...</tool_call>,
+which ends the reply:
 
-    binary                 1 if the whole strict format holds and the calls are right, else 0: the method
-    binary_no_reasoning    1 if the calls are right, whatever stands before the call block
+    binary                 1 if the strict format holds and the calls are right, else 0: the method
+    binary_no_reasoning    1 if the calls are right, with any text before the call block
     partial_format         0.2 reasoning + 0.8 calls right
     partial_format_names   0.2 reasoning + (0.8 calls right, else 0.2 if the multiset of names is right)
     official               1 or 0, the verdict of the authors' released scorer
 
-Where we differ: the paper wants the output *wrapped* in both blocks, its code wants the think tags somewhere.
-`binary` follows the paper; `official` the code, which cuts at the last assistant header, takes the last call
-block, lets one object, or a JSON string of it or of the list, stand for the list, and lets the last of equal
-keys win. Where it crashes, `official` gives 0. The other schemes read strictly, to differ in the rule alone.
+Where we differ: the paper requires the output *wrapped* in both blocks, its code the think tags anywhere.
+`binary` follows the paper. `official` follows the code, which reads from the last assistant header on, takes
+the last call block, accepts one object, or a JSON string of it or of the list, as the list, and takes the
+last of duplicate keys. `official` is 0 where the code crashes. The other schemes use the strict reader, so
+that they differ from `binary` in the rule only.
 """
 
 import json
@@ -42,11 +43,12 @@ from typing import NamedTuple
 SCHEMES = ("binary", "binary_no_reasoning", "partial_format", "partial_format_names", "official")
 
 THINK, END_THINK, CALL, END_CALL = "<think>", "</think>", "<tool_call>", "</tool_call>"
-STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
-CHAT_MARKERS = ("<|im_start|>", *STOP_TOKENS)
+IM_START, IM_END = "<|im_start|>", "<|im_end|>"
+STOP_TOKENS = (IM_END, "<|endoftext|>")
+CHAT_MARKERS = (IM_START, *STOP_TOKENS)
 BLANKS = " \t\r\n"
 MAX_DEPTH, MAX_BYTES, MAX_DIGITS = 64, 64 * 1024, 40
-# The released scorer crashes at limits that vary with the interpreter and the call stack; a verdict must not.
+# The released scorer crashes at limits that depend on the interpreter and the call stack. These are fixed.
 OFFICIAL_DEPTH, OFFICIAL_DIGITS = 500, 4300
 
 _FIELDS = {"name", "arguments"}
@@ -56,34 +58,35 @@ _KINDS = {str: "string", bool: "boolean", int: "integer", float: "float", list: 
 
 
 class Verdict(NamedTuple):
-    """What `score` found."""
+    """The result of `score` and `judge`."""
 
     reward: float
-    format_ok: bool  # the whole strict format, under every scheme
-    names_ok: bool  # the multiset of names is right; like calls_ok, it can hold where the format does not
+    format_ok: bool  # the strict format holds, under every scheme
+    names_ok: bool  # the multiset of names is right; may be true, as calls_ok, where format_ok is false
     calls_ok: bool
-    calls: list | None  # as the scheme read them; None: it could not
-    error: str | None  # None where the reward is full, else one sentence that says what to change
+    calls: list | None  # as the scheme reads them; None if it cannot
+    error: str | None  # None if the reward is full, else one sentence that says what to change
+    raised: bool = False  # the reward raised an exception, which `error` names
 
 
 def format_calls(calls):
-    """The call block on one line: the end of a right reply, and a call turn earlier in a prompt."""
+    """The call block on one line: the end of a right reply, and an earlier call turn in a prompt."""
     return f"{CALL}{json.dumps(calls, ensure_ascii=False)}{END_CALL}"
 
 
 def format_reply(calls, reasoning=""):
-    """The one rendering of a right reply: scores 1 unless a text holds a tag or marker or passes a limit."""
+    """The text of a right reply. It scores 1 unless a string contains a tag or marker or exceeds a limit."""
     return f"{THINK}{reasoning}{END_THINK}\n{format_calls(calls)}"
 
 
 def parse_reply(reply):
-    """Read any string strictly, in linear time -> (calls or None, None or what breaks the format)."""
+    """Read any string strictly, in linear time -> (calls or None, None or the error in the format)."""
     calls, *errors = _read(reply)
     return calls, next(filter(None, errors), None)
 
 
 def score(reply, answer, scheme="binary"):
-    """Judge one reply -> Verdict with a reward in [0, 1], in linear time. No string makes it raise.
+    """The Verdict on one reply, with a reward in [0, 1], in linear time. It raises for no string.
 
     ValueError: an unknown scheme, or an answer that is not a list of calls.
     """
@@ -95,7 +98,7 @@ def score(reply, answer, scheme="binary"):
     if scheme == "official":
         calls, calls_error = _attempt(_official_calls, reply)
     else:
-        # Through JSON once, so that the answer's zeros lose their sign as the reply's do.
+        # Written as JSON and read again, so that -0.0 becomes 0.0 as in the reply.
         answer = json.loads(json.dumps(answer), parse_float=lambda text: float(text) + 0.0)
     names_ok, error = (False, calls_error) if calls is None else _compare(calls, answer)
     calls_ok = error is None
@@ -111,6 +114,19 @@ def score(reply, answer, scheme="binary"):
     return Verdict(reward, format_error is None, names_ok, calls_ok, calls, error)
 
 
+def judge(example, reply, scheme):
+    """The verdict on a reply to an example: the only call of `score` in training and evaluation. For a reward
+    that looks at example.tools or .messages, edit this function. If it raises, the reply earns 0."""
+    try:
+        verdict = score(reply, example.answer, scheme)
+        if not math.isfinite(verdict.reward):
+            raise ValueError(f"a reward of {verdict.reward}")
+        return verdict._replace(reward=float(verdict.reward))
+    except Exception as error:  # only here: what an edited reward raises is unknown, and must not end a run
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        return Verdict(0.0, False, False, False, None, f"the reward raised {what}", raised=True)
+
+
 def _read(reply):
     stop = next((token for token in STOP_TOKENS if reply.endswith(token)), "")
     text = reply.removesuffix(stop).strip(BLANKS)
@@ -124,7 +140,7 @@ def _read(reply):
 
 
 def _attempt(read, *arguments):
-    """-> (what `read` returns, None) or (None, why it refused); bad JSON and UTF-8 are ValueErrors too."""
+    """-> (result of `read`, None) or (None, its error); errors in JSON and UTF-8 are ValueErrors too."""
     try:
         return read(*arguments), None
     except ValueError as error:
@@ -153,9 +169,9 @@ def _strict_calls(text):
 
 
 def _official_calls(reply):
-    text = reply[max(reply.rfind("<|im_start|>assistant"), 0) :]
+    text = reply[max(reply.rfind(f"{IM_START}assistant"), 0) :]
     payload, at = None, 0
-    # Each opening pairs with the next closing, from left to right: where blocks nest, not the last opening.
+    # From left to right, each opening tag is paired with the next closing tag, as a regular expression does.
     while (start := text.find(CALL, at)) >= 0 and (end := text.find(END_CALL, start)) >= 0:
         payload = text[start + len(CALL) : end]
         at = end + len(END_CALL)
@@ -165,14 +181,14 @@ def _official_calls(reply):
     if isinstance(calls, str):
         calls = loads_within(calls, OFFICIAL_DEPTH, OFFICIAL_DIGITS)
     calls = [calls] if isinstance(calls, dict) else calls
-    # A string inside the string is walked like a list there: only the empty one has nothing wrong in it.
+    # The released scorer iterates over a string inside the string too; only an empty one passes its checks.
     if not isinstance(calls, (list, str)) or any(type(c) is not dict or _FIELDS - c.keys() for c in calls):
         raise ValueError("the payload is not a list of objects with name and arguments")
     return list(calls)
 
 
 def loads_within(payload, max_depth, max_digits, **hooks):
-    """json.loads within limits; depth is measured before, as the parser recurses."""
+    """json.loads with limits. The depth is measured before parsing, because the parser recurses."""
 
     def parse_int(text):
         if len(text.lstrip("-")) > max_digits:
@@ -194,7 +210,7 @@ def _unique_keys(pairs):
 def _finite(text):
     if not math.isfinite(float(text)):
         raise ValueError(f"the number {_clip(text)} is not finite")
-    # -0.0 + 0.0 is 0.0: values that are equal must have equal keys.
+    # -0.0 + 0.0 is 0.0: equal values must have the same `_key`.
     return float(text) + 0.0
 
 
@@ -210,12 +226,12 @@ def _check_calls(calls, owner):
 
 
 def _key(value):
-    """Text that is equal exactly where JSON values are, types kept apart."""
+    """A text that is the same exactly for JSON values that are equal and of the same types."""
     return json.dumps(value, sort_keys=True, ensure_ascii=False)
 
 
 def _compare(calls, answer):
-    """-> (whether the multisets of names are equal, None or how the calls differ); linear."""
+    """-> (whether the multisets of names are equal, None or how the calls differ), in linear time."""
     names, right_names = ([_key(call["name"]) for call in some] for some in (calls, answer))
     if Counter(names) != Counter(right_names):
         found, expected = (_clip(", ".join(some)) or "nothing" for some in (names, right_names))
@@ -224,7 +240,7 @@ def _compare(calls, answer):
     extra, missing = Counter(keys) - Counter(right_keys), Counter(right_keys) - Counter(keys)
     if not extra:
         return True, None
-    # The names agree, so an odd call has a counterpart of its name.
+    # The multisets of names are equal, so for a wrong call there is a missing one of the same name.
     odd = next(i for i, key in enumerate(keys) if key in extra)
     right = next(i for i, key in enumerate(right_keys) if key in missing and right_names[i] == names[odd])
     got, wanted = calls[odd]["arguments"], answer[right]["arguments"]
@@ -243,5 +259,5 @@ def _compare(calls, answer):
 
 
 def _clip(text, most=80):
-    """Short, and without lone surrogates, so that it can be printed and written."""
+    """`text` shortened, and without lone surrogates, so that it can be printed and written."""
     return (text if len(text) <= most else text[: most - 1] + "…").encode(errors="replace").decode()

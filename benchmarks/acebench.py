@@ -4,43 +4,47 @@ In:  a folder with data_<category>.json and possible_answer/data_<category>.json
      (github.com/chenchen0103/ACEBench, data_all/data_en); calls `[{"name", "arguments"}, ...]`.
 Out: entries, prompts, verdicts (valid, reason), table rows. Only `load` touches files, nothing needs torch.
 
-The `official` metric is the published scorer's verdict, quirks included. A reason begins with its error type.
+The `official` metric is the verdict of the published scorer, in its surprising cases too. A reason begins
+with its error type.
 
-1. Answers: one object {tool: {parameter: value}}, or a list of such, of which one has to pass. Several calls
-   of one tool are keyed tool_1, tool_2 and so on, so a last _<digits> is no part of a name.
-2. Calls: as many as the answer has keys, with the same names as often. For each gold call *some* call of its
-   name passes 3 to 5; a call may serve several gold calls. The tool is the first whose name is in the key.
-3. Arguments: every `required` one, none that the schema or the answer lacks. What the answer has and the call
-   leaves out is no error unless required. No arguments at all pass only where the schema is empty.
-4. Types: the schema's (integer and number mean int, never bool), or the answer's where that differs, which
-   switches 5 off, as does a value equal to such an answer. The texts "true" and "false" count as booleans
-   here, also under a string schema, where they then fail. An empty list or object as answer fails its like.
-5. Values: compared for strings, lists and objects only, so 2 passes for 1 and false for true. N drops blanks
-   and , . / - _ * ^, lowers the case and turns ' into ".
+1. Answers: one object {tool: {parameter: value}}, or a list of such, of which one must pass. Several calls of
+   one tool have the keys tool_1, tool_2 and so on, so a trailing _<digits> is not part of a name.
+2. Calls: as many as the answer has keys, with the same multiset of names. For each gold call *some* call of
+   its name passes 3 to 5; one call may pass for several gold calls. The tool is the first one whose name is a
+   part of the key.
+3. Arguments: every `required` one, none that the schema or the answer lacks. An argument of the answer may be
+   missing unless it is required. A call without arguments passes only if the schema is empty.
+4. Types: the type of the schema (integer and number mean int, never bool), or of the answer if that differs.
+   In that case, or if the value equals such an answer, 5 is skipped. The texts "true" and "false" count as
+   booleans here, also if the schema says string, where they then fail. If the answer is an empty list or
+   object, every value of its type fails.
+5. Values: compared for strings, lists and objects only, so 2 passes for 1 and false for true. N removes
+   blanks and , . / - _ * ^, lowers the case and turns ' into ".
        string            N(gold) is part of N(value): "New York City" passes for "New York", not vice versa
        list              equal in order, its strings by N
-       list of objects   as long as the answer, each object against its own
-       object            the same keys; objects in it alike; of the rest, lists too, str(N(gold)) is part of
-                         str(N(value)), so 12 passes for 1; "true" is True
+       list of objects   as long as the answer, each object compared with the one at its position
+       object            the same keys; objects in it by the same rule; other values, also lists, pass if
+                         str(N(gold)) is part of str(N(value)), so 12 passes for 1; "true" is True
 
 One answer fails its own scorer (normal_single_turn_parallel_function_42 holds an empty list): 499 of 500.
 
-The `strict` metric wants what the answer says: each gold call has a call of its own, no call is left over,
-arguments are the same, none missing; strings equal by N at any depth, types apart but for an int where the
-answer has a float. All 500 answers pass it.
+The `strict` metric requires the answer: a one-to-one match of calls and gold calls with the same arguments,
+none missing; strings are equal by N at any depth; types are equal, but an int passes for a float of the
+answer. All 500 answers pass it.
 
-Where we differ: the official scorer reads [Name(key='value')] and first drops all white space of a reply; we
-read the JSON list of our reply format as it stands. Where the scorer crashes, the entry is wrong here, and so
-are calls nested deeper than 64 or with an integer beyond about 4,200 digits. The paper (arXiv 2505.00024,
-Figure 3b) does not say how it averages the eight accuracies: 86.00 and 87.00 fit `Pooled`, 82.34 does not.
+Where we differ: the official scorer reads [Name(key='value')] and first removes all white space of a reply;
+we read the JSON list of our reply format unchanged. Where the scorer crashes, the entry is wrong here, and so
+are calls nested deeper than 64 or with an integer of more than about 4,200 digits. The paper (arXiv
+2505.00024, Figure 3b) does not state how it averages the eight accuracies: 86.00 and 87.00 fit `Pooled`,
+82.34 does not.
 """
 
-import json
 import re
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks import json_lines
 from benchmarks.bfcl import decode as decode  # one reply format, one way to read it
 
 ATOM = dict.fromkeys((f"normal_atom_{name}" for name in (
@@ -58,7 +62,7 @@ INSTRUCTION = (
     " use the user's own words as the value.")
 
 MAX_DEPTH = 64
-# str() refuses integers of more than 4,300 digits, which is about 14,284 bits.
+# str() raises for integers of more than 4,300 digits, about 14,284 bits.
 MAX_BITS = 14_000
 
 _TYPES = {"string": str, "integer": int, "number": int, "float": float, "boolean": bool, "array": list,
@@ -68,7 +72,7 @@ _DROPPED = str.maketrans("", "", " ,./-_*^")
 
 
 class Entry(NamedTuple):
-    """One question; `answer` is {tool: {parameter: value}} or a list of them, `time` may be empty."""
+    """One question. answer: {tool: {parameter: value}} or a list of them; time: may be empty."""
 
     id: str
     category: str
@@ -82,8 +86,8 @@ class Entry(NamedTuple):
 def load(folder):
     """The 500 entries, in the order of CATEGORIES and of the files.
 
-    ValueError, naming file, line and id: a missing file, a line that is no such record, a duplicate or
-    unknown id, a number of entries that is not the benchmark's.
+    ValueError, naming file, line and id: a missing file, a line that is not such a record, a duplicate or
+    unknown id, an unexpected number of entries.
     """
     entries = []
     for category, expected in CATEGORIES.items():
@@ -109,25 +113,19 @@ def load(folder):
 
 
 def read_lines(path, fields):
-    """JSON lines -> {id: (line number, record)}; `fields` gives the keys that each has and their types.
+    """{id: (line number, record)} of a file of JSON lines. fields: {key: type} that each record must have.
 
-    ValueError, naming file, line and id: no such file, not JSON (a line cut off, say), a field missing or of
-    another type, an id for the second time. Blank lines are passed over.
+    ValueError, naming file, line and id: a missing file, a line that is not JSON, a missing field or one of
+    another type, a duplicate id.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
+        text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}; the benchmark needs this file") from None
     except UnicodeDecodeError:
         raise ValueError(f"{path}: not UTF-8; get the file again") from None
     records = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            raise ValueError(f"{path}, line {number}: not JSON; is the line cut off?") from None
+    for number, record in json_lines(path, text, "{path}, line {number}: not JSON; is the line cut off?"):
         for key, kind in fields.items():
             if not isinstance(record, dict) or not isinstance(record.get(key), kind):
                 raise ValueError(f"{path}, line {number}: {key} is missing or of another type")
@@ -139,10 +137,10 @@ def read_lines(path, fields):
 
 
 def prompt(entry, paper_prompt=False):
-    """-> (tools, messages), tools as they stand in the data. `paper_prompt` leaves out our instruction.
+    """-> (tools, messages), tools as in the data. paper_prompt omits our instruction.
 
-    As in the official prompt the dialogue is one user message, and the time, where there is one, is part of
-    the system message.
+    As in the official prompt, the dialogue is one user message, and the time, if any, is part of the system
+    message.
     """
     system = "\n".join(filter(None, ["" if paper_prompt else INSTRUCTION, entry.time.strip()]))
     messages = [{"role": "user", "content": f"Conversation history 1..t:\n{entry.question}"}]
@@ -151,7 +149,7 @@ def prompt(entry, paper_prompt=False):
 
 # ---- verdicts
 def check(entry, calls, metric="official"):
-    """(valid, reason) of one entry by one of METRICS; `calls` is any JSON value, None for a reply without."""
+    """(valid, reason) of one entry by one of METRICS. calls: any JSON value, None if the reply has none."""
     if metric not in METRICS:
         raise ValueError(f"unknown metric {metric!r}: choose one of {', '.join(METRICS)}")
     if metric == "strict":
@@ -160,20 +158,21 @@ def check(entry, calls, metric="official"):
 
 
 def check_acebench(tools, calls, ground_truth):
-    """The official verdict (valid, reason); `reason` is "" or the first alternative's, as `type: details`.
+    """The official verdict (valid, reason). It raises for no JSON value of `calls`.
 
-    tools: schemas of the entry; ground_truth: as in the data. Any JSON value as `calls` gets a verdict.
+    tools: schemas of the entry; ground_truth: as in the data; reason: "" or the error of the first
+    alternative, as `type: details`.
     """
     return _verdict(calls, ground_truth, lambda gold: _official_problem(tools, calls, gold))
 
 
 def check_acebench_strict(calls, ground_truth):
-    """The strict verdict (valid, reason), which needs no schemas."""
+    """The strict verdict (valid, reason). It does not depend on the schemas."""
     return _verdict(calls, ground_truth, lambda gold: _strict_problem(calls, gold))
 
 
 def malformed(calls):
-    """Why `calls`, any JSON value, cannot be compared with an answer, or None: it is a list of calls."""
+    """Why `calls`, any JSON value, cannot be compared with an answer; None if it is a list of calls."""
     if type(calls) is not list:
         return "wrong_output_format: no list of calls"
     for call in calls:
@@ -183,7 +182,7 @@ def malformed(calls):
 
 
 def outsized(value):
-    """Whether a JSON value is deeper than MAX_DEPTH or holds an integer of more than MAX_BITS."""
+    """Whether a JSON value nests deeper than MAX_DEPTH or holds an integer of more than MAX_BITS bits."""
     level = [value]
     for _ in range(MAX_DEPTH + 1):
         if any(type(item) is int and item.bit_length() > MAX_BITS for item in level):
@@ -204,7 +203,7 @@ def _alternatives(ground_truth):
 
 
 def _official_problem(tools, calls, gold):
-    """None where the calls pass for one alternative, else the error."""
+    """None if the calls pass for one alternative, else the error."""
     if len(calls) != len(gold):
         return f"wrong functions number: {len(calls)}, expected {len(gold)}"
     names = [_tool_name(key) for key in gold]
@@ -277,7 +276,7 @@ def _value_problem(value, gold, schema):
 
 
 def _type_passes(value, gold, expected, inner):
-    """-> (accepted, whether by the answer's type or value instead of the schema's: then no value check)."""
+    """-> (accepted, whether by the type or value of the answer, so that the value check is skipped)."""
     gold_type = None if gold == "" else type(gold)
     by_gold = gold_type not in (None, expected)
     value = _as_boolean(value)
@@ -286,7 +285,7 @@ def _type_passes(value, gold, expected, inner):
         return passes, passes
     if inner is None:
         return True, by_gold
-    # Some part of the answer must agree, so an empty one never does; a part that is no list agrees unseen.
+    # One part of the answer must agree, so an empty answer never does; a part that is not a list always does.
     for part in gold if isinstance(gold, (list, dict, str)) else ():
         if type(part) is not list or all(_type_passes(item, part, inner, None)[0] for item in value):
             return True, by_gold
@@ -340,7 +339,7 @@ def _as_boolean(value):
 
 
 def _n(value):
-    """The official normal form of a string; any other value as it is."""
+    """N, the official normal form of a string; any other value unchanged."""
     return value.translate(_DROPPED).lower().replace("'", '"') if type(value) is str else value
 
 
@@ -348,9 +347,9 @@ def _n(value):
 def summarize(results):
     """{category: {id: (valid, reason)}} -> rows {"label", "n", "expected", "right", "accuracy"}.
 
-    A row a category, then the official means over categories, Atom and Single-turn, then all pooled. n
-    entries were scored of `expected`; what is missing counts as wrong, so that a part of a category never
-    looks like the whole. ValueError: an unknown category, or more verdicts than it has entries.
+    A row a category, then the official means over categories, Atom and Single-turn, then all pooled. n of the
+    `expected` entries were scored. Missing ones count as wrong, so the denominator is fixed. ValueError: an
+    unknown category, or more verdicts than it has entries.
     """
     check_results(results, CATEGORIES)
     rows = {category: row(category, results, {category: n}) for category, n in CATEGORIES.items()}
@@ -361,7 +360,7 @@ def summarize(results):
 
 
 def row(label, results, categories):
-    """One row over the entries of `categories`, {category: how many it has}."""
+    """One row over the entries of `categories`, {category: number of entries}."""
     verdicts = [valid for category in categories for valid, _ in results.get(category, {}).values()]
     expected = sum(categories.values())
     return {"label": label, "n": len(verdicts), "expected": expected, "right": sum(verdicts),
@@ -369,7 +368,7 @@ def row(label, results, categories):
 
 
 def check_results(results, categories):
-    """ValueError where results name another category, or hold more verdicts than one of them has entries."""
+    """ValueError if the results have an unknown category, or more verdicts for one than it has entries."""
     for category, verdicts in results.items():
         if len(verdicts) > categories.get(category, 0):
             expected = categories.get(category, "no such category")

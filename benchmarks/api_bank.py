@@ -1,33 +1,34 @@
-"""API-Bank, level 1, Call mode: 399 places in dialogues where one call of a given tool is due.
+"""API-Bank, level 1, Call mode: 399 points in dialogues at which one call of a given tool is expected.
 
 In:  a folder with level-1-api.json, the official file (github.com/AlibabaResearch/DAMO-ConvAI, api-bank), or
-     with level1_call.jsonl, the same samples taken apart; calls `[{"name", "arguments"}, ...]`.
+     with level1_call.jsonl, the same samples in parsed form; calls `[{"name", "arguments"}, ...]`.
 Out: entries, prompts, verdicts (valid, reason), table rows. Only `load` touches files, nothing needs torch.
 
 Nothing is executed. There must be one call; it is compared with the answer, whose values are all texts.
-`exact`: the same name, the same argument names, and for each the same text, str(value) without blanks around:
-2 is "2", true is "True", ["a"] is "['a']", but 2.0 is not "2". `lenient`: the same, but these may differ:
+`exact`: the same name, the same argument names, and for each the same text, str(value) without blanks at its
+ends: 2 is "2", true is "True", ["a"] is "['a']", but 2.0 is not "2". `lenient`: the same, but these may
+differ:
 
     case        names of scenes and switches, stock_code, user_id, receiver of a mail, symptom of
-                SymptomSearch, and what Dictionary, Wiki, SearchEngine and PlayMusic look up
+                SymptomSearch, and the keyword or name of Dictionary, Wiki, SearchEngine and PlayMusic
     spelling    dates and times of appointments, stocks, health data, switches and history (2023-3-5); blanks
                 in a formula; lists and objects, JSON or not, by their parts; health_data in any order
     wording     content of an agenda or, in any case, of a reminder, topic of a meeting: |A & B| / |A | B| of
                 the sets of words above 1/2 (Jaccard)
-    all else    of an agenda, reminder or meeting to delete, but its token and its time (start_time)
+    any other   of an agenda, reminder or meeting to delete, but not its token and its time (start_time)
 
-These are the tools' own comparisons, as far as they look at the call and not at what it returned.
+These are the comparisons of the tools, as far as they compare the call and not its result.
 
-Denominators: 399 entries, or 389, as 10 of them, those with an odd sample_id, repeat the call of another. 8
-answers (TimedSwitch, CancelTimedSwitch) have an argument `device_id` that the schema which the model sees
-calls `name`: no model can give them.
+Denominators: 399 entries, or 389, because 10 of them, those with an odd sample_id, repeat the call of
+another. 8 answers (TimedSwitch, CancelTimedSwitch) have an argument `device_id`, which the schema that is
+shown to the model calls `name`, so no model can produce them.
 
 The official scorer executes instead: it searches [Name(key='value')] with a regular expression, calls the
-Python tool in a fresh set of tools, without the dialogue's earlier calls, and lets the tool compare input,
-output and exception with the recorded ones, over the 389. Its own answers reach 328 of them, 84.3 % (332
-where an online translator answers): nested quotes break its expression (all 19 RecordHealthData calls, lists
-of attendees), `device_id` is refused, state is missing that earlier calls made, some recordings are stale.
-The paper's figures (arXiv 2505.00024, Figure 3) stand near that ceiling, and by their fractions have
+Python tool in a fresh set of tools, without the earlier calls of the dialogue, and the tool compares input,
+output and exception with the recorded ones, over the 389. The official answers score 328 of them, 84.3 % (332
+if an online translator answers): nested quotes break the expression (all 19 RecordHealthData calls, lists of
+attendees), `device_id` is rejected, the state of earlier calls is missing, some recordings are stale. The
+figures of the paper (arXiv 2505.00024, Figure 3) are near that ceiling, and their fractions imply
 denominators from 390 to 394; their protocol is not published, so neither metric here is theirs.
 """
 
@@ -51,15 +52,15 @@ INSTRUCTION = "Reply with exactly one call: the next one that this dialogue need
 REQUEST = "Generate the API request."
 
 _CALL = re.compile(r"\[(\w+)\((.*?)\)\](?:->(.*)|\s*$)", re.DOTALL)
-# Values hold quotes of their own, so that only the next argument or the end can close one.
+# Values contain quotes, so a value ends only before the next argument or at the end.
 _ARGUMENT = re.compile(r"(\w+)='(.*?)'(?=, \w+='|$)", re.DOTALL)
 _TURN = re.compile(r"^(User|AI|API-Request): ?", re.MULTILINE)
 _ROLES = {"User": "user", "AI": "assistant", "API-Request": "api"}
 
 
 class Entry(NamedTuple):
-    """One due call. `messages` are chat messages, earlier calls and results among them; `answer` is the right
-    call {"name", "arguments"}."""
+    """One expected call. messages: chat messages, with earlier calls and results; answer: the right call
+    {"name", "arguments"}."""
 
     id: str
     category: str
@@ -70,10 +71,10 @@ class Entry(NamedTuple):
 
 # ---- files, prompts
 def load(folder):
-    """The 399 entries, in the order of the file: level1_call.jsonl where it is, else level-1-api.json.
+    """The 399 entries, in the order of the file: level1_call.jsonl if it exists, else level-1-api.json.
 
-    ValueError, naming file and line or sample: a missing file, a record that is none, a duplicate, a number
-    of entries that is not the benchmark's.
+    ValueError, naming file and line or sample: a missing file, a record that is not a sample, a duplicate, an
+    unexpected number of entries.
     """
     path, official = Path(folder) / "level1_call.jsonl", Path(folder) / "level-1-api.json"
     if path.exists():
@@ -119,7 +120,7 @@ def _official_samples(path):
 
 
 def _read_call(text):
-    """`[Name(key='value', ...)]`, `->result` behind it or not -> (call, result or None)."""
+    """`[Name(key='value', ...)]`, with or without `->result` -> (call, result or None)."""
     found = _CALL.search(text)
     if not found:
         raise ValueError("no call")
@@ -148,10 +149,10 @@ def _entry(place, sample):
 
 
 def prompt(entry, paper_prompt=False):
-    """-> (tools, messages), tools as they stand in the data. `paper_prompt` leaves out our instruction.
+    """-> (tools, messages), tools as in the data. paper_prompt omits our instruction.
 
-    The dialogue stands as chat turns, with earlier calls in our reply format; as in the official prompt the
-    year stands before it and a request for the call behind.
+    The dialogue becomes chat turns, with earlier calls in our reply format. As in the official prompt, the
+    year comes before it and a request for the call after it.
     """
     system = {"role": "system", "content": YEAR if paper_prompt else f"{YEAR} {INSTRUCTION}"}
     messages, last = [system, *entry.messages[:-1]], entry.messages[-1]
@@ -162,7 +163,7 @@ def prompt(entry, paper_prompt=False):
 
 # ---- verdicts
 def check(entry, calls, metric="exact"):
-    """(valid, reason) of one entry by one of METRICS; `calls` is any JSON value, None for a reply without."""
+    """(valid, reason) of one entry by one of METRICS. calls: any JSON value, None if the reply has none."""
     problem = _problem(calls, entry.answer, metric)
     return problem is None, problem or ""
 
@@ -190,7 +191,7 @@ def _problem(calls, answer, mode):
         return f"arguments: expected {', '.join(right) or 'none'}"
     for parameter, value in arguments.items():
         same = _text(value) == _text(right[parameter])
-        if not same and not (mode == "lenient" and _alike(name, parameter, value, right[parameter])):
+        if not same and not (mode == "lenient" and _is_equivalent(name, parameter, value, right[parameter])):
             return f"value: {parameter}, expected {right[parameter]}"
     return None
 
@@ -199,7 +200,7 @@ def _text(value):
     return str(value).strip()
 
 
-def _alike(tool, parameter, value, right):
+def _is_equivalent(tool, parameter, value, right):
     if parameter in _IGNORED.get(tool, ()):
         return True
     if parameter == _WORDS.get(tool):
@@ -218,7 +219,7 @@ def _normal(tool, parameter, value):
 
 
 def _parts(value):
-    """A list or object, or a text with one in JSON's or Python's notation, with texts inside; else None."""
+    """A list or object, or a text that denotes one in JSON or Python, with its values as texts; else None."""
     if type(value) is str and value.strip().startswith(("[", "{")):
         for text in (value, value.replace("'", '"')):
             try:
@@ -250,7 +251,7 @@ def _second(text):
 
 
 def _day_of_year(text):
-    # A leap year, so that February 29 is a day where no year is given.
+    # 2000 is a leap year, so February 29 is a valid day if no year is given.
     day = _day(text if text.count("-") == 2 else f"2000-{text}")
     return (day.month, day.day) if isinstance(day, datetime) else text
 
@@ -287,7 +288,7 @@ _NORMAL = {
     "QueryHistoryToday": {"date": _day_of_year},
     "SymptomSearch": {"symptom": str.lower}, "SendEmail": {"receiver": str.lower},
     "Calculator": {"formula": _unspaced},
-    # These compare what they found only, and they look without case.
+    # These tools compare only their results, and search without case.
     "Dictionary": {"keyword": str.lower}, "Wiki": {"keyword": str.lower},
     "SearchEngine": {"keyword": str.lower}, "PlayMusic": {"music_name": str.lower},
 }
@@ -297,8 +298,8 @@ _NORMAL = {
 def summarize(results):
     """{category: {id: (valid, reason)}} -> rows {"label", "n", "expected", "right", "accuracy"}.
 
-    Two rows: all 399 entries, and the 389 without repeated calls. n entries were scored of `expected`; what
-    is missing counts as wrong. ValueError: an unknown category, or more verdicts than it has entries.
+    Two rows: all 399 entries, and the 389 without repeated calls. n of the `expected` entries were scored;
+    missing ones count as wrong. ValueError: an unknown category, or more verdicts than it has entries.
     """
     check_results(results, CATEGORIES)
     return [row("All entries", results, CATEGORIES),

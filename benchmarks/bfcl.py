@@ -2,43 +2,45 @@
 
 In:  a folder with the leaderboard's files, BFCL_v3_<category>.json or BFCL_v4_<category>.json, JSON lines,
      and possible_answer/ with files of the same names; replies, or the calls decoded from them.
-Out: entries, what goes into a prompt, a verdict for each entry, table rows, files for the official tool.
+Out: entries, tools and messages of their prompts, verdicts, table rows, files for the official tool.
 
-The rules are the official checker's (github.com/ShishirPatil/gorilla, Apache-2.0; PyPI bfcl-eval 2026.3.23),
-odd ones included, since only so are scores comparable. By category:
+The rules are those of the official checker (github.com/ShishirPatil/gorilla, Apache-2.0; PyPI bfcl-eval
+2026.3.23), the surprising ones included, because otherwise scores are not comparable. By category:
 
-    irrelevance   right where nothing reads as a call; so is a reply that cannot be decoded
-    relevance     right where there is a call, whatever it says
-    others        as many calls as gold calls; where the name has "parallel", each gold call in turn takes the
-                  first free call that agrees with it, without going back; else the one agrees with the other
+    irrelevance   right if nothing can be read as a call, thus also if a reply cannot be decoded
+    relevance     right if there is a call, of any content
+    others        as many calls as gold calls. If the name has "parallel", each gold call in turn takes the
+                  first free call that agrees with it, without backtracking; else the two must agree
 
-A gold call lists accepted values, {function: {parameter: [value, ...]}}; "" among them: may be left out.
-The checks of one call, in order, with what surprises:
+A gold call lists accepted values, {function: {parameter: [value, ...]}}; with "" among them the parameter may
+be omitted. The checks of one call, in order:
 
-    1. The name, dots and case included; every `required` parameter, even where "" is accepted.
-    2. No parameter that the tool does not have, nor one that the gold call does not list.
-    3. Types are exact: True is no integer, 5.0 neither. An integer is a float at the top level, but not in a
-       list. Elements of a list have the declared type too, one level deep, unless "" or another value that
-       is no list is accepted. A value may also have the type of the first accepted value that is not "".
-    4. Where that type differs from the declared one, the value must be `in` the accepted ones, case and all.
-       Else strings are compared by N, which drops blanks and ,./-_*^ and the case and makes ' a "; so are the
-       elements of a list, the values of an object and of the objects of a list, not what is deeper. Order
-       matters in lists; "" is also the empty list. The rest by Python's equality.
+    1. The name is equal, dots and case included. Every `required` parameter is given, "" accepted or not.
+    2. The tool has each parameter, and the gold call lists it.
+    3. Types are exact: neither True nor 5.0 is an integer. An integer is accepted as a float at the top
+       level, but not in a list. Elements of a list must have the declared type too, one level deep, unless ""
+       or another value that is not a list is accepted. The type of the first accepted value that is not "" is
+       also accepted.
+    4. If that type differs from the declared one, the value must be `in` the accepted ones, case included.
+       Else strings are compared by N, which removes blanks and ,./-_*^, lowers the case and turns ' into ".
+       N also applies to the elements of a list, the values of an object and the values of objects in a list,
+       but not deeper. Order matters in lists; "" equals the empty list. Python's equality decides the rest.
     5. A gold parameter that is not given has "" among its values.
 
-Java and JavaScript values come as strings (bfcl_languages.py); tools get hints for that and for the language
-in the prompt only, never where calls are checked. Where the official checker crashes (an integer beyond 1e308
-for a float, a text among objects), the call is wrong here.
+Java and JavaScript values are strings (bfcl_languages.py). Hints about that and about the language are added
+to the tools in the prompt only, not to the tools that calls are checked against. Where the official checker
+crashes (an integer beyond 1e308 for a float, a text among objects), the call is wrong here.
 
 The paper (arXiv 2505.00024, Table 1) mixes two definitions of Live: its Tool-N1 rows count the four live AST
 categories ("Live AST" in `summarize`), its other rows copy the column of the v3 leaderboard, which counts
-live_irrelevance and live_relevance too ("Live, v3 leaderboard"). Compare with each row by its own definition.
+live_irrelevance and live_relevance as well ("Live, v3 leaderboard"). Compare each row by its own definition.
 """
 
 import json
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks import json_lines
 from benchmarks.bfcl_languages import LISTS, TYPES, from_java, from_javascript, hinted, language_of
 from reward import CALL, END_CALL, OFFICIAL_DEPTH, OFFICIAL_DIGITS, loads_within
 
@@ -62,13 +64,13 @@ PAPER = {
 }
 PAPER_LIVE_IS_AST_ONLY = ("Tool-N1-7B", "Tool-N1-14B")
 
-# One of those that the official tool knows; its result files hold a JSON object for each call.
+# A model that the official tool knows and whose result files have a JSON object for each call.
 OFFICIAL_MODEL = "Qwen/Qwen3-8B-FC"
 
 
 class Entry(NamedTuple):
-    """One question. `functions` as they stand in the data, `messages` {"role", "content"}, `answer` the gold
-    calls, None where the category has none (irrelevance, relevance)."""
+    """One question. functions: as in the data; messages: {"role", "content"}; answer: the gold calls, None in
+    the categories irrelevance and relevance."""
 
     id: str
     category: str
@@ -81,10 +83,10 @@ class Entry(NamedTuple):
 def load(folder):
     """All entries of a folder with the files of v3 or v4, in the order of COUNTS, then of the files.
 
-    Questions and answers are paired by line: in the data of April 2025 an id differs between the two. There,
-    live_relevance also has an id twice; the second is named as in later data. ValueError, naming file and
-    line: a missing file, a line that cannot be read, an id that stands twice, a number of entries that is not
-    the expected one.
+    Questions and answers are paired by line, because an id of the data of April 2025 differs between the two.
+    In that data live_relevance also has a duplicate id; the second entry is renamed as in later data.
+    ValueError, naming file and line: a missing file, a line that cannot be read, a duplicate id, an
+    unexpected number of entries.
     """
     folder = Path(folder)
     versions = [version for version in COUNTS if any(folder.glob(f"BFCL_{version}_*.json"))]
@@ -111,19 +113,14 @@ def load(folder):
 
 
 def _read(path, keys, expected):
-    """[(place, record)...] of a file with one JSON object a line; blank lines do not count."""
+    """[(place, record), ...] of a file of JSON lines, each an object with these keys."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}); BFCL needs it") from None
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", "not UTF-8 text")
+        raise ValueError(f"{path}: cannot be read ({why}); BFCL needs it") from None
     records = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}:{number}: not JSON ({error}); is the line cut off?") from None
+    for number, record in json_lines(path, text):
         if not isinstance(record, dict) or any(key not in record for key in keys):
             raise ValueError(f"{path}:{number}: not an object with {', '.join(keys)}")
         records.append((f"{path}:{number}", record))
@@ -134,10 +131,10 @@ def _read(path, keys, expected):
 
 # ---- prompts and replies
 def prompt(entry, paper_prompt=False):
-    """(tools, messages) of an entry: the tools with hints for their language, the messages as they stand.
+    """(tools, messages) of an entry: the tools with hints about their language, the messages as in the data.
 
-    The paper's run wrote its own text over the system message that 92 live entries begin with; paper_prompt
-    leaves it out as well.
+    92 live entries begin with a system message, which the paper's run replaced by its own text. paper_prompt
+    omits it.
     """
     tools = [hinted(function, language_of(entry.category)) for function in entry.functions]
     messages = [m for m in entry.messages if m["role"] != "system"] if paper_prompt else entry.messages
@@ -145,8 +142,8 @@ def prompt(entry, paper_prompt=False):
 
 
 def decode(reply_text):
-    """The calls of a reply, or None where they cannot be read, by the rule of the paper's run: the first
-    <tool_call>...</tool_call> holds a JSON list of objects with name and arguments. No <think> is needed."""
+    """The calls of a reply, or None if they cannot be read, by the rule of the paper's run: the first
+    <tool_call>...</tool_call> holds a JSON list of objects with name and arguments; <think> is optional."""
     start = reply_text.find(CALL)
     end = reply_text.find(END_CALL, start)
     if start < 0 or end < 0:
@@ -166,17 +163,17 @@ def _are_calls(calls):
 
 # ---- verdicts
 def check(entry, calls, metric="official"):
-    """(whether the calls are right, "" or why not); calls is any JSON value, None: could not be decoded.
-    metric: one of METRICS, as in the other benchmarks; here there is only one."""
+    """(whether the calls are right, "" or the reason). calls: any JSON value, None for a reply that cannot be
+    decoded; metric: as in the other benchmarks; BFCL has only one."""
     return check_bfcl(entry.functions, calls, entry.answer, language_of(entry.category), entry.category)
 
 
 def check_bfcl(functions, calls, possible_answer, language, category):
-    """(valid, reason) by the official rules; no value of `calls` makes it raise.
+    """(valid, reason) by the official rules. It raises for no value of `calls`.
 
-    functions: tool schemas without hints. calls: [{"name", "arguments"}...]; anything else is a reply that
-    could not be decoded. possible_answer: the gold calls. language: python, java or javascript. category: its
-    name decides the rule. reason: "" or the official error type and what is wrong.
+    functions: tool schemas without hints. calls: [{"name", "arguments"}...]; any other value counts as a
+    reply that cannot be decoded. possible_answer: the gold calls. language: python, java or javascript.
+    category: its name selects the rule. reason: "" or the official error type and a detail.
     """
     if not _are_calls(calls):
         calls = None
@@ -216,7 +213,7 @@ def check_bfcl(functions, calls, possible_answer, language, category):
 
 
 def _call_error(function, call, gold, language):
-    """"" where a call agrees with a gold call, else the official error type and what is wrong."""
+    """"" if a call agrees with a gold call, else the official error type and a detail."""
     checker, (accepted,) = "simple_function_checker", gold.values()
     properties, arguments = function["parameters"]["properties"], call["arguments"]
     if call["name"] != function["name"]:
@@ -237,7 +234,7 @@ def _call_error(function, call, gold, language):
 
 
 def _value_error(value, accepted, schema, language):
-    """"" where a value agrees with one of the accepted ones, else the official error type."""
+    """"" if a value agrees with one of the accepted values, else the official error type."""
     kind = schema["type"]
     expected = TYPES[language][kind]
     if language != "python" and type(value) is not str:
@@ -264,13 +261,13 @@ def _value_error(value, accepted, schema, language):
         return "" if right else "value_error:string"
     if element is dict:
         return _dict_list_error(value, accepted)
-    # A text among the accepted lists is the list of its characters, so "" is the empty list.
+    # A text among the accepted lists is read as the list of its characters, so "" is the empty list.
     right = [_plain(item) for item in value] in [[_plain(item) for item in other] for other in accepted]
     return "" if right else "value_error:list/tuple"
 
 
 def _type_error(value, accepted, expected, element):
-    """("" or the official error type, whether the value has the type of the first accepted one instead)."""
+    """("" or the official error type, whether the value has the type of the first accepted value instead)."""
     first = next((type(other) for other in accepted if other != ""), None)
     if type(value) is not expected:
         return ("", True) if type(value) is first else ("type_error:simple", False)
@@ -282,7 +279,7 @@ def _type_error(value, accepted, expected, element):
 
 
 def _plain(value):
-    """A string without case, blanks and some marks, ' as "; any other value as it is."""
+    """N: a string in lower case without blanks and some marks, with ' as "; any other value unchanged."""
     return value.translate(_DELETED).lower().replace("'", '"') if type(value) is str else value
 
 
@@ -324,7 +321,7 @@ def _dict_list_error(value, accepted):
 
 
 def _show(value):
-    """A value in an error: short, and safe where it nests deeply or has a million digits."""
+    """A value as shown in an error: short, even if the value nests deeply or has a million digits."""
     if type(value) in (list, dict):
         return f"a {'list' if type(value) is list else 'dictionary'} of {len(value)}"
     if type(value) is int and value.bit_length() > 128:
@@ -342,15 +339,15 @@ def summarize(results):
 
     A row a category, then
         Simple AST               mean of the accuracies of Python, Java and JavaScript
-        Non-Live AST             mean of Simple AST and the other three; the paper's Non-live
-        Live AST                 all entries of the four live ones; the paper's Live of its Tool-N1 rows
-        Live, v3 leaderboard     those and live_irrelevance and live_relevance; the paper's Live of other rows
+        Non-Live AST             mean of Simple AST and the other three: the paper's Non-live
+        Live AST                 all entries of the four live ones: the paper's Live in its Tool-N1 rows
+        Live, v3 leaderboard     those, live_irrelevance and live_relevance: the paper's Live in other rows
         Irrelevance, Relevance   mean of irrelevance and live_irrelevance; live_relevance
-        Overall                  mean of Non-Live AST and Live AST; the paper's of its Tool-N1 rows
-        Overall, v3 leaderboard  mean of Non-Live AST and Live, v3 leaderboard; the paper's of other rows
-    n entries were scored of `expected`; what is missing counts as wrong, so that a part of a category never
-    looks like the whole. Names as in v4 make it the table of v4, whose own leaderboard has Live AST as Live.
-    ValueError: an unknown category, or more verdicts than it has entries.
+        Overall                  mean of Non-Live AST and Live AST: the paper's in its Tool-N1 rows
+        Overall, v3 leaderboard  mean of Non-Live AST and Live, v3 leaderboard: the paper's in other rows
+    n of the `expected` entries were scored. Missing ones count as wrong, so the denominator is fixed. Names
+    of categories of v4 select the table of v4, whose leaderboard calls Live AST Live. ValueError: an unknown
+    category, or more verdicts than it has entries.
     """
     counts = COUNTS[_version(results)]
     for category, verdicts in results.items():
@@ -392,7 +389,7 @@ def _version(categories):
 def export_official(results_by_category, folder):
     """Write {category: {id: calls}}, calls as for `check`, as result files of the official tool -> paths.
 
-    They stand under `folder` as if OFFICIAL_MODEL had written them, with the names of v4 or v3; then
+    They have the paths in `folder` and the names, of v4 or v3, of results of OFFICIAL_MODEL, so that
         bfcl evaluate --model Qwen/Qwen3-8B-FC --test-category single_turn --result-dir FOLDER
     scores them. ValueError: an unknown category.
     """
@@ -402,7 +399,7 @@ def export_official(results_by_category, folder):
     for category, outputs in results_by_category.items():
         if category not in COUNTS[version]:
             raise ValueError(f"{category}: no such category in BFCL {version}")
-        # v4 sorts the files into two folders, v3 reads none but those that stand directly in the model's.
+        # v4 expects the files in two folders, v3 directly in the folder of the model.
         group = {"v3": ".", "v4": "live" if category.startswith("live") else "non_live"}[version]
         path = model_folder / group / f"BFCL_{version}_{category}_result.json"
         path.parent.mkdir(parents=True, exist_ok=True)

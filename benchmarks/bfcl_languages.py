@@ -1,19 +1,19 @@
 """The languages of BFCL's tools: types, hints for the prompt, Java and JavaScript values as literals.
 
-In:  tools as they stand in the data; strings that hold a literal.
-Out: tools as the prompt shows them; Python values, or the string itself where it is no literal of its type.
+In:  tools as in the data; strings that hold a literal.
+Out: tools as shown in the prompt; Python values, or the string itself if it is not a literal of its type.
 
-The official converters match patterns, do not parse, and their oddities decide verdicts: a Java long needs
-its L and a float its f; lists are cut at every comma; the elements of `new String[]{"a"}` keep their quotes,
-those of `new ArrayList<>(Arrays.asList("a"))` lose them; a JavaScript object ends at its first }. Where we
-differ: some patterns are written anew, to the same effect, since they can take exponential or quartic time,
-and a text of more than LIMIT characters stays a string.
+The official converters match patterns instead of parsing, and their peculiarities decide verdicts: a Java
+long needs its L and a float its f; lists are split at every comma; the elements of `new String[]{"a"}` keep
+their quotes, those of `new ArrayList<>(Arrays.asList("a"))` lose them; a JavaScript object ends at the first
+closing brace. Where we differ: some patterns are replaced by equivalent code, because they can take
+exponential or quartic time, and a text of more than LIMIT characters remains a string.
 """
 
 import json
 import re
 
-# Fewer digits than Python refuses to read as an integer.
+# Below the number of digits (4300) from which Python refuses to read an integer.
 LIMIT = 4096
 SYNTAX = {"python": "Python 3", "java": "Java 8 SDK", "javascript": "JavaScript"}
 TYPES = {
@@ -35,8 +35,8 @@ def language_of(category):
 
 
 def hinted(function, language):
-    """A tool as the prompt shows it, a copy with hints for the language; where that is not Python, parameters
-    are declared as strings that hold literals."""
+    """A copy of a tool, as shown in the prompt, with hints about the language. If that is not Python,
+    parameters are declared as strings that hold literals."""
     properties = function["parameters"]["properties"]
     if language != "python":
         properties = {name: _as_text(schema, language) for name, schema in properties.items()}
@@ -81,7 +81,7 @@ def _number(text, language, kind):
 
 
 def _guess(text, quotes):
-    """A value by its looks: true, false, a quoted string, a number as Python reads it, else the text."""
+    """The value of a text of unknown type: true, false, a quoted string, a Python number, else the text."""
     if text in ("true", "false"):
         return text == "true"
     if text[:1] and text[0] in quotes and text[-1] == text[0]:
@@ -173,8 +173,8 @@ def _javascript_array(text, element):
 
 
 def _javascript_rows_end(text):
-    r"""Where a list of lists that begins the text ends, or None. Officially it is what this pattern matches,
-    \[\s*\[.*?\]\s*(,\s*\[.*?\]\s*)*\], or the same with new Array( and ), in exponential time."""
+    r"""The end of a list of lists at the beginning of the text, or None. The official converter matches, in
+    exponential time, \[\s*\[.*?\]\s*(,\s*\[.*?\]\s*)*\], or the same with new Array( and )."""
     opening = re.match(r"(\[|new\s+Array\()\s*\[", text)
     if not opening:
         return None

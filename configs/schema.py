@@ -1,10 +1,11 @@
 """Every knob of train.py with its unit and source, and a strict loader.
 
-In:  a command line; defaults < YAML file < --section.key=value. Out: a frozen Config. An unknown key, a
-value of another type or an impossible one is a ValueError of one line that names the key, what is wrong and
-what is right.
+In:  a command line; a YAML file overrides the defaults, --section.key=value overrides both.
+Out: a frozen Config. An unknown key, a value of another type or an impossible value is a ValueError of one
+     line that names the key, what is wrong and what is right.
 
-"Paper" is arXiv 2505.00024, Table 6; "code" its released training script. Defaults are theirs, if any.
+"Paper" is arXiv 2505.00024, Table 6; "code" is its released training script. Where they give a value, it is
+the default.
 """
 
 import dataclasses
@@ -17,65 +18,68 @@ from pathlib import Path
 
 import yaml
 
+from reward import SCHEMES
+
 
 @dataclass(frozen=True)
 class ModelSettings:
     path: str = ""  # Hugging Face folder or hub name: the policy at step 0 and the KL reference
     init: str = "trained"  # weights: trained | random, of the shape in config.json: to measure speed
     precision: str = "auto"  # of matrix products: bf16 (autocast) | fp32 | auto: bf16 on a GPU, fp32 on a CPU
+    kernel: str = "auto"  # reference: plain PyTorch | fast: the twins in fast/ | auto: fast where it can run
 
 
 @dataclass(frozen=True)
 class DataSettings:
     train: str = ""  # JSON lines of examples, as data.py writes them
-    heldout: str | None = None  # JSON lines of held-out examples; null: cut from train by heldout_fraction
-    heldout_fraction: float = 0.1  # share of train that is held out (code: 10 %, shuffled; here seeded)
+    heldout: str | None = None  # JSON lines of held-out examples; null: split from train by heldout_fraction
+    heldout_fraction: float = 0.1  # share of train that is held out (code: 10 %, shuffled; here by seed)
     system_prompt: str | None = None  # text file with {tools}; null: the project's own wording
-    max_prompt_tokens: int = 4096  # longer prompts are dropped and counted, never cut (paper)
-    max_dropped_share: float = 0.05  # more than this share dropped stops the run
+    max_prompt_tokens: int = 4096  # longer prompts are dropped and counted, never truncated (paper)
+    max_dropped_share: float = 0.05  # an error if a larger share of the prompts is dropped
 
 
 @dataclass(frozen=True)
 class RolloutSettings:
     n: int = 5  # replies a prompt: the group size G (paper)
     temperature: float = 0.7  # of sampling, and of every log-prob in training (paper)
-    top_p: float = 1.0  # must be 1: training scores the whole softmax (paper)
+    top_p: float = 1.0  # must be 1: training takes log-probs of the full softmax (paper)
     max_new_tokens: int = 8192  # tokens a reply, stop token included (paper)
-    batch_size: int = 256  # rows decoded at once
-    kv_memory_gib: float | None = None  # of keys and values; null: a GPU's free memory, on a CPU no bound
+    batch_size: int = 256  # replies decoded at once
+    kv_memory_gib: float | None = None  # of the KV cache; null: the free memory of a GPU, no limit on a CPU
 
 
 @dataclass(frozen=True)
 class GrpoSettings:
     reward: str = "binary"  # scheme of reward.score (paper: binary)
     normalize: str = "std"  # advantages: std (eq. 4) | none (centred only)
-    clip_low: float = 0.2  # ratio clipped below 1 - clip_low (code)
-    clip_high: float = 0.2  # ratio clipped above 1 + clip_high (code)
-    kl_coef: float = 1e-3  # weight of KL(policy, reference); 0: no reference model (paper)
-    reference_on_cpu: bool = True  # the reference's shards in host memory; GPUs get a block at a time (code)
+    clip_low: float = 0.2  # the ratio is clipped below 1 - clip_low (code)
+    clip_high: float = 0.2  # the ratio is clipped above 1 + clip_high (code)
+    kl_coef: float = 1e-3  # weight of KL(policy, reference) (paper); 0: no reference model is loaded
+    reference_on_cpu: bool = True  # reference shards in host memory; a GPU gets one block at a time (code)
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    epochs: float = 7.0  # passes over the training set (paper); used where steps is null
+    epochs: float = 7.0  # passes over the training set (paper); used if steps is null
     steps: int | None = None  # steps of the run; null: from epochs
-    max_minutes: float | None = None  # minutes of steps, resumed ones included, after which the run ends
-    timeout_minutes: float = 60.0  # of waiting for another rank, after which the job ends
+    max_minutes: float | None = None  # the run ends after so many minutes of steps, earlier runs included
+    timeout_minutes: float = 60.0  # longest wait for another rank before the job ends
     prompts_per_step: int = 1024  # prompts (grpo) or examples (sft) a step (paper)
     updates_per_step: int = 4  # mini-batches a step, one optimizer update each (code: 256 prompts an update)
-    micro_batch_tokens: int = 30720  # packed tokens of one forward and backward: bounds memory (code)
-    activation_checkpointing: bool = False  # blocks computed again in backward: saves memory, costs a third
+    micro_batch_tokens: int = 30720  # packed tokens of one forward and backward: limits memory (code)
+    activation_checkpointing: bool = False  # recompute blocks in backward: less memory, a third more time
     lr: float = 1e-6  # peak learning rate of AdamW (paper)
-    schedule: str = "constant"  # constant (paper) | cosine, down to a tenth of lr
-    warmup: float = 0.0  # share of all steps in which lr rises linearly (paper: none)
-    weight_decay: float = 0.01  # decoupled, on matrices only
+    schedule: str = "constant"  # constant (paper) | cosine, which falls to a tenth of lr
+    warmup: float = 0.0  # share of all steps in which lr rises linearly from 0 (paper: none)
+    weight_decay: float = 0.01  # decoupled, of matrices only
     beta2: float = 0.999  # decay of AdamW's second moment; the first is 0.9
-    grad_clip: float = 1.0  # largest norm of the gradient (code)
+    grad_clip: float = 1.0  # a gradient of a larger norm is scaled down to it (code)
 
 
 @dataclass(frozen=True)
 class EvalSettings:
-    every: int = 10  # steps between evaluations; also before the first and after the last (paper)
+    every: int = 10  # steps between evaluations; one more before the first step, one after the last (paper)
     examples: int = 500  # held-out examples an evaluation, evenly spaced in the set
     max_new_tokens: int = 2048  # tokens a reply, stop token included
 
@@ -88,16 +92,16 @@ class LogSettings:
 
 @dataclass(frozen=True)
 class CheckpointSettings:
-    every: int = 10  # steps between checkpoints, with one after the last step (paper)
-    keep: int | None = None  # newest checkpoints kept; null: all
+    every: int = 10  # steps between checkpoints; one more after the last step (paper)
+    keep: int | None = None  # how many of the newest checkpoints are kept; null: all
 
 
 @dataclass(frozen=True)
 class Config:
     stage: str = "grpo"  # grpo | sft
-    seed: int = 0  # of data order and sampling noise
-    out: str = ""  # run folder, created
-    resume: bool | str = "auto"  # auto: go on where `out` holds a run | true: it must | false: it must not
+    seed: int = 0  # of the data order and the sampling noise
+    out: str = ""  # run folder, which is created
+    resume: bool | str = "auto"  # auto: resume if `out` holds a run | true: it must | false: it must not
     model: ModelSettings = field(default_factory=ModelSettings)
     data: DataSettings = field(default_factory=DataSettings)
     rollout: RolloutSettings = field(default_factory=RolloutSettings)
@@ -123,7 +127,7 @@ def load_config(argv):
         text = text if equals else next(words, "--")
         if not equals and text.startswith("--"):
             raise ValueError(f"{word}: expected --section.key=value")
-        # Text is taken as it stands: --out=2026 is a name and not a number.
+        # Text is not parsed as YAML: --out=2026 is a name, not a number.
         is_text = known.get(key) is str or (known.get(key) == str | None and text != "null")
         given[key] = (text if is_text else parse_yaml(text, word), f"--{key}")
     if len(files) > 1:
@@ -140,7 +144,7 @@ def load_config(argv):
 
 
 def read_yaml(file):
-    """(dotted key, value) pairs of a YAML file."""
+    """Yield (dotted key, value) of a YAML file. ValueError: unreadable, not YAML, not sections with keys."""
     try:
         text = Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -151,13 +155,13 @@ def read_yaml(file):
     for name, value in tree.items():
         if isinstance(value, dict):
             yield from ((f"{name}.{key}", leaf) for key, leaf in value.items())
-        # A section whose lines are all commented out says nothing.
+        # A known section whose keys are all commented out is read as null and sets nothing.
         elif value is not None or not dataclasses.is_dataclass(typing.get_type_hints(Config).get(name)):
             yield str(name), value
 
 
 class StrictLoader(yaml.SafeLoader):
-    """YAML as usual, but a key that stands twice is an error and not the last one's."""
+    """YAML, except that a duplicate key is an error; in plain YAML the last one wins."""
 
     def construct_mapping(self, node, deep=False):
         keys = [key.value for key, _ in node.value]
@@ -175,7 +179,7 @@ def parse_yaml(text, where):
 
 
 def leaves(cls, prefix=""):
-    """(dotted key, type) of every knob."""
+    """Yield (dotted key, type) of every knob."""
     for name, kind in typing.get_type_hints(cls).items():
         if dataclasses.is_dataclass(kind):
             yield from leaves(kind, f"{prefix}{name}.")
@@ -184,7 +188,8 @@ def leaves(cls, prefix=""):
 
 
 def coerce(value, where, kind):
-    """`value` as `kind`. A float may be a whole number, or 1e-6, which YAML 1.1 reads as text."""
+    """`value` as the type `kind`, else ValueError. A float may be given as an integer, or as 1e-6, which YAML
+    1.1 reads as text."""
     options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     if float in options and isinstance(value, int | str) and not isinstance(value, bool):
         try:
@@ -214,19 +219,20 @@ def flat(config):
 
 
 def check(config):
-    """ValueError for values that cannot work, each with what would."""
-    rewards = "binary", "binary_no_reasoning", "partial_format", "partial_format_names", "official"
+    """ValueError for a value that cannot work; the message names one that can."""
     choices = {"stage": ("grpo", "sft"), "resume": ("auto", True, False), "grpo.normalize": ("std", "none"),
                "model.precision": ("auto", "bf16", "fp32"), "train.schedule": ("constant", "cosine"),
                "model.init": ("trained", "random"),
-               "grpo.reward": rewards, "log.tracker": ("none", "tensorboard", "wandb")}
+               "model.kernel": ("auto", "reference", "fast"),
+               "grpo.reward": SCHEMES, "log.tracker": ("none", "tensorboard", "wandb")}
+    older_names = {"model.kernel": ("triton",)}  # of "fast"
     required = ("out", "model.path", "data.train")
     may_be_zero = ("seed", "grpo.kl_coef", "train.weight_decay")
     shares = ("data.max_dropped_share", "data.heldout_fraction", "train.warmup", "train.beta2")
     for key, value in flat(config).items():
         if key in required and not value:
             raise ValueError(f"{key} is not set; give it in the YAML file or as --{key}=…")
-        if key in choices and value not in choices[key]:
+        if key in choices and value not in (*choices[key], *older_names.get(key, ())):
             raise ValueError(f"{key} is {value!r}; choose one of {', '.join(map(str, choices[key]))}")
         if value is None or isinstance(value, bool | str):
             continue

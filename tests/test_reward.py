@@ -1,19 +1,21 @@
 """What reward.py promises: the strict format and its limits, five schemes, one verdict for every string.
 
-Two oracles, written by another method, stand beside `score`: for the strict schemes a reader of single
-characters with quadratic matching, for `official` an account of the released scorer, a crash counting 0.
+`score` is compared with two oracles that use another method: for the strict schemes a reader of single
+characters with quadratic matching, for `official` a transcription of the released scorer, where a crash is 0.
 """
 
+import functools
 import json
 import random
 import re
 import time
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reward import SCHEMES, format_calls, format_reply, parse_reply, score
+from reward import SCHEMES, Verdict, format_calls, format_reply, judge, parse_reply, score
 
 TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
 MARKERS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
@@ -305,24 +307,27 @@ LONG = {
 }
 
 
+def cpu_seconds(function, *arguments):
+    start = time.thread_time()
+    function(*arguments)
+    return time.thread_time() - start
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_a_megabyte_of_anything_is_judged_in_a_tenth_of_a_second(scheme):
+def test_a_megabyte_of_anything_takes_at_most_three_times_as_long_as_half_of_it(scheme):
+    # Times below this are too short to be compared: that of one pass over as many characters.
+    least = min(cpu_seconds(re.findall, "[^x]", " " * 500_000) for _ in range(5))
+    wraps = (str, reply_with, lambda text: reply_with(f'"{text}'), lambda text: reply_with(RIGHT, text),
+             lambda text: "<think>" + text)
     for name, unit in LONG.items():
-        text = unit * (1_000_000 // len(unit))
-        for reply in (
-            text,
-            reply_with(text),
-            reply_with(f'"{text}'),
-            reply_with(RIGHT, text),
-            "<think>" + text,
-        ):
-            seconds = []
-            # Several tries: other work may share the core.
-            while len(seconds) < 5 and min(seconds, default=1) >= 0.1:
-                start = time.perf_counter()
-                score(reply, ANSWER, scheme)
-                seconds.append(time.perf_counter() - start)
-            assert min(seconds) < 0.1, (name, reply[:40])
+        for wrap in wraps:
+            half, full = (wrap(unit * (size // len(unit))) for size in (500_000, 1_000_000))
+            halves, fulls = [], []
+            # Several tries, because other work may share the core.
+            while len(halves) < 7 and (not halves or min(fulls) > 3 * max(least, min(halves))):
+                halves.append(cpu_seconds(score, half, ANSWER, scheme))
+                fulls.append(cpu_seconds(score, full, ANSWER, scheme))
+            assert min(fulls) <= 3 * max(least, min(halves)), (name, half[:40])
 
 
 # -------------------- words and edges
@@ -378,9 +383,10 @@ def test_the_verdict_separates_format_names_and_calls():
     assert score("x" + reply_with(RIGHT), ANSWER)[:5] == (0, False, True, True, ANSWER)
     assert score(reply_with(OTHER_VALUE), ANSWER)[:4] == (0, True, True, False)
     assert score(reply_with(OTHER_NAME), ANSWER)[:4] == (0, True, False, False)
-    assert score(reply_with(RIGHT), ANSWER) == (1, True, True, True, ANSWER, None)
+    assert score(reply_with(RIGHT), ANSWER) == Verdict(1, True, True, True, ANSWER, None)
     # Under `official` the calls are those that it reads; the format stays the strict one.
-    assert score(reply_with(json.dumps(CALL)), ANSWER, "official") == (1, False, True, True, ANSWER, None)
+    verdict = score(reply_with(json.dumps(CALL)), ANSWER, "official")
+    assert verdict == Verdict(1, False, True, True, ANSWER, None)
 
 
 def test_an_unknown_scheme_is_named_with_the_choices():
@@ -413,6 +419,46 @@ def test_the_rendering_is_one_line_of_plain_json_after_the_reasoning():
     assert format_reply([], "none fits") == "<think>none fits</think>\n<tool_call>[]</tool_call>"
 
 
+# -------------------- judge
+
+
+def example(answer=ANSWER):
+    return SimpleNamespace(answer=answer, tools=[], messages=[])
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_reply_to_an_example_is_judged_by_its_answer(scheme):
+    for reply in (reply_with(RIGHT), reply_with(OTHER_VALUE), ""):
+        assert judge(example(), reply, scheme) == score(reply, ANSWER, scheme)
+        assert not judge(example(), reply, scheme).raised
+
+
+def raising(reply, answer, scheme):
+    raise KeyError("one\ntwo")
+
+
+@pytest.mark.parametrize(
+    "edited, words",
+    [
+        (raising, r"KeyError: 'one\ntwo'"),
+        (lambda *_: Verdict(float("nan"), True, True, True, [], None), "ValueError: a reward of nan"),
+        (lambda *_: None, "AttributeError: 'NoneType' object has no attribute 'reward'"),
+    ],
+    ids=["raises", "not finite", "no verdict"],
+)
+def test_a_reward_that_raises_earns_nothing_and_its_error_is_in_the_verdict(monkeypatch, edited, words):
+    monkeypatch.setattr("reward.score", edited)
+    verdict = judge(example(), reply_with(RIGHT), "binary")
+    error = f"the reward raised {words}"
+    assert verdict == Verdict(0.0, False, False, False, None, error, raised=True)
+
+
+def test_a_reward_may_be_any_number_that_is_finite(monkeypatch):
+    monkeypatch.setattr("reward.score", lambda *_: Verdict(True, True, True, True, [], None))
+    verdict = judge(example(), "", "binary")
+    assert verdict.reward == 1.0 and type(verdict.reward) is float and not verdict.raised
+
+
 # -------------------- properties
 
 PLAIN = st.text().filter(lambda text: not any(part in text for part in (*TAGS, *MARKERS)))
@@ -429,7 +475,7 @@ CALLS = st.lists(
     st.fixed_dictionaries({"name": PLAIN, "arguments": st.dictionaries(PLAIN, VALUES, max_size=4)}),
     max_size=4,
 )
-QUICK = settings(max_examples=150, derandomize=True, deadline=None, database=None)
+QUICK = settings(max_examples=60, derandomize=True, deadline=None, database=None)
 
 
 @QUICK
@@ -569,18 +615,18 @@ def mutate(rng, text, reply_of_others):
     return text[:place] + f"\\u{ord(text[place]):04x}" + text[place + 1 :]
 
 
-def test_a_hundred_thousand_mutations_of_valid_replies_score_as_the_oracle_says():
+def test_twenty_thousand_mutations_of_valid_replies_score_as_the_oracle_says():
     rng = random.Random(20250425)
     ones = zeros = 0
     seen = set()
-    for _ in range(1000):
+    for _ in range(500):
         calls = random_calls(rng)
         shuffled = rng.sample(calls, len(calls))
         text = format_reply(calls, rng.choice(["", "r", "so\nthen", "a <b> 1"])) + rng.choice(
             ["", "", "\n", "<|im_end|>"]
         )
         assert score(text, shuffled).reward == 1
-        for number in range(100):
+        for number in range(40):
             mutant = mutate(rng, text, format_reply(shuffled))
             reward = score(mutant, shuffled).reward
             assert reward == oracle(mutant, shuffled, "binary"), (mutant, shuffled)
@@ -590,8 +636,8 @@ def test_a_hundred_thousand_mutations_of_valid_replies_score_as_the_oracle_says(
             other = score(mutant, shuffled, scheme).reward
             assert abs(other - oracle(mutant, shuffled, scheme)) < 1e-12, (scheme, mutant, shuffled)
             seen.add((scheme, round(other, 3)))
-    assert ones + zeros == 100_000
-    assert ones > 5_000 and zeros > 50_000
+    assert ones + zeros == 20_000
+    assert ones > 1_000 and zeros > 10_000
     # Every value that each of the four schemes can take.
     assert len(seen) == 2 + 4 + 5 + 2
 
@@ -771,6 +817,7 @@ def paired(ones, twos, equal):
     return not left
 
 
+@functools.lru_cache(maxsize=2)  # the schemes read a text in the same way
 def oracle_calls(text):
     """[(name, arguments tree)] of the only call block, or None."""
     places = [i for i in range(len(text)) if text[i] == "<" and text[i:].startswith(TAGS[2:])]

@@ -20,7 +20,7 @@ def refusal(argv):
     return str(caught.value)
 
 
-def test_defaults_give_way_to_yaml_and_yaml_to_the_command_line(tmp_path):
+def test_yaml_overrides_defaults_and_the_command_line_overrides_yaml(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text("out: a\nmodel: {path: m}\ndata: {train: d}\ngrpo:\n  kl_coef: 0.5\n  clip_low: 0.3\n")
     config = load_config([str(file), "--grpo.kl_coef=0"])
@@ -56,7 +56,7 @@ def test_value_of_another_type_is_refused(word):
     assert "expected" in refusal([*SET, word]) and word[2:].partition("=")[0] in refusal([*SET, word])
 
 
-@pytest.mark.parametrize("word, told", [
+@pytest.mark.parametrize("word, remedy", [
     ("--rollout.n=1", "at least 2"), ("--rollout.top_p=0.9", "must be 1"),
     ("--rollout.temperature=0", "above 0"),
     ("--train.lr=-1e-6", "above 0"), ("--train.lr=.nan", "above 0"), ("--train.lr=.inf", "above 0"),
@@ -65,10 +65,10 @@ def test_value_of_another_type_is_refused(word):
     ("--train.warmup=1.5", "share"), ("--grpo.kl_coef=-0.1", "0 or above"),
     ("--train.schedule=linear", "cosine"),
     ("--data.heldout_fraction=0", "nothing to evaluate"), ("--checkpoint.keep=0", "above 0"),
-    ("--out=", "not set")])
-def test_impossible_value_is_refused_with_what_is_possible(word, told):
+    ("--model.kernel=cuda", "choose one of auto, reference, fast"), ("--out=", "not set")])
+def test_impossible_value_is_refused_with_what_is_possible(word, remedy):
     message = refusal([*SET, word])
-    assert told in message and word[2:].partition("=")[0].rpartition(".")[2] in message
+    assert remedy in message and word[2:].partition("=")[0].rpartition(".")[2] in message
 
 
 @pytest.mark.parametrize("key", ["out", "model.path", "data.train"])
@@ -76,18 +76,18 @@ def test_required_key_that_is_missing_is_named(key):
     assert key in refusal([word for word in SET if not word.startswith(f"--{key}=")])
 
 
-def test_text_on_the_command_line_is_taken_as_it_stands():
+def test_text_on_the_command_line_is_not_parsed_as_yaml():
     assert load_config([*SET, "--out=2026"]).out == "2026"
     assert load_config([*SET, "--data.heldout=null"]).data.heldout is None
 
 
-def test_a_value_may_be_a_word_of_its_own_after_the_key():
+def test_a_value_may_be_the_word_after_the_key():
     config = load_config([*SET, "--resume", "false", "--train.steps", "4", "--train.lr", "1e-3"])
     assert (config.resume, config.train.steps, config.train.lr) == (False, 4, 1e-3)
     assert "--train.steps: expected" in refusal([*SET, "--train.steps", "--seed=1"])
 
 
-def test_resume_is_auto_unless_told_otherwise(tmp_path):
+def test_resume_is_auto_unless_set_otherwise(tmp_path):
     assert load_config(SET).resume == "auto"
     (tmp_path / "c.yaml").write_text("resume: false\n")
     assert load_config([str(tmp_path / "c.yaml"), *SET]).resume is False
@@ -108,7 +108,7 @@ def test_unreadable_files_are_one_clear_line(tmp_path):
     assert "--section.key=value" in refusal([*SET, "--resume"])
 
 
-def test_section_without_keys_says_nothing_but_an_unknown_one_is_refused(tmp_path):
+def test_section_without_keys_sets_nothing_but_an_unknown_one_is_refused(tmp_path):
     (tmp_path / "c.yaml").write_text("train:\n  # lr: 1e-6\ngrpo:\n")
     assert load_config([str(tmp_path / "c.yaml"), *SET]) == load_config(SET)
     (tmp_path / "c.yaml").write_text("trian:\n")
@@ -118,6 +118,19 @@ def test_section_without_keys_says_nothing_but_an_unknown_one_is_refused(tmp_pat
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_every_scheme_of_the_reward_can_be_chosen(scheme):
     assert load_config([*SET, f"--grpo.reward={scheme}"]).grpo.reward == scheme
+
+
+@pytest.mark.parametrize("kernel", ["auto", "reference", "fast", "triton"])
+def test_every_kernel_can_be_chosen_also_by_its_older_name(kernel):
+    assert load_config(SET).model.kernel == "auto"
+    assert load_config([*SET, f"--model.kernel={kernel}"]).model.kernel == kernel
+
+
+def test_a_config_without_the_kernel_of_earlier_runs_gets_the_default(tmp_path):
+    tree = dataclasses.asdict(load_config(SET))
+    del tree["model"]["kernel"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    assert load_config([str(tmp_path / "config.yaml")]) == load_config(SET)
 
 
 def test_resolved_config_written_as_yaml_loads_to_the_same(tmp_path):

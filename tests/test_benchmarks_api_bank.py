@@ -189,7 +189,7 @@ def test_random_values_for_every_rule_get_a_verdict_and_what_is_exact_is_lenient
     rules = [(tool, parameter) for tool, rule in api_bank._NORMAL.items() for parameter in rule]
     rules += [*api_bank._WORDS.items(), ("AddMeeting", "attendees"), ("RecordHealthData", "health_data")]
     counts = {both(True): 0, (False, True): 0, both(False): 0}
-    for _ in range(20000):
+    for _ in range(5000):
         tool, parameter = rng.choice(rules)
         value = random_value(rng)
         texts = str(value), str(value).swapcase(), json.dumps(value), str(random_value(rng))
@@ -266,7 +266,7 @@ def test_a_reply_in_our_format_is_decoded_and_checked(folder):
         assert not api_bank.check(entry, api_bank.decode("no call"), metric)[0]
 
 
-@pytest.mark.parametrize("change, told", [
+@pytest.mark.parametrize("change, words", [
     (lambda lines: [*lines[:-1], lines[-1][:60]], "line 399: not JSON"),
     (lambda lines: lines[:-1], "9 entries of level1_repeated, expected 10"),
     (lambda lines: lines[1:], "388 entries of level1, expected 389"),
@@ -276,27 +276,27 @@ def test_a_reply_in_our_format_is_decoded_and_checked(folder):
     (lambda lines: [lines[0].replace('"content"', '"text"'), *lines[1:]], "line 1: api_bank_l1_0 has no"),
     (lambda lines: [lines[0].replace("[RecordHealthData(", "("), *lines[1:]], "line 1: api_bank_l1_0 has no"),
 ])
-def test_a_bad_line_is_one_clear_error(folder, change, told):
+def test_a_bad_line_is_one_clear_error(folder, change, words):
     path = folder / "level1_call.jsonl"
     path.write_text("\n".join(change(path.read_text().splitlines())))
     with pytest.raises(ValueError) as error:
         api_bank.load(folder)
-    assert str(path) in str(error.value) and told in str(error.value) and "\n" not in str(error.value)
+    assert str(path) in str(error.value) and words in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("change, told", [
+@pytest.mark.parametrize("change, words", [
     (lambda text: text[:-30], "not JSON; is the file cut off?"),
     (lambda text: "{}", "sample 0: not a sample"),
     (lambda text: json.dumps(json.loads(text)[1:]), "388 entries of level1, expected 389"),
     (lambda text: json.dumps([*json.loads(text), json.loads(text)[3]]), "sample 399: duplicate of 3.jsonl"),
     (lambda text: text.replace("[AddAlarm(", "AddAlarm(", 1), "sample 0: not a sample"),
 ])
-def test_a_bad_official_file_is_one_clear_error(official_folder, change, told):
+def test_a_bad_official_file_is_one_clear_error(official_folder, change, words):
     path = official_folder / "level-1-api.json"
     path.write_text(change(path.read_text()))
     with pytest.raises(ValueError) as error:
         api_bank.load(official_folder)
-    assert str(path) in str(error.value) and told in str(error.value) and "\n" not in str(error.value)
+    assert str(path) in str(error.value) and words in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_folder_without_either_file_is_one_clear_error(tmp_path):
@@ -363,12 +363,17 @@ def test_eight_answers_name_an_argument_that_the_tool_does_not_have(entries):
     assert sorted(lost) == ["CancelTimedSwitch"] * 5 + ["TimedSwitch"] * 3
 
 
-def test_spoilt_answers_never_raise_and_scoring_is_quick(entries):
+def test_spoilt_answers_never_raise_and_scoring_takes_not_much_longer_than_loading(entries, real_data):
     rng = random.Random(1)
-    start = time.perf_counter()
-    for entry in entries * 10:
-        calls = spoil(rng, [entry.answer])
-        for metric in api_bank.METRICS:
-            valid, why = api_bank.check(entry, calls, metric)
-            assert type(valid) is bool and valid == (why == "")
-    assert time.perf_counter() - start < 10
+    ratios = []
+    while len(ratios) < 5:
+        start = time.thread_time()
+        api_bank.load(real_data / "data/api_bank")
+        loaded = time.thread_time()
+        for entry in entries * 2:
+            calls = spoil(rng, [entry.answer])
+            for metric in api_bank.METRICS:
+                valid, why = api_bank.check(entry, calls, metric)
+                assert type(valid) is bool and valid == (why == "")
+        ratios.append((time.thread_time() - loaded) / (loaded - start))
+    assert min(ratios) < 20

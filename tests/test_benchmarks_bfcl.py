@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 
 from benchmarks import bfcl
-from benchmarks.bfcl_languages import LISTS, TYPES, from_java, from_javascript, language_of
+from benchmarks.bfcl_languages import LISTS, TYPES, language_of
 from reward import format_reply
 
 PUBLISHED = {"Simple AST": "76.25", "multiple": "97.00", "parallel": "93.50", "parallel_multiple": "88.00",
              "Non-Live AST": "88.69", "Live AST": "80.46", "Live, v3 leaderboard": "78.76"}
-MUTATIONS = 20_000
+MUTATIONS = 5_000
 
 
 # ---- a tool, a call, a verdict
@@ -228,63 +228,6 @@ def test_java_and_javascript_values_must_be_strings():
     assert not right(("Array", "String"), 'new String[]{"a"}', [["a"]], "java")
 
 
-@pytest.mark.parametrize("text, kind, element, value", [
-    ("-12", "short", None, -12), ("12L", "long", None, 12), ("12", "long", None, "12"),
-    ("1.5f", "float", None, 1.5),
-    ("1.5", "float", None, "1.5"), ("1.5", "double", None, 1.5), ("1e3", "double", None, 1000.0),
-    ("1.", "double", None, "1."), ("true", "boolean", None, True), ("True", "boolean", None, "True"),
-    ("'a'", "char", None, "'a'"), ('"a"', "String", None, '"a"'), ("7", "any", None, "7"),
-    ('new String[]{"a", b}', "Array", "String", ['"a"', "b"]),
-    ("new int[]{1, 2,}", "Array", "integer", [1, 2]),
-    ("{1, 2}", "Array", "integer", "{1, 2}"),
-    ('new ArrayList<>(Arrays.asList("a", "b"))', "ArrayList", "String", ["a", "b"]),
-    ("new ArrayList<Integer>() {{ add(1); add(x); }}", "ArrayList", "integer", [1, "x"]),
-    ("new ArrayList<Integer>()", "ArrayList", "integer", []), ("[1]", "ArrayList", "integer", "[1]"),
-    ('new HashMap<String, Object>() {{ put("a", 1); put("b", "x"); put("c", 2L); put("d", y); }}',
-     "HashMap", None, {"a": 1, "b": "x", "c": 2, "d": "y"}),
-    ("new HashMap<>() { {  } }", "HashMap", None, {}), ("new HashMap<>()", "HashMap", None, {}),
-    ('Map.of("a", 1)', "HashMap", None, 'Map.of("a", 1)')])
-def test_java_literals(text, kind, element, value):
-    assert repr(from_java(text, kind, element)) == repr(value)
-
-
-@pytest.mark.parametrize("text, kind, element, value", [
-    ("'a'", "String", None, "a"), ("a", "String", None, "a"), ('"a\'', "String", None, '"a\''),
-    ("'", "String", None, ""),
-    ("5", "integer", None, 5), ("5.0", "integer", None, "5.0"), ("5", "float", None, 5.0),
-    ("1e3", "float", None, "1e3"),
-    ("5n", "Bigint", None, 5), ("5", "Bigint", None, "5"), ("true", "Boolean", None, True),
-    ("5", "any", None, "5"),
-    ("[1, 2]", "array", "integer", [1, 2]), ("['a', b]", "array", "String", ["a", "b"]),
-    ("[]", "array", "float", []),
-    ("new Array(1, 2)", "array", "float", [1.0, 2.0]), ("(1, 2)", "array", "float", "(1, 2)"),
-    ("[[1, 'a'], [true]]", "array", "float", [[1, "a"], [True]]),
-    ("[[1],\n [2],\n [3]] x", "array", "float", [[1], [2], [3]]),
-    ("[[1\n], [2]]", "array", "float", "[[1\n], [2]]"),
-    ("new Array([1], [2])", "array", "float", [[1], [2]]), ("[[1], [2]", "array", "float", ["[1"]),
-    ("{a: 1, 'b': \"x\", c: [1, 2], d: false}", "dict", None, {"a": 1, "b": "x", "c": [1, 2], "d": False}),
-    ("{}", "dict", None, {}), ("{a: {b: 1}}", "dict", None, {"a": "{b: 1"}), ("x", "dict", None, "x")])
-def test_javascript_literals(text, kind, element, value):
-    assert repr(from_javascript(text, kind, element)) == repr(value)
-
-
-def test_no_literal_takes_long_to_read():
-    java = ("new HashMap<>() {" + " " * 4000, "new HashMap<" * 300, "new T[]{" * 500, "7" * 4096,
-            'new HashMap<>() {{ put("' + '",' * 1000 + ")", "new ArrayList<>() {{" + " " * 4000,
-            "new ArrayList<>() {{" + "add(" * 900)
-    javascript = ("[" + "[1]," * 1000, "new Array(" + "[1]," * 1000, "[[" + "]" * 4000, "[" * 4000,
-                  "[1," * 1300, "{" + "a:" * 1000 + "}", "{" + "a" * 4000 + "}", "{" + "a, " * 1300 + "}")
-    start = time.perf_counter()
-    for kind in TYPES["java"]:
-        for text in java:
-            from_java(text, kind, "integer")
-    for kind in TYPES["javascript"]:
-        for text in javascript:
-            from_javascript(text, kind, "integer")
-    assert time.perf_counter() - start < 5
-    assert from_java("7" * 5000, "integer") == from_javascript("7" * 5000, "integer") == "7" * 5000
-
-
 # ---- prompts and replies
 def test_hints_go_into_the_prompt_and_not_into_the_tools_that_are_scored():
     schema = {"type": "dict", "description": "Options.", "properties": {"a": {"type": "integer"}}}
@@ -457,11 +400,13 @@ def test_data_that_is_not_whole_is_refused_in_one_line(tmp_path):
             (java, lines[0], "1 entries, expected 100"),
             (answers, good[answers] + '{"id": 1, "ground_truth": []}', "101 entries, expected 100"),
             (java, good[java].replace("java_41", "java_40"), "java.json:42: the id 'java_40' stands twice"),
+            (java, "[" * 100_000 + "\n" + good[java], "BFCL_v3_java.json:1: not JSON"),
+            (java, b"\xff" + good[java].encode(), "BFCL_v3_java.json: cannot be read .not UTF-8 text.; BFCL"),
             (java, good[java].replace('"function"', '"tools"', 1), "java.json:1: not an object with id"),
             (java, "[]\n" + good[java], "java.json:1: not an object with id, question, function")):
         path.unlink()
         if text is not None:
-            path.write_text(text)
+            path.write_bytes(text if isinstance(text, bytes) else text.encode())
         with pytest.raises(ValueError, match=message) as error:
             bfcl.load(folder)
         assert "\n" not in str(error.value)
@@ -495,16 +440,11 @@ def recorded(real_data):
     return {line["id"]: line["calls"] for line in outputs}
 
 
-def test_all_published_verdicts_and_averages_are_reproduced_in_seconds(real_data):
-    start = time.process_time()
-    entries = bfcl.load(real_data / "data/bfcl/v3_final")
-    outputs = read_lines(real_data / "data/bfcl_results/Qwen3-8B-FC/decoded.jsonl")
-    calls = {line["id"]: line["calls"] for line in outputs}
+def test_all_published_verdicts_and_averages_are_reproduced(real_data, final, recorded):
     verdicts = defaultdict(dict)
-    for entry in entries:
-        verdicts[entry.category][entry.id] = bfcl.check(entry, calls[entry.id])
+    for entry in final.values():
+        verdicts[entry.category][entry.id] = bfcl.check(entry, recorded[entry.id])
     rows = {row["label"]: row for row in bfcl.summarize(verdicts)}
-    assert time.process_time() - start < 2
 
     labels = read_lines(real_data / "data/bfcl_results/Qwen3-8B-FC/labels.jsonl")
     assert len(labels) == 3641
@@ -518,6 +458,23 @@ def test_all_published_verdicts_and_averages_are_reproduced_in_seconds(real_data
         assert rows[category]["expected"] == score["total_count"]
 
 
+def test_loading_and_scoring_take_not_much_longer_than_parsing_the_files(real_data, final, recorded):
+    def seconds(function):
+        start = time.thread_time()
+        function()
+        return time.thread_time() - start
+
+    folder = real_data / "data/bfcl/v3_final"
+    ratios = []
+    # Several tries, because other work may share the core.
+    while len(ratios) < 5 and min(ratios, default=9) >= 4:
+        parsing = seconds(lambda: [read_lines(path) for path in folder.rglob("BFCL_v3_*.json")])
+        loading = seconds(lambda: bfcl.load(folder))
+        scoring = seconds(lambda: [bfcl.check(entry, recorded[id]) for id, entry in final.items()])
+        ratios.append((loading + scoring) / parsing)
+    assert min(ratios) < 4
+
+
 def test_all_labelled_mutations_are_judged_as_labelled(real_data, final):
     mutations = read_lines(real_data / "data/bfcl_results/mutations_dev.jsonl")
     assert len(mutations) == 645
@@ -526,7 +483,7 @@ def test_all_labelled_mutations_are_judged_as_labelled(real_data, final):
         assert (valid, reason.split(": ")[0] or None) == (mutation["valid"], mutation["error_type"])
 
 
-def test_every_version_of_the_data_loads_and_the_double_id_of_april_is_told_apart(real_data, final):
+def test_every_version_of_the_data_loads_and_the_duplicate_id_of_april_is_renamed(real_data, final):
     april = {entry.id: entry for entry in bfcl.load(real_data / "data/bfcl/v3_2025-04-13")}
     newest = bfcl.load(real_data / "data/bfcl/v4_2026-03-23")
     assert len(april) == len(final) == len({entry.id for entry in newest}) == 3641
@@ -579,9 +536,10 @@ def official(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def packaged(official):
+    """The entries of the data in the official package."""
     import bfcl_eval
 
-    return Path(bfcl_eval.__file__).parent / "data"
+    return bfcl.load(Path(bfcl_eval.__file__).parent / "data")
 
 
 def literal(value, rng, language):
@@ -724,8 +682,7 @@ def balanced(entries):
 
 
 def test_the_official_checker_agrees_on_mutations_of_gold_answers(official, packaged):
-    entries = balanced(bfcl.load(packaged))
-    count_right = agree(official, entries, gold_calls, MUTATIONS, seed=1)
+    count_right = agree(official, balanced(packaged), gold_calls, MUTATIONS, seed=1)
     assert 0.2 * MUTATIONS < count_right < 0.8 * MUTATIONS, "both verdicts are tried"
 
 
@@ -738,42 +695,10 @@ def test_the_official_checker_agrees_on_mutations_of_recorded_outputs(official, 
 def test_the_tools_in_prompts_are_the_official_ones(official, packaged):
     from bfcl_eval.utils import load_dataset_entry
 
-    for category, entries in by_category(bfcl.load(packaged)).items():
+    for category, entries in by_category(packaged).items():
         theirs = load_dataset_entry(category)
         assert [json.dumps(bfcl.prompt(entry)[0]) for entry in entries] == [
             json.dumps(entry["function"]) for entry in theirs]
-
-
-PIECES = {"java": """
-new |HashMap|<|String, Object|>|()|(|{|}|{{|}}| |put(|put("|"|'|", |,|k|1|-2L|1.5f|2.5|true|));|;|)|1e3|_1|nan
-ArrayList<>|Arrays.asList(|add(|new HashMap<>() {{|new ArrayList<>(Arrays.asList(|new ArrayList<>() {{
-add("q");|new int[]{|new String[] {|[]|put("a", 1);|put("b", x);|add(3);""", "javascript": """
-[|]|[[|]]|],[|], [|,|, | |{|}|:|: |a|'b'|"c"|1|2.5|-3n|true|new Array(|)|[1]|[1,2]|,[3]|'|"|{}
-{a: 1|b: [1, 2]|c: 'x, y: z'|nan|1_0"""}
-BEGINNINGS = {"java": ["", "new int[]{", "new HashMap<>() {{", "new ArrayList<>() {{",
-                       "new ArrayList<>(Arrays.asList("],
-              "javascript": ["", "[", "[[", "{", "{a: ", "new Array(", "new Array(["]}
-
-
-def test_the_official_converters_agree_on_random_literals(official):
-    from bfcl_eval.eval_checker.ast_eval.type_convertor.java_type_converter import java_type_converter
-    from bfcl_eval.eval_checker.ast_eval.type_convertor.js_type_converter import js_type_converter
-
-    rng, read = random.Random(4), 0
-    for _ in range(MUTATIONS):
-        language = rng.choice(["java", "javascript"])
-        ours, theirs = {"java": (from_java, java_type_converter),
-                        "javascript": (from_javascript, js_type_converter)}[language]
-        pieces = ["\n", *PIECES[language].replace("\n", "|").split("|")]
-        text = "".join(rng.choice(pieces) for _ in range(rng.choice([1, 2, 3, 5, 8, 12])))
-        text = rng.choice(BEGINNINGS[language]) + text + rng.choice(["", "}", "}}", "]", "]]", ")", "))"])
-        kind = rng.choice(["array", "dict", "Array", "ArrayList", "HashMap", *TYPES[language]])
-        kind = kind if kind in TYPES[language] else "any"
-        element = rng.choice(["String", "integer", "float"]) if kind in LISTS[language] else None
-        value = ours(text, kind, element)
-        assert repr(value) == repr(theirs(text, kind, element)), (text, kind, element)
-        read += value != text
-    assert read > 0.05 * MUTATIONS, "many are literals"
 
 
 def by_category(entries):
@@ -783,7 +708,7 @@ def by_category(entries):
     return grouped
 
 
-# Runs the official command line; packages that it imports and that are not installed become stand-ins.
+# Runs the official command line. Packages that it imports and that are not installed become stand-ins.
 OFFICIAL_MAIN = """
 import importlib.abc, importlib.machinery, importlib.util, sys, types
 class Anything(type):
@@ -811,7 +736,7 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def exec_module(self, module):
         pass
 sys.meta_path.append(Finder())
-# pandas, where a peer of the benchmarks brings it, would take stand-ins for packages that it can do without.
+# If pandas is installed, it would import stand-ins for its optional packages, so it is replaced too.
 sys.modules["pandas"] = StandIn("pandas")
 from bfcl_eval.eval_checker.eval_runner import main
 main([sys.argv[1]], ["single_turn"], sys.argv[2], sys.argv[3])
@@ -821,9 +746,9 @@ main([sys.argv[1]], ["single_turn"], sys.argv[2], sys.argv[3])
 def test_exported_files_are_scored_by_the_official_command_line_as_by_us(official, packaged, tmp_path):
     rng = random.Random(3)
     outputs = {category: {entry.id: mutated(gold_calls(entry, rng), entry, rng) for entry in entries}
-               for category, entries in by_category(bfcl.load(packaged)).items()}
+               for category, entries in by_category(packaged).items()}
     verdicts = defaultdict(dict)
-    for entry in bfcl.load(packaged):
+    for entry in packaged:
         if official(entry, outputs[entry.category][entry.id]) is None:
             outputs[entry.category][entry.id] = None  # where it crashes, its command line stops
         verdicts[entry.category][entry.id] = bfcl.check(entry, outputs[entry.category][entry.id])
