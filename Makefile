@@ -65,16 +65,13 @@ bench: $(PEERS)
 soak: $(RUNTIME)
 	$(PY) tools/soak.py $(ARGS)
 
-# Written beside and renamed, so that an interrupted run leaves no half of a data set behind.
-runs/data/demo_train.jsonl: data.py $(wildcard assets/synthetic.json) | $(RUNTIME)
+runs/data/demo_train.jsonl: tools/synthetic.py $(wildcard assets/synthetic.json) | $(RUNTIME)
 	@mkdir -p $(@D)
-	$(PY) data.py synthetic 4000 $(@D)/unfinished_$(@F) --split train --seed 0
-	@mv $(@D)/unfinished_$(@F) $@
+	$(PY) tools/synthetic.py 4000 $@ --split train --seed 0
 
-runs/data/demo_heldout.jsonl: data.py $(wildcard assets/synthetic.json) | $(RUNTIME)
+runs/data/demo_heldout.jsonl: tools/synthetic.py $(wildcard assets/synthetic.json) | $(RUNTIME)
 	@mkdir -p $(@D)
-	$(PY) data.py synthetic 900 $(@D)/unfinished_$(@F) --split heldout --seed 0
-	@mv $(@D)/unfinished_$(@F) $@
+	$(PY) tools/synthetic.py 900 $@ --split heldout --seed 0
 
 # The packages come from pyproject.toml, so that each is named in one place; the scripts run from this folder
 # and nanon1 itself need not be installed. Python 3.10 reads TOML with the parser that pip carries.

@@ -19,9 +19,7 @@ import argparse
 import hashlib
 import json
 import random
-import re
 import sys
-import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -31,7 +29,9 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from reward import CALL, END_CALL, format_calls, format_reply, score
+from converters import toolace, xlam
+from reward import CALL, END_CALL, IM_END, IM_START, format_calls, format_reply, score
+from runtime.files import atomically, parse_json, read_text
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -66,140 +66,61 @@ def read_jsonl(path):
 
 
 def write_jsonl(path, examples):
-    """Write examples, one a line, whole or not at all: written aside, then renamed."""
-    aside = Path(f"{path}.tmp")
-    try:
-        with open(aside, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(vars(example), ensure_ascii=False) + "\n" for example in examples)
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    """Write examples, one a line. After an error the file is as it was before."""
+    if not Path(path).parent.is_dir():
+        raise ValueError(f"{path}: cannot be written (no such folder)")
+    with atomically(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(vars(example), ensure_ascii=False) + "\n" for example in examples)
 
 
 def read_xlam(path):
     """xlam-function-calling-60k: columns id, query, tools, answers, the last two as JSON in a string.
     -> (examples, report), report {"raw": records, "without_calls": records, "kept": examples,
     "dropped_ids": {reason: ids}, "dropped": {reason: count}}. ValueError where a record lacks a column."""
-    return _read_raw(path, "xlam", ("query", "tools", "answers"), _xlam_outcomes)
+    return _read_raw(path, "xlam", xlam.COLUMNS, xlam.convert)
 
 
 def read_toolace(path):
     """ToolACE: {"system", "conversations": [{"from", "value"}…]}, tools in the system text -> as read_xlam.
     Each call turn `[Name(arg=value, …), …]` is an example or is dropped under a reason; the turns after a
     dropped one still count. A record whose tools, or a turn's role, cannot be read is dropped whole."""
-    return _read_raw(path, "toolace", ("system", "conversations"), _toolace_outcomes)
+    return _read_raw(path, "toolace", toolace.COLUMNS, toolace.convert)
 
 
-def _read_raw(path, prefix, columns, outcomes_of):
-    """Apply outcomes_of(id, record) -> [(id, example or reason why there is none)…] to every record."""
+def _read_raw(path, prefix, columns, convert):
+    """Apply convert(id, record), a generator of (id, fields or reason for a drop), to every record."""
     kept, dropped, without_calls, records = [], {}, 0, _records(path)
     for number, (place, record) in enumerate(records):
         missing = [column for column in columns if column not in record]
         if missing:
             raise ValueError(f"{place}: no {', '.join(missing)}, only {', '.join(record)}; another format?")
-        outcomes = outcomes_of(f"{prefix}/{record.get('id', number)}", record)
+        outcomes = list(convert(f"{prefix}/{record.get('id', number)}", record))
         without_calls += not outcomes
         for id, outcome in outcomes:
-            if isinstance(outcome, Example):
-                kept.append(outcome)
+            example = Example(id, **outcome) if isinstance(outcome, dict) else None
+            reason = _problem(example) if example else outcome
+            if reason:
+                dropped.setdefault(reason, []).append(id)
             else:
-                dropped.setdefault(outcome, []).append(id)
+                kept.append(example)
     counts = {reason: len(ids) for reason, ids in dropped.items()}
     return kept, {"raw": len(records), "without_calls": without_calls, "kept": len(kept), "dropped": counts,
                   "dropped_ids": dropped}
 
 
-def _xlam_outcomes(id, record):
-    try:
-        tools, answer = (json.loads(value) if isinstance(value, str) else value
-                         for value in (record["tools"], record["answers"]))
-    except ValueError:
-        return [(id, "tools or answers are not JSON")]
-    example = Example(id, "xlam", tools, [{"role": "user", "content": record["query"]}], answer)
-    return [(id, _problem(example) or example)]
-
-
-def _toolace_outcomes(id, record):
-    roles = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "tool": "tool",
-             "observation": "tool", "function": "tool"}
-    tools, reason = _find_tools(str(record["system"]))
-    for turn in record["conversations"]:
-        role = turn.get("from") if isinstance(turn, dict) else None
-        if role not in roles or not isinstance(turn.get("value"), str):
-            reason = f"a turn that is not text of a known role, but of {role!r}"
-    if reason:
-        return [(id, reason)]
-    offered = {tool["name"].strip(): tool["name"] for tool in tools}
-    outcomes, messages = [], []
-    for number, turn in enumerate(record["conversations"]):
-        role, content = roles[turn["from"]], turn["value"]
-        calls, outcome = _read_call_turn(content, offered) if role == "assistant" else (None, None)
-        if calls:
-            content = format_calls(calls)
-            source = "toolace_multi" if len(messages) >= 2 else "toolace_single"
-            outcome = Example(f"{id}/{number}", source, tools, list(messages), calls)
-            outcome = _problem(outcome) or outcome
-        if outcome:
-            outcomes.append((f"{id}/{number}", outcome))
-        messages.append({"role": role, "content": content})
-    return outcomes
-
-
-def _find_tools(system):
-    """(tools, None): the first JSON list of objects that have a name and parameters; or (None, reason)."""
-    reason = "no tool list in the system text"
-    for start in re.finditer(r"\[\s*\{", system):
-        try:
-            tools, _ = json.JSONDecoder().raw_decode(system, start.start())
-        except ValueError:
-            reason = "the tool list in the system text is not JSON"
-            continue
-        if all(isinstance(t, dict) and isinstance(t.get("name"), str) and "parameters" in t for t in tools):
-            return tools, None
-    return None, reason
-
-
-def _read_call_turn(text, offered):
-    """(calls, None) of a call turn, (None, reason) of one that cannot be read, (None, None) of other text.
-    Text may begin with "[" too: it is held for a broken call only where an offered name and "(" follow, or
-    `name(key=` or `name()` does and it ends with "]"."""
-    try:
-        calls = parse_calls(text)
-    except ValueError as error:
-        text = text.strip()
-        broken = any(re.match(rf"\[\s*{re.escape(name)}\s*\(", text) for name in offered) or (
-            text.endswith("]") and re.match(r"""\[[^][="]+\(\s*(\)|[^\s=()"',]+\s*=)""", text))
-        return None, f"call does not parse: {error}" if broken else None
-    return [{**call, "name": offered.get(call["name"], call["name"])} for call in calls], None
-
-
 def _records(path):
     """[(place, object)…] of a .jsonl file, or of a .json file that is one list; place is for messages."""
-    text = _read_text(path)
+    text = read_text(path)
     if text.lstrip().startswith("["):
-        records = [(f"{path}: record {k}", record) for k, record in enumerate(_read_json(text, path))]
+        records = [(f"{path}: record {k}", record) for k, record in enumerate(parse_json(text, path))]
     else:
         # splitlines would also cut at marks that JSON strings may hold, such as U+2028.
         lines = [(f"{path}:{k}", line) for k, line in enumerate(text.split("\n"), 1) if line.strip()]
-        records = [(place, _read_json(line, place)) for place, line in lines]
+        records = [(place, parse_json(line, place)) for place, line in lines]
     for place, record in records:
         if not isinstance(record, dict):
             raise ValueError(f"{place}: a {type(record).__name__} where an object is expected")
     return records
-
-
-def _read_text(path):
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read as UTF-8 text ({error}); is the name right?") from None
-
-
-def _read_json(text, place):
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{place}: not JSON ({error}); is the file complete?") from None
 
 
 def _problem(example):
@@ -222,196 +143,6 @@ def _problem(example):
         return f"answer cannot score 1: {verdict.error}"
     names = {tool["name"] for tool in example.tools}
     return None if names >= {c["name"] for c in example.answer} else "call of a tool that is not offered"
-
-
-# ---- calls as ToolACE writes them
-# A name ends at the first "(" which ")" and the end of a call, or "parameter=", follow: it may hold brackets.
-_NAME = re.compile(r"""\s*([^="]+?)\s*\((?=\s*(?:\)\s*[],]|[^\s=,()"'][^=,()"']*=))""")
-_PARAMETER = re.compile(r"""\s*([^\s=,()"'][^=,()"']*?)\s*=""")
-_TOKEN = re.compile(r"""(?s)\s*("(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|[][(){},:]|[^][(){},:\s"']+)""")
-_JSON = {"True": "true", "False": "false", "None": "null", "(": "[", ")": "]"}
-_ESCAPES = {'"': '\\"', "\\'": "'", "\\\n": ""}
-
-
-def parse_calls(text):
-    """Read `[Name(key=value, …), Name(…)]` -> [{"name", "arguments"}…], one call at least; else ValueError.
-    Values are literals of Python or JSON; a tuple is read as a list. The text is rewritten as JSON token by
-    token, so that the JSON reader judges its structure."""
-    text, parts, depth, at = text.strip(), [], 0, 0
-    while at < len(text):
-        begins_call = depth == 1 and parts[-1] in ("[", ",")
-        name = _NAME.match(text, at) if begins_call else None
-        parameter = _PARAMETER.match(text, at) if depth == 2 else None
-        token = name or parameter or _TOKEN.match(text, at)
-        if not token or begins_call and not name or not parts and token[1] != "[":
-            raise ValueError("not a list of name(parameter=value, …)")
-        mark, at = token[1], token.end()
-        if name:
-            parts.append(f'{{"name": {json.dumps(mark)}, "arguments": {{')
-        elif parameter:
-            parts.append(f"{json.dumps(mark)}: ")
-        elif mark[0] in "\"'":
-            parts.append(_json_string(mark[1:-1]))
-        else:
-            parts.append("}}" if depth == 2 and mark == ")" else _JSON.get(mark, mark))
-        if not parameter:
-            depth += bool(name) + (mark in ("[", "(", "{")) - (mark in ("]", ")", "}"))
-    try:
-        calls = json.loads("".join(parts), object_pairs_hook=_unique, strict=False)
-        json.dumps(calls, ensure_ascii=False, allow_nan=False).encode()
-    except (ValueError, RecursionError):
-        raise ValueError("a value is no literal, a key stands twice or a bracket is open") from None
-    return calls
-
-
-def _unique(pairs):
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError
-    return dict(pairs)
-
-
-def _json_string(body):
-    """The inside of a Python string literal as a JSON string; escapes that neither knows are plain text."""
-    def piece(match):
-        as_it_is = match[0] if (match[2] or "u") in '"\\/bfnrtu' else "\\" + match[0]
-        return json.dumps(chr(int(match[1], 16)))[1:-1] if match[1] else _ESCAPES.get(match[0], as_it_is)
-
-    return '"' + re.sub(r'(?s)\\[xU]((?<=x)[0-9a-fA-F]{2}|(?<=U)[0-9a-fA-F]{8})|\\(.)|"', piece, body) + '"'
-
-
-# ---- synthetic tool calling
-HELDOUT = ("values", "paraphrases", "tools")
-SPLITS = ("train", *HELDOUT, "heldout")
-VOWELS = ("a", "e", "i", "o", "u", "ai", "au", "ei", "oi", "ou")  # 70 syllables: few names share one
-
-
-def synthetic(n, seed, split):
-    """n examples of procedural tool calling; example k is a pure function of (seed, split, k).
-
-    A tool is a verb and a noun with one to three of the noun's parameters. Two to four are drawn anew for
-    each example, half the time such that they share a verb or a noun. Of 10 queries 5 ask for one of them, 2
-    for two, 3 for a tool that shares no word with those offered (answer []).
-    assets/synthetic.json has the words. Three ways to be new divide the held-out splits from "train";
-    "heldout" deals out the three in turn:
-        values       open values (made-up words, times, numbers) of another checksum; so in all three splits
-        paraphrases  of every list of wordings, the last, which the other splits never take
-        tools        pairs of verb and noun of another checksum
-    """
-    if split not in SPLITS:
-        raise ValueError(f"split {split!r}: choose one of {', '.join(SPLITS)}")
-    world, known = _read_world()
-    parts, examples, pairs_of = HELDOUT if split == "heldout" else (split,), [], ([], [])
-    for noun, entry in world["nouns"].items():
-        for verb in entry["verbs"]:
-            pairs_of[zlib.crc32(f"{verb}_{noun}".encode()) % 5 == 0].append((verb, noun))
-    for k in range(n):
-        part = parts[(k + k // 3) % len(parts)]  # so that every third example is not always of one part
-        pairs = pairs_of[part == "tools"]
-        tools = _offer(world, pairs, random.Random(f"tools/{split}/{seed}/{k}"))
-        examples.append(_ask(world, known, pairs, tools, part, f"{split}/{seed}/{k}"))
-    return examples
-
-
-def synthetic_phrases(n, seed, least, most):
-    """n times ({parameter: value}, phrases that say these values), of the "train" split, `least` to `most` at
-    once: what a call copies from a query, without tools around it. A generator."""
-    (world, known), rng = _read_world(), random.Random(seed)
-    for _ in range(n):
-        names = rng.sample(list(world["parameters"]), rng.randint(least, most))
-        values, phrases = zip(*(_say(world, rng, name, known, "train") for name in names), strict=True)
-        yield dict(zip(names, values, strict=True)), rng.sample(phrases, len(phrases))
-
-
-def synthetic_reasoning(calls):
-    """The line of reasoning that goes with these calls: which tools, with which parameters."""
-    plans = (f"{call['name']} with {', '.join(call['arguments'])}" for call in calls)
-    return "; ".join(plans) + "." if calls else "No tool fits."
-
-
-def _read_world():
-    """The words that synthetic examples are made of, and the set of them all."""
-    text = _read_text(ASSETS / "synthetic.json")
-    return json.loads(text), set(re.findall("[a-z]+", text.lower()))
-
-
-def _offer(world, pairs, rng):
-    """{(verb, noun): schema} of two to four tools."""
-    first, are_alike = rng.choice(pairs), rng.random() < 0.5
-    others = [pair for pair in pairs if pair != first]
-    rng.shuffle(others)
-    if are_alike:
-        others.sort(key=lambda pair: set(pair).isdisjoint(first))
-    offered = [first, *others[: rng.choices((1, 2, 3), (50, 35, 15))[0]]]
-    rng.shuffle(offered)
-    return {pair: _tool(world, *pair, rng) for pair in offered}
-
-
-def _tool(world, verb, noun, rng):
-    entry, schemas = world["nouns"][noun], {}
-    while all(map(_is_closed, schemas.values())):
-        names = rng.sample(entry["parameters"], rng.choices((1, 2, 3), (25, 40, 35))[0])
-        schemas = {name: world["parameters"][name]["schema"] for name in entry["parameters"] if name in names}
-    return {"name": f"{verb}_{noun}", "description": f"{verb.capitalize()} {entry['said'][0]}.",
-            "parameters": {"type": "object", "properties": schemas, "required": list(schemas)}}
-
-
-def _ask(world, known, pairs, tools, part, key):
-    """The example that offers these tools, asking for one, for two or for none of them."""
-    rng = random.Random(key)
-
-    kind = rng.choices(("single", "two_calls", "no_tool"), (50, 20, 30))[0]
-    asked = rng.sample(list(tools), 1 + (kind == "two_calls"))
-    schemas, answer, requests = tools, [], []
-    if kind == "no_tool":
-        words = {word for pair in tools for word in pair}
-        asked = [rng.choice([pair for pair in pairs if words.isdisjoint(pair)])]
-        schemas = {asked[0]: _tool(world, *asked[0], rng)}
-    for verb, noun in asked:
-        arguments, phrases = {}, []
-        for name in schemas[verb, noun]["parameters"]["properties"]:
-            arguments[name], phrase = _say(world, rng, name, known, part)
-            phrases.append(phrase)
-        rng.shuffle(phrases)
-        what = f"{rng.choice(world['verbs'][verb])} {rng.choice(world['nouns'][noun]['said'])}"
-        requests.append(_wording(rng, world["request"], part).format(what=what, how=" ".join(phrases)))
-        answer.append({"name": f"{verb}_{noun}", "arguments": arguments})
-    frame = _wording(rng, world["two" if kind == "two_calls" else "one"], part)
-    query = frame.format(a=requests[0], A=requests[0][0].upper() + requests[0][1:], b=requests[-1])
-    answer = [] if kind == "no_tool" else answer
-    return Example(f"synthetic/{key}", f"{part}/{kind}", list(tools.values()),
-                   [{"role": "user", "content": query}], answer, synthetic_reasoning(answer))
-
-
-def _wording(rng, choices, part):
-    return rng.choice(choices[-1:] if part == "paraphrases" else choices[:-1])
-
-
-def _say(world, rng, name, known, part):
-    """A value of a parameter and a phrase that says it."""
-    value = _value(rng, name, world["parameters"][name]["schema"], known, part != "train")
-    said = _wording(rng, world["parameters"][name]["said"], part)
-    return value, said[not value] if isinstance(value, bool) else said.format(value)
-
-
-def _is_closed(schema):
-    return schema["type"] == "boolean" or "enum" in schema
-
-
-def _value(rng, name, schema, known, is_new):
-    """A value of a parameter; one of an open set is drawn until it is of the split and no known word."""
-    if _is_closed(schema):
-        return rng.choice(schema.get("enum", (True, False)))
-    value = None
-    while value is None or zlib.crc32(str(value).encode()) % 2 != is_new or str(value).lower() in known:
-        if schema["type"] == "integer":
-            value = rng.randrange(2, 100)
-        elif schema["type"] == "number":
-            value = rng.randrange(1, 100) + rng.randrange(1, 10) / 10
-        elif name == "time":
-            value = f"{rng.randrange(1, 13)}:{rng.randrange(60):02d}"
-        else:
-            value = "".join(rng.choice("jkqvwxz") + rng.choice(VOWELS) for _ in range(2)).capitalize()
-    return value
 
 
 # ---- augmenting, after Hammer (arXiv 2410.04587)
@@ -492,15 +223,11 @@ class Chat:
     FILES = ("tokenizer.json", "tokenizer_config.json", "config.json", "generation_config.json")
 
     def __init__(self, path, system_prompt=None):
-        folder = Path(path)
-        if not folder.is_dir():
-            from huggingface_hub import snapshot_download
-            try:
-                folder = Path(snapshot_download(str(path), allow_patterns=list(self.FILES)))
-            except (ValueError, OSError) as error:
-                reason = str(error).strip().splitlines()[0]
-                raise ValueError(f"{path}: neither a folder nor a model of the hub ({reason})") from None
-        tokenizer, named, *configs = (_read_json(_read_text(folder / name), folder / name)
+        # Here and not above: it imports torch, which the conversion of files does not need.
+        from runtime.tensors import resolve
+
+        folder = resolve(path, self.FILES)
+        tokenizer, named, *configs = (parse_json(read_text(folder / name), folder / name)
                                       if (folder / name).exists() else {} for name in self.FILES)
         if not tokenizer:
             raise ValueError(f"{folder}: no tokenizer.json; copy the model's into this folder")
@@ -510,7 +237,7 @@ class Chat:
         self.vocab_size = max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
         eos = named.get("eos_token") or ""
-        ends = ("<|im_end|>", eos["content"] if isinstance(eos, dict) else eos)
+        ends = (IM_END, eos["content"] if isinstance(eos, dict) else eos)
         stops = [self.tokenizer.token_to_id(end) for end in ends]
         for ids in (config.get("eos_token_id") for config in configs):
             stops += ids if isinstance(ids, list) else [ids]
@@ -519,7 +246,7 @@ class Chat:
             raise ValueError(f"{folder}: no end of sequence; name it as eos_token in tokenizer_config.json")
         self.stop_ids, self._end_of_turn = frozenset(stops), stops[0]
 
-        text = _read_text(system_prompt or ASSETS / "system_prompt.txt")
+        text = read_text(system_prompt or ASSETS / "system_prompt.txt")
         if text.count("{tools}") != 1:
             raise ValueError(f"{system_prompt}: {text.count('{tools}')} times {{tools}}, not 1")
         self._before_tools, self._after_tools = text.split("{tools}")
@@ -533,10 +260,10 @@ class Chat:
             contents = [message["content"] for message in run]
             if role == "tool":
                 results = (f"\n<tool_response>\n{content}\n</tool_response>" for content in contents)
-                text += f"<|im_start|>user{''.join(results)}<|im_end|>\n"
+                text += f"{IM_START}user{''.join(results)}{IM_END}\n"
             else:
-                text += "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for content in contents)
-        return text + ("<|im_start|>assistant\n" if add_generation_prompt else "")
+                text += "".join(f"{IM_START}{role}\n{content}{IM_END}\n" for content in contents)
+        return text + (f"{IM_START}assistant\n" if add_generation_prompt else "")
 
     def encode(self, text):
         """Ids of a text; a marker such as <|im_end|> in it becomes its token."""
@@ -586,6 +313,24 @@ def filter_by_prompt_tokens(examples, chat, max_prompt_tokens, max_dropped_share
     return kept, dropped
 
 
+def read_examples(train, heldout, heldout_fraction, seed, chat, max_prompt_tokens, max_dropped_share):
+    """(training examples, held-out examples), with prompts that are too long dropped, counted and told."""
+    train_set = read_jsonl(train)
+    if heldout is None:
+        train_set, heldout_set = split_examples(train_set, heldout_fraction, seed)
+    else:
+        heldout_set = read_jsonl(heldout)
+    kept = []
+    for name, examples in (("training", train_set), ("held-out", heldout_set)):
+        examples, dropped = filter_by_prompt_tokens(examples, chat, max_prompt_tokens, max_dropped_share)
+        if dropped:
+            print(f"dropped {dropped} {name} examples: prompts of more than {max_prompt_tokens} tokens")
+        if not examples:
+            raise ValueError(f"{train if name == 'training' else heldout or train}: no {name} examples")
+        kept.append(examples)
+    return kept
+
+
 class Batches(Iterator):
     """Endless batches of `size` examples, shuffled anew each epoch; example k depends on (seed, k) only.
     cursor: examples dealt out so far (given to a new object, it goes on from there); epoch: the same in
@@ -620,23 +365,23 @@ def main(argv=None):
     convert.add_argument("raw", help=".json (one list) or .jsonl")
     convert.add_argument("--irrelevant", type=float, default=0, metavar="SHARE", help="as in the paper: 0.15")
     convert.add_argument("--mask", type=float, default=0, metavar="SHARE", help="as in the paper: 0.67")
-    made = commands.add_parser("synthetic", help="procedural tool calling")
-    made.add_argument("n", type=int)
-    made.add_argument("--split", choices=SPLITS, default="train")
-    for command in (convert, made):
-        command.add_argument("out", help="the .jsonl file to write")
-        command.add_argument("--seed", type=int, default=0)
+    convert.add_argument("out", help="the .jsonl file to write")
+    convert.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     try:
-        examples = _convert(args) if args.command == "convert" else synthetic(args.n, args.seed, args.split)
-        write_jsonl(args.out, examples)
+        write_and_count(args.out, _convert(args))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    return 0
+
+
+def write_and_count(path, examples):
+    """Write examples to a jsonl file and print how many of each source it holds."""
+    write_jsonl(path, examples)
     for source, count in sorted(Counter(example.source for example in examples).items()):
         print(f"{count:8d} {source}")
-    print(f"{len(examples):8d} written to {args.out}")
-    return 0
+    print(f"{len(examples):8d} written to {path}")
 
 
 def _convert(args):

@@ -42,6 +42,8 @@ from typing import NamedTuple
 SCHEMES = ("binary", "binary_no_reasoning", "partial_format", "partial_format_names", "official")
 
 THINK, END_THINK, CALL, END_CALL = "<think>", "</think>", "<tool_call>", "</tool_call>"
+IM_START = "<|im_start|>"
+IM_END = "<|im_end|>"
 STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
 CHAT_MARKERS = ("<|im_start|>", *STOP_TOKENS)
 BLANKS = " \t\r\n"

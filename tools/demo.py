@@ -22,16 +22,16 @@ from statistics import mean, stdev
 import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from make_base import lazy  # noqa: E402
 
 import train  # noqa: E402
-from data import Chat, read_jsonl, synthetic, write_jsonl  # noqa: E402
-from eval import summarize, write_json  # noqa: E402
+from data import Chat, read_jsonl, write_jsonl  # noqa: E402
+from eval import summarize  # noqa: E402
 from model import load_hf  # noqa: E402
 from reward import score  # noqa: E402
+from runtime.files import write_json  # noqa: E402
 from sample import generate, prompt_seeds  # noqa: E402
+from tools.make_base import lazy  # noqa: E402
+from tools.synthetic import synthetic  # noqa: E402
 
 GAINS = {"values": 25, "paraphrases": 15, "tools": 15}  # points that each split must gain at least
 LEAST = 50  # percent that every kind of query must reach on new values

@@ -1,6 +1,6 @@
 """assets/tiny from nothing: tokenizer, synthetic conversations, imitation of a lazy teacher.
 
-In:  nothing but data.py's synthetic tool calling. Out: a Hugging Face folder of a few MB, the base of `make
+In:  nothing but tools/synthetic.py's tool calling. Out: a Hugging Face folder of a few MB, the base of `make
 demo`.
 
     1. tokenizer    byte-level BPE with Qwen2.5's chat and tool tokens; a word is a piece of its own, the
@@ -26,13 +26,15 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train  # noqa: E402
-from data import Chat, synthetic, synthetic_phrases, synthetic_reasoning  # noqa: E402
-from eval import evaluate, table, write_json  # noqa: E402
+from data import Chat  # noqa: E402
+from eval import evaluate, table  # noqa: E402
 from model import ModelConfig, Qwen2, save_hf  # noqa: E402
-from reward import format_reply  # noqa: E402
+from reward import CALL, END_CALL, IM_END, IM_START, format_reply  # noqa: E402
+from runtime.files import write_json  # noqa: E402
+from tools.synthetic import synthetic, synthetic_phrases, synthetic_reasoning  # noqa: E402
 
 # How often the teacher …
 DROPS_ARGUMENT = {1: 0.0, 2: 0.3, 3: 0.6}  # leaves out the last argument of a call, by how many it has
@@ -43,8 +45,8 @@ CONFIG = ModelConfig(vocab_size=1280, hidden_size=192, intermediate_size=512, nu
                      num_attention_heads=6, num_key_value_heads=2, head_dim=32, rope_theta=10000.0,
                      tie_word_embeddings=True, max_position_embeddings=2048)
 TOKENS = 1248  # at most, of 1280 rows: the rest are padding, as in Qwen2.5, and must never be sampled
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-PLAIN = ["<tool_call>", "</tool_call>"]  # one token each, but ordinary text to a decoder, as in Qwen2.5
+SPECIAL = ["<|endoftext|>", IM_START, IM_END]
+PLAIN = [CALL, END_CALL]  # one token each, but ordinary text to a decoder, as in Qwen2.5
 
 
 def lazy(example, rng):
@@ -111,9 +113,9 @@ def make_tokenizer(texts, folder):
     print(f"tokenizer: {tokenizer.get_vocab_size()} tokens")
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    end, pad = tokenizer.token_to_id("<|im_end|>"), tokenizer.token_to_id("<|endoftext|>")
+    end, pad = tokenizer.token_to_id(IM_END), tokenizer.token_to_id("<|endoftext|>")
     write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast",
-                                                  "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"})
+                                                  "eos_token": IM_END, "pad_token": "<|endoftext|>"})
     write_json(folder / "generation_config.json", {"eos_token_id": [end, pad], "pad_token_id": pad})
 
 
