@@ -2,18 +2,14 @@
 
 import json
 import random
-import sys
 
 import pytest
 
 import train
-from data import synthetic, write_jsonl
+from data import write_jsonl
 from reward import format_reply, score
-
-sys.path.insert(0, "tools")
-
-import demo  # noqa: E402
-import make_base  # noqa: E402
+from tools import demo, make_base
+from tools.synthetic import synthetic
 
 BEFORE = {
     "values": 40.0, "paraphrases": 30.0, "tools": 30.0, "values/single": 50.0, "values/two_calls": 10.0,
