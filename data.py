@@ -1,18 +1,19 @@
-r"""Examples: where they come from, how they are written for the model, the order in which they are seen.
+r"""Training examples: reading and converting them, augmenting them, encoding them as chat, ordering them.
 
-In:  ToolACE and xLAM files as published, our own jsonl, or the procedural set `synthetic`.
-Out: `Example`s; `Chat` turns one into ids; `Batches` deals them out.
+In:  our own jsonl, or published files through converters/ (xLAM, ToolACE).
+Out: `Example`s. `Chat` encodes an example as token ids, `Batches` yields batches of examples.
 
-One step of learning is one decision: each call turn of a conversation is an example, what came before is its
-context, with earlier call turns as `<tool_call>[{"name": …, "arguments": {…}}]</tool_call>`. An answer that
-would not score 1 when written in the reply format never becomes an example. The chat format is Qwen2.5's:
+An example is one decision of the model: an assistant turn that makes calls, or should make none. The turns
+before it are the context, with earlier calls as `<tool_call>[{"name": …, "arguments": {…}}]</tool_call>`. An
+example is dropped if its answer, written in the reply format, does not score 1. Qwen2.5's chat format:
 
-    <|im_start|>ROLE\nCONTENT<|im_end|>\n                       the model goes on from <|im_start|>assistant\n
-    <|im_start|>user\n<tool_response>\nCONTENT\n</tool_response><|im_end|>\n  a run of results is one block
+    <|im_start|>ROLE\nCONTENT<|im_end|>\n       each message; a prompt ends with <|im_start|>assistant\n
+    <|im_start|>user\n<tool_response>\nCONTENT\n</tool_response><|im_end|>\n    results in a row share a block
 
-Where we differ from the paper's code (arXiv 2505.00024): roles are mapped, so raw ToolACE yields its calls;
-these are parsed, not cut at the first ")"; earlier calls are JSON, once encoded; the split has a seed; drops
-are counted by reason; no prompt is truncated; the system prompt is our own, assets/system_prompt.txt.
+Differences from the paper's code (arXiv 2505.00024): roles are mapped, so raw ToolACE yields its calls; calls
+are parsed and not cut at the first ")"; earlier calls are JSON that is encoded once; the split has a seed;
+dropped examples are counted by reason; prompts are never truncated; the system prompt is our own,
+assets/system_prompt.txt.
 """
 
 import argparse
@@ -38,21 +39,22 @@ ASSETS = Path(__file__).parent / "assets"
 
 @dataclass(frozen=True)
 class Example:
-    """One decision. `source` is the category it is counted under, `tools` schemas as they stand in the data,
-    `messages` {"role": user|assistant|tool|system, "content"} less the system prompt that lists the tools,
-    `answer` the right calls ([]: no tool fits), `reasoning` what a supervised reply thinks first."""
+    """One decision of the model, and the right one."""
 
     id: str
-    source: str
-    tools: list[dict]
-    messages: list[dict]
-    answer: list[dict]
-    reasoning: str | None = None
+    source: str  # the category under which statistics count it
+    tools: list[dict]  # schemas of the offered tools, as the data has them
+    messages: list[dict]  # {"role": user|assistant|tool|system, "content"}, without the list of tools
+    answer: list[dict]  # the right calls, {"name", "arguments"}; [] if no tool fits
+    reasoning: str | None = None  # the <think> text of a supervised reply
 
 
 # ---- files
 def read_jsonl(path):
-    """Our own format -> examples. ValueError, naming file and line, for a line that is not a good example."""
+    """Read examples from our own format, one JSON object a line with the fields of Example.
+
+    ValueError, with file and line, if the file cannot be read or a line is not a valid example.
+    """
     examples = []
     for place, record in _records(path):
         try:
@@ -66,7 +68,8 @@ def read_jsonl(path):
 
 
 def write_jsonl(path, examples):
-    """Write examples, one a line. After an error the file is as it was before."""
+    """Write examples, one a line. After an error an existing file is unchanged. ValueError if it is I/O."""
+    # atomically() would create the folder, and a misspelt one must not appear silently.
     if not Path(path).parent.is_dir():
         raise ValueError(f"{path}: cannot be written (no such folder)")
     with atomically(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
@@ -74,21 +77,22 @@ def write_jsonl(path, examples):
 
 
 def read_xlam(path):
-    """xlam-function-calling-60k: columns id, query, tools, answers, the last two as JSON in a string.
-    -> (examples, report), report {"raw": records, "without_calls": records, "kept": examples,
-    "dropped_ids": {reason: ids}, "dropped": {reason: count}}. ValueError where a record lacks a column."""
+    """Convert a file of xlam-function-calling-60k (converters/xlam.py) -> (examples, report).
+
+    report: {"raw": number of records, "without_calls": number of records that gave neither an example nor a
+    drop, "kept": number of examples, "dropped": {reason: count}, "dropped_ids": {reason: ids}}.
+    ValueError if the file cannot be read or a record lacks a column.
+    """
     return _read_raw(path, "xlam", xlam.COLUMNS, xlam.convert)
 
 
 def read_toolace(path):
-    """ToolACE: {"system", "conversations": [{"from", "value"}…]}, tools in the system text -> as read_xlam.
-    Each call turn `[Name(arg=value, …), …]` is an example or is dropped under a reason; the turns after a
-    dropped one still count. A record whose tools, or a turn's role, cannot be read is dropped whole."""
+    """Convert a file of ToolACE (converters/toolace.py) -> (examples, report), as read_xlam does."""
     return _read_raw(path, "toolace", toolace.COLUMNS, toolace.convert)
 
 
 def _read_raw(path, prefix, columns, convert):
-    """Apply convert(id, record), a generator of (id, fields or reason for a drop), to every record."""
+    """Call `convert(id, record)`, which yields (id, fields of an example or drop reason), on every record."""
     kept, dropped, without_calls, records = [], {}, 0, _records(path)
     for number, (place, record) in enumerate(records):
         missing = [column for column in columns if column not in record]
@@ -109,12 +113,12 @@ def _read_raw(path, prefix, columns, convert):
 
 
 def _records(path):
-    """[(place, object)…] of a .jsonl file, or of a .json file that is one list; place is for messages."""
+    """[(place, object)…] of a .jsonl file or of a .json file with one list; errors name the place."""
     text = read_text(path)
     if text.lstrip().startswith("["):
         records = [(f"{path}: record {k}", record) for k, record in enumerate(parse_json(text, path))]
     else:
-        # splitlines would also cut at marks that JSON strings may hold, such as U+2028.
+        # splitlines() would also split at characters that JSON strings may contain, such as U+2028.
         lines = [(f"{path}:{k}", line) for k, line in enumerate(text.split("\n"), 1) if line.strip()]
         records = [(place, parse_json(line, place)) for place, line in lines]
     for place, record in records:
@@ -124,7 +128,7 @@ def _records(path):
 
 
 def _problem(example):
-    """Why this example cannot be learnt from, or None."""
+    """Why this example cannot be used for training, or None."""
     def lacks(value, *keys):
         return not isinstance(value, list) or not all(
             isinstance(item, dict) and all(isinstance(item.get(key), str) for key in keys) for item in value)
@@ -147,8 +151,10 @@ def _problem(example):
 
 # ---- augmenting, after Hammer (arXiv 2410.04587)
 def make_irrelevant(examples, share, seed):
-    """Take the right tools away from a share (0 to 1) of the examples, whose answer is then [].
-    Drawn among those with another tool to offer; their source then ends in "_irrelevant"."""
+    """Remove the right tools from a share (0 to 1) of the examples, so that their answer becomes [].
+
+    `seed` selects them from the examples that offer another tool. "_irrelevant" is appended to their source.
+    """
     result, wanted = list(examples), round(share * len(examples))
     for i in _permutation(len(examples), f"irrelevant/{seed}"):
         right = {call["name"] for call in examples[i].answer}
@@ -161,8 +167,12 @@ def make_irrelevant(examples, share, seed):
 
 
 def mask_names(examples, share, seed):
-    """Rename functions and parameters of a share (0 to 1) of the examples to random strings, save in prose;
-    defaults too, save of a parameter in a call: the call's value may be the default or the user's."""
+    """Rename functions and parameters to random strings in a share (0 to 1) of the examples.
+
+    Schemas, answers, earlier calls and the names in tool results are renamed together; descriptions and user
+    text are not changed. Text defaults are replaced too, except where a call sets the parameter: the value
+    may have been copied from the default.
+    """
     result = list(examples)
     for i in _permutation(len(examples), f"mask/{seed}")[: round(share * len(examples))]:
         result[i] = _masked(examples[i], random.Random(f"mask/{seed}/{i}"))
@@ -174,7 +184,7 @@ def _masked(example, rng):
                if message["role"] == "assistant" and message["content"].startswith(CALL) else []
                for message in example.messages]
     used = {(call["name"], key) for call in sum(earlier, example.answer) for key in call["arguments"]}
-    new = {}  # (function,), (function, parameter) or (function, parameter, "default") -> random string
+    new = {}  # (function,), (function, parameter) or (function, parameter, "default") to its random string
 
     def rename(*key):
         letters = rng.choices("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMN0123456789", k=rng.randrange(6, 13))
@@ -211,19 +221,20 @@ def _masked(example, rng):
 
 # ---- text and ids
 class Chat:
-    """A tokenizer and Qwen2.5's chat format.
+    """A tokenizer and the chat format of Qwen2.5.
 
-    path is a hub name, or a folder with tokenizer.json and any of the other FILES, which name the end of
-    sequence; system_prompt is a text file that holds {tools} once, None being assets/system_prompt.txt.
-    stop_ids: every end of sequence that these files name, and <|im_end|>, which ends a chat turn.
-    vocab_size: the ids that have a token; a model may have more rows, which must never be sampled.
+    path: a hub name, or a folder with tokenizer.json. The other FILES are optional; they name stop tokens.
+    system_prompt: a text file that contains {tools} once; None means assets/system_prompt.txt.
+    stop_ids: <|im_end|>, which ends a chat turn, and every end-of-sequence token that the files name.
+    vocab_size: number of ids that have a token. A model may have more rows; these must never be sampled.
+    ValueError if a file is missing or unusable.
     """
 
     DEFAULT_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
     FILES = ("tokenizer.json", "tokenizer_config.json", "config.json", "generation_config.json")
 
     def __init__(self, path, system_prompt=None):
-        # Here and not above: it imports torch, which the conversion of files does not need.
+        # Imported here because it loads torch, which `data.py convert` does not need.
         from runtime.tensors import resolve
 
         folder = resolve(path, self.FILES)
@@ -252,7 +263,7 @@ class Chat:
         self._before_tools, self._after_tools = text.split("{tools}")
 
     def render(self, messages, add_generation_prompt):
-        """The text of a conversation [{"role", "content"}…], as Qwen2.5's own template gives it."""
+        """The text of a conversation [{"role", "content"}…], equal to that of Qwen2.5's chat template."""
         if messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.DEFAULT_SYSTEM}, *messages]
         text = ""
@@ -266,11 +277,11 @@ class Chat:
         return text + (f"{IM_START}assistant\n" if add_generation_prompt else "")
 
     def encode(self, text):
-        """Ids of a text; a marker such as <|im_end|> in it becomes its token."""
+        """Ids of a text. A marker in it, such as <|im_end|>, becomes its special token."""
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_prompt(self, example):
-        """Ids up to where the reply begins: tools and system text of the example, conversation. Never cut."""
+        """Ids of the prompt: system prompt with tools, conversation, start of the reply. Never truncated."""
         wrapped = ({"type": "function", "function": tool} for tool in example.tools)
         tools = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in wrapped)
         system, messages = self._before_tools + tools + self._after_tools, example.messages
@@ -283,7 +294,7 @@ class Chat:
         return [*self.encode(format_reply(example.answer, example.reasoning or "")), self._end_of_turn]
 
     def decode(self, ids):
-        """Text of ids, special tokens kept; an id without a token gives nothing."""
+        """The text of ids, with special tokens. Ids without a token are skipped."""
         return self.tokenizer.decode(ids, skip_special_tokens=False)
 
 
@@ -296,14 +307,16 @@ def _permutation(n, key):
 
 
 def split_examples(examples, fraction, seed):
-    """(train, heldout): a fraction (0 to 1), drawn by seed, is held out; both keep their order."""
+    """(training, held-out): `seed` selects the fraction (0 to 1) that is held out. Both keep their order."""
     held = set(_permutation(len(examples), f"split/{seed}")[: round(fraction * len(examples))])
     return [examples[i] for i in range(len(examples)) if i not in held], [examples[i] for i in sorted(held)]
 
 
 def filter_by_prompt_tokens(examples, chat, max_prompt_tokens, max_dropped_share):
-    """(kept, dropped count): examples with longer prompts are left out, as a cut prompt would lack tools.
-    ValueError where that is more than a share (0 to 1) of them."""
+    """(kept examples, number dropped). Longer prompts are dropped, because a truncated one would lack tools.
+
+    ValueError if more than a share (0 to 1) of the examples would be dropped.
+    """
     kept = [example for example in examples if len(chat.encode_prompt(example)) <= max_prompt_tokens]
     dropped = len(examples) - len(kept)
     if dropped > max_dropped_share * len(examples):
@@ -313,28 +326,35 @@ def filter_by_prompt_tokens(examples, chat, max_prompt_tokens, max_dropped_share
     return kept, dropped
 
 
-def read_examples(train, heldout, heldout_fraction, seed, chat, max_prompt_tokens, max_dropped_share):
-    """(training examples, held-out examples), with prompts that are too long dropped, counted and told."""
-    train_set = read_jsonl(train)
-    if heldout is None:
-        train_set, heldout_set = split_examples(train_set, heldout_fraction, seed)
+def read_examples(path, heldout_path, heldout_fraction, seed, chat, max_prompt_tokens, max_dropped_share):
+    """(training examples, held-out examples) of two jsonl files, or of one that is split by `seed`.
+
+    Prompts that are too long are dropped, and their number is printed. ValueError if no example is left.
+    """
+    training = read_jsonl(path)
+    if heldout_path is None:
+        training, heldout = split_examples(training, heldout_fraction, seed)
     else:
-        heldout_set = read_jsonl(heldout)
+        heldout = read_jsonl(heldout_path)
     kept = []
-    for name, examples in (("training", train_set), ("held-out", heldout_set)):
+    for name, examples in (("training", training), ("held-out", heldout)):
         examples, dropped = filter_by_prompt_tokens(examples, chat, max_prompt_tokens, max_dropped_share)
         if dropped:
             print(f"dropped {dropped} {name} examples: prompts of more than {max_prompt_tokens} tokens")
         if not examples:
-            raise ValueError(f"{train if name == 'training' else heldout or train}: no {name} examples")
+            raise ValueError(f"{path if name == 'training' else heldout_path or path}: no {name} examples")
         kept.append(examples)
     return kept
 
 
 class Batches(Iterator):
-    """Endless batches of `size` examples, shuffled anew each epoch; example k depends on (seed, k) only.
-    cursor: examples dealt out so far (given to a new object, it goes on from there); epoch: the same in
-    passes; fingerprint: hex digest of the examples in their order, which a resumed run must find again."""
+    """An endless iterator over batches of `size` examples, in a new order each epoch.
+
+    The k-th example is a function of (seed, k) only. ValueError if size is larger than the data.
+    cursor: number of examples yielded so far; a new object with this cursor resumes there.
+    epoch: the cursor in passes over the data.
+    fingerprint: hex digest of the examples in their order; a run resumes only on equal ones.
+    """
 
     def __init__(self, examples, size, seed, cursor=0):
         if not 1 <= size <= len(examples):

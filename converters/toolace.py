@@ -1,4 +1,18 @@
-"""Records of ToolACE."""
+"""ToolACE: a conversation in, the fields of one example for each of its call turns out.
+
+Source: the data set Team-ACE/ToolACE (arXiv 2409.00920). A raw record:
+
+    {"system": "… [{"name": …, "description": …, "parameters": {…}}, …] …",
+     "conversations": [{"from": "user", "value": TEXT},
+                       {"from": "assistant", "value": "[Name(key=value, …), …]"}, …]}
+
+The tools are the first JSON list of such objects in the system text. A call turn is a list of calls, written
+almost as in Python, but a name may contain blanks, brackets and quotes, and a value may be a JSON literal.
+
+Each call turn becomes an example or is dropped for a reason; a dropped one stays in the context of later
+turns. If the tools or the role of any turn cannot be read, the record is dropped. The source of an example is
+"toolace_multi" if two or more messages precede it, else "toolace_single".
+"""
 
 import json
 import re
@@ -6,16 +20,17 @@ import re
 from reward import _unique_keys, format_calls
 
 COLUMNS = ("system", "conversations")
+ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "tool": "tool",
+         "observation": "tool", "function": "tool"}
 
 
 def convert(id, record):
-    """Yield (id, fields of the example or the reason why there is none) for each call turn."""
-    roles = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "tool": "tool",
-             "observation": "tool", "function": "tool"}
+    """Yield a pair for each call turn: (id/turn, fields of the example as a dict, or the reason why it is
+    dropped). A record that cannot be read yields only (id, reason), one without call turns yields nothing."""
     tools, reason = _find_tools(str(record["system"]))
     for turn in record["conversations"]:
         role = turn.get("from") if isinstance(turn, dict) else None
-        if role not in roles or not isinstance(turn.get("value"), str):
+        if role not in ROLES or not isinstance(turn.get("value"), str):
             reason = f"a turn that is not text of a known role, but of {role!r}"
     if reason:
         yield id, reason
@@ -23,7 +38,7 @@ def convert(id, record):
     offered = {tool["name"].strip(): tool["name"] for tool in tools}
     messages = []
     for number, turn in enumerate(record["conversations"]):
-        role, content = roles[turn["from"]], turn["value"]
+        role, content = ROLES[turn["from"]], turn["value"]
         calls, reason = _read_call_turn(content, offered) if role == "assistant" else (None, None)
         if reason:
             yield f"{id}/{number}", reason
@@ -36,7 +51,7 @@ def convert(id, record):
 
 
 def _find_tools(system):
-    """(tools, None): the first JSON list of objects that have a name and parameters; or (None, reason)."""
+    """(tools, None), the first JSON list of objects with a name and parameters, or (None, reason)."""
     reason = "no tool list in the system text"
     for start in re.finditer(r"\[\s*\{", system):
         try:
@@ -50,9 +65,11 @@ def _find_tools(system):
 
 
 def _read_call_turn(text, offered):
-    """(calls, None) of a call turn, (None, reason) of one that cannot be read, (None, None) of other text.
-    Text may begin with "[" too: it is held for a broken call only where an offered name and "(" follow, or
-    `name(key=` or `name()` does and it ends with "]"."""
+    """(calls, None) for a call turn, (None, reason) for one that does not parse, (None, None) for other text.
+
+    Other text may begin with "[" too. It counts as a broken call only if an offered name and "(" follow, or
+    if `name(key=` or `name()` follows and the text ends with "]".
+    """
     try:
         calls = parse_calls(text)
     except ValueError as error:
@@ -63,7 +80,8 @@ def _read_call_turn(text, offered):
     return [{**call, "name": offered.get(call["name"], call["name"])} for call in calls], None
 
 
-# A name ends at the first "(" which ")" and the end of a call, or "parameter=", follow: it may hold brackets.
+# ---- the syntax of calls
+# A name may hold brackets. It ends at the first "(" before `parameter=`, or before ")" and then "]" or ",".
 _NAME = re.compile(r"""\s*([^="]+?)\s*\((?=\s*(?:\)\s*[],]|[^\s=,()"'][^=,()"']*=))""")
 _PARAMETER = re.compile(r"""\s*([^\s=,()"'][^=,()"']*?)\s*=""")
 _TOKEN = re.compile(r"""(?s)\s*("(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|[][(){},:]|[^][(){},:\s"']+)""")
@@ -72,9 +90,11 @@ _ESCAPES = {'"': '\\"', "\\'": "'", "\\\n": ""}
 
 
 def parse_calls(text):
-    """Read `[Name(key=value, …), Name(…)]` -> [{"name", "arguments"}…], one call at least; else ValueError.
-    Values are literals of Python or JSON; a tuple is read as a list. The text is rewritten as JSON token by
-    token, so that the JSON reader judges its structure."""
+    """Parse `[Name(key=value, …), Name(…)]` -> [{"name", "arguments"}…], at least one call.
+
+    Values are Python or JSON literals; a tuple becomes a list. The text is rewritten as JSON token by token,
+    so that the JSON parser checks its structure. ValueError for any other text.
+    """
     text, parts, depth, at = text.strip(), [], 0, 0
     while at < len(text):
         begins_call = depth == 1 and parts[-1] in ("[", ",")
@@ -103,7 +123,7 @@ def parse_calls(text):
 
 
 def _json_string(body):
-    """The inside of a Python string literal as a JSON string; escapes that neither knows are plain text."""
+    """The inside of a Python string literal as a JSON string. Escapes unknown to both remain plain text."""
     def piece(match):
         as_it_is = match[0] if (match[2] or "u") in '"\\/bfnrtu' else "\\" + match[0]
         return json.dumps(chr(int(match[1], 16)))[1:-1] if match[1] else _ESCAPES.get(match[0], as_it_is)

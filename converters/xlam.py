@@ -1,4 +1,12 @@
-"""Records of xlam-function-calling-60k."""
+r"""xlam-function-calling-60k: a record in, the fields of one example out.
+
+Source: the data set Salesforce/xlam-function-calling-60k (APIGen, arXiv 2406.18518). A raw record:
+
+    {"id": 0, "query": TEXT, "tools": "[{\"name\": …, \"parameters\": …}, …]",
+     "answers": "[{\"name\": …, \"arguments\": {…}}, …]"}
+
+`tools` and `answers` are JSON in a string, or already parsed. The example has one user message, `query`.
+"""
 
 import json
 
@@ -6,7 +14,7 @@ COLUMNS = ("query", "tools", "answers")
 
 
 def convert(id, record):
-    """Yield (id, fields of the example or the reason why there is none)."""
+    """Yield one pair: (id, fields of the example as a dict) or (id, the reason why it is dropped)."""
     try:
         tools, answer = (json.loads(value) if isinstance(value, str) else value
                          for value in (record["tools"], record["answers"]))

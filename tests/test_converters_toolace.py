@@ -101,7 +101,7 @@ values = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(
     st.lists(
         st.tuples(names, st.dictionaries(st.text("abc-.$_", min_size=1), values, max_size=3)),
@@ -211,12 +211,12 @@ def test_text_that_begins_with_a_bracket_is_no_call_turn(tmp_path, turn):
         ('list: [{"title": "f"}]', "no tool list in the system text"),
     ],
 )
-def test_a_record_without_readable_tools_is_dropped_as_a_whole(tmp_path, system, reason):
+def test_a_record_without_readable_tools_is_dropped(tmp_path, system, reason):
     path = toolace_file(tmp_path, "user: q", "assistant: [f()]", system=system)
     assert read_toolace(path)[1]["dropped_ids"] == {reason: ["toolace/0"]}
 
 
-def test_tools_are_found_whatever_stands_around_them(tmp_path):
+def test_tools_are_found_regardless_of_the_text_around_them(tmp_path):
     for before, after in (
         ("", ""),
         ("Tools [see below]: ", " [{odd"),
@@ -258,7 +258,7 @@ def test_every_call_turn_of_toolace_is_kept(real_data):
     examples, report = read_toolace(path)
     assert len(turns) == report["kept"] == 100 and report["dropped"] == {} and report["raw"] == 58
     assert [example.answer for example in examples] == [parse_calls(turn) for turn in turns]
-    # Written again by an independent hand, every turn is what stood in the file (1.0 apart from 1).
+    # Calls that are written by other code than the reader are equal to the turns in the file.
     for turn, calls in zip(turns, (example.answer for example in examples), strict=True):
         text = ", ".join(
             f"{call['name']}({', '.join(f'{k}={v!r}' for k, v in call['arguments'].items())})"

@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from raw_records import CLOCK, WEATHER, toolace_file, xlam_row
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 import data
-from data import Batches, Chat, Example, read_jsonl, write_jsonl
+from data import Batches, Chat, Example, read_jsonl, read_xlam, write_jsonl
 from reward import format_calls, format_reply, score
 from tools.synthetic import synthetic
 
@@ -89,6 +91,35 @@ def test_a_bad_line_is_an_error_that_names_file_and_line(tmp_path, line, words):
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_files_are_converted_without_torch(tmp_path):
+    (tmp_path / "rows.json").write_text(json.dumps([xlam_row(0, [])]))
+    code = "import sys; sys.modules['torch'] = None; import data; sys.exit(data.main(sys.argv[1:]))"
+    arguments = ["convert", "xlam", str(tmp_path / "rows.json"), str(tmp_path / "out.jsonl")]
+    subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, check=True)
+    assert len(read_jsonl(tmp_path / "out.jsonl")) == 1
+
+
+def test_nesting_too_deep_for_the_parser_is_an_error_that_names_the_line(tmp_path):
+    (tmp_path / "deep.jsonl").write_text('{"a": ' + "[" * 200_000 + "\n")
+    with pytest.raises(ValueError, match="deep.jsonl:1: not JSON"):
+        read_jsonl(tmp_path / "deep.jsonl")
+
+
+def test_unreadable_files_and_missing_columns_are_errors_that_name_them(tmp_path):
+    (tmp_path / "latin").write_bytes(b"\xff\xfe{")
+    (tmp_path / "cut.json").write_text('[{"id": 1},')
+    (tmp_path / "other.jsonl").write_text('{"id": 1}\n')
+    for name, words in (
+        ("none", "cannot be read"),
+        ("latin", "UTF-8"),
+        ("cut.json", "not JSON"),
+        ("other.jsonl", "no query, tools, answers"),
+    ):
+        with pytest.raises(ValueError, match=words) as caught:
+            read_xlam(tmp_path / name)
+        assert name in str(caught.value)
+
+
 # ---- augmenting
 
 
@@ -109,7 +140,7 @@ def test_irrelevance_leaves_examples_with_no_other_tool():
     assert data.make_irrelevant(alone, 1.0, 0) == alone
 
 
-def test_masking_renames_tools_answers_earlier_calls_and_results_alike():
+def test_masking_renames_tools_answers_earlier_calls_and_results_together():
     call = [{"name": "Get Weather (v2)", "arguments": {"city": "Rome"}}]
     messages = [
         {"role": "user", "content": "Get Weather (v2)?"},
@@ -317,6 +348,27 @@ def test_fingerprint_changes_with_content_and_order_only():
 def test_a_batch_larger_than_the_data_is_refused(size):
     with pytest.raises(ValueError, match=f"batches of {size} from 3 examples"):
         Batches([example(n) for n in range(3)], size, 0)
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_examples_are_read_from_two_files_or_one_that_is_split(folder, tmp_path, capsys, apart):
+    chat = Chat(folder)
+    examples = [example(n) for n in range(10)]
+    long = example(10, messages=[{"role": "user", "content": "long " * 2000}])
+    limit = max(len(chat.encode_prompt(e)) for e in examples)
+    path, other = tmp_path / "x.jsonl", tmp_path / "heldout.jsonl"
+    write_jsonl(path, [*examples, long])
+    write_jsonl(other, examples[:3])
+    heldout_path = other if apart else None
+    training, heldout = data.read_examples(path, heldout_path, 0.2, 0, chat, limit, 0.5)
+    if apart:
+        assert (training, heldout) == (examples, examples[:3])
+        assert capsys.readouterr().out.startswith("dropped 1 training examples")
+    else:
+        assert sorted(training + heldout, key=examples.index) == examples and len(heldout) <= 2
+    with pytest.raises(ValueError, match=f"{other if apart else path}: no held-out examples"):
+        write_jsonl(other, [])
+        data.read_examples(path, heldout_path, 0.0, 0, chat, limit, 0.5)
 
 
 # ---- command line

@@ -1,4 +1,4 @@
-"""The demo: what its judge lets pass, how dead runs end, and a run of a minute that must gain."""
+"""tools/demo.py: the bars of its judge, the lazy teacher, runs that are stopped, and a short run that must gain."""
 
 import json
 import random
@@ -68,7 +68,7 @@ def test_judge_refuses_a_run_that_was_not_evaluated_twice(tmp_path, capsys):
 
 
 def test_lazy_teacher_errs_as_often_as_it_says_and_never_writes_a_false_format():
-    rng, examples = random.Random(0), synthetic(4000, 5, "train")
+    rng, examples = random.Random(0), synthetic(2500, 5, "train")
     taught = [make_base.lazy(example, rng) for example in examples]
     pairs = list(zip(examples, taught, strict=True))
     invented = [bool(new.answer) for old, new in pairs if not old.answer]
@@ -109,7 +109,7 @@ def test_a_healthy_step_and_a_step_of_supervised_learning_get_no_diagnosis():
 
 
 def log_steps(folder, steps):
-    """Log steps that differ from a healthy one as told."""
+    """Log one healthy step for each dictionary in `steps`, with its metrics changed."""
     run = train.Run(folder, resume="auto")
     run.open({}, {}, {}, "none")
     usual = {**HEALTHY, "reward/mean": 0.5, "length/mean": 9.0, "tokens_per_s": 1.0, "time/step_s": 1.0,

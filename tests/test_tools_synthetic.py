@@ -1,5 +1,6 @@
-"""tools/synthetic.py: what the held-out splits share with training, and that examples are right."""
+"""tools/synthetic.py: held-out splits share nothing with training, answers are right, files never change."""
 
+import hashlib
 import json
 import os
 import re
@@ -13,8 +14,7 @@ import pytest
 import data
 from data import Batches, read_jsonl
 from reward import format_reply, score
-from tools import synthetic as module
-from tools.synthetic import synthetic, synthetic_phrases, synthetic_reasoning
+from tools.synthetic import main, synthetic, synthetic_phrases, synthetic_reasoning
 
 ROOT = Path(data.__file__).parent
 WORLD = json.loads((ROOT / "assets" / "synthetic.json").read_text())
@@ -66,7 +66,7 @@ def test_a_frame_of_the_paraphrases_is_in_no_other_split_and_theirs_are_never_in
                 any(re.fullmatch(frame, query_of(made), re.I) for frame in frames[which])
                 for which in ("train", "new")
             ]
-            # A new frame may look like an old one with a longer request in it, but not the other way round.
+            # A new frame may match an old one that holds a longer request; no old frame matches a new one.
             assert said[1] == (split == "paraphrases") and (said[0] or split == "paraphrases"), query_of(made)
 
 
@@ -139,7 +139,7 @@ def test_synthetic_answers_score_1_and_fit_the_offered_schemas():
         assert data._problem(made) is None
 
 
-def test_synthetic_mixture_holds_all_three_kinds_and_tools_that_are_alike():
+def test_synthetic_mixture_holds_all_three_kinds_and_tools_that_share_words():
     share = {kind: n / len(TRAIN) for kind, n in Counter(example.source for example in TRAIN).items()}
     assert share == {
         "train/single": pytest.approx(0.50, abs=0.03),
@@ -214,5 +214,25 @@ def test_reasoning_follows_the_calls():
 
 
 def test_synthetic_command_writes_what_the_function_makes(tmp_path):
-    assert module.main(["5", str(tmp_path / "s.jsonl"), "--split", "heldout", "--seed", "4"]) == 0
+    assert main(["5", str(tmp_path / "s.jsonl"), "--split", "heldout", "--seed", "4"]) == 0
     assert read_jsonl(tmp_path / "s.jsonl") == synthetic(5, 4, "heldout")
+
+
+@pytest.mark.parametrize(
+    ("split", "digest"),
+    [
+        ("train", "844ea9ea1bc0dfcc7cfda815be0a49d7a446a588d7041c07cb2ea64d93528a86"),
+        ("heldout", "87ffe70696cbb441e10a2348a27a2b8f121379f2eafdc9dade43f655b484f013"),
+    ],
+)
+def test_a_file_has_the_same_bytes_as_ever(tmp_path, split, digest):
+    assert main(["60", str(tmp_path / "s.jsonl"), "--split", split, "--seed", "0"]) == 0
+    assert hashlib.sha256((tmp_path / "s.jsonl").read_bytes()).hexdigest() == digest
+
+
+def test_a_missing_folder_is_an_error_of_one_line_and_status_2(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["5", "no/such/folder/out.jsonl"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and "no/such/folder" in error
+    assert not Path("out.jsonl").exists() and not Path("no").exists()

@@ -1,6 +1,6 @@
-"""The demo's made-up world: examples of procedural tool calling.
+"""Procedural tool calling, the data of the demo: made-up tools, queries and answers.
 
-In:  a number, a seed and a split; the words of assets/synthetic.json. Out: `Example`s, or a jsonl file.
+In:  number, seed and split of the examples; words from assets/synthetic.json. Out: `Example`s or a jsonl.
 
     python tools/synthetic.py N OUT.jsonl --split train|values|paraphrases|tools|heldout --seed S
 """
@@ -21,20 +21,19 @@ from runtime.files import read_text  # noqa: E402
 
 HELDOUT = ("values", "paraphrases", "tools")
 SPLITS = ("train", *HELDOUT, "heldout")
-VOWELS = ("a", "e", "i", "o", "u", "ai", "au", "ei", "oi", "ou")  # 70 syllables: few names share one
+VOWELS = ("a", "e", "i", "o", "u", "ai", "au", "ei", "oi", "ou")  # 70 syllables, so few names share one
 
 
 def synthetic(n, seed, split):
-    """n examples of procedural tool calling; example k is a pure function of (seed, split, k).
+    """n examples; example k is a pure function of (seed, split, k). ValueError for an unknown split.
 
-    A tool is a verb and a noun with one to three of the noun's parameters. Two to four are drawn anew for
-    each example, half the time such that they share a verb or a noun. Of 10 queries 5 ask for one of them, 2
-    for two, 3 for a tool that shares no word with those offered (answer []).
-    assets/synthetic.json has the words. Three ways to be new divide the held-out splits from "train";
-    "heldout" deals out the three in turn:
-        values       open values (made-up words, times, numbers) of another checksum; so in all three splits
-        paraphrases  of every list of wordings, the last, which the other splits never take
-        tools        pairs of verb and noun of another checksum
+    A tool is a verb and a noun with one to three of the noun's parameters. Each example offers two to four
+    tools; half of the examples prefer tools that share a verb or a noun. Of 10 queries, 5 ask for one of the
+    tools, 2 for two of them, and 3 for a tool that shares no word with them (answer []).
+    Each held-out split differs from "train" in one way; "heldout" takes examples of the three in turn:
+        values       open values (made-up words, times, numbers) have another checksum, in all three splits
+        paraphrases  only the last wording of every list, which the other splits never use
+        tools        only pairs of verb and noun with another checksum
     """
     if split not in SPLITS:
         raise ValueError(f"split {split!r}: choose one of {', '.join(SPLITS)}")
@@ -44,7 +43,7 @@ def synthetic(n, seed, split):
         for verb in entry["verbs"]:
             pairs_of[zlib.crc32(f"{verb}_{noun}".encode()) % 5 == 0].append((verb, noun))
     for k in range(n):
-        part = parts[(k + k // 3) % len(parts)]  # so that every third example is not always of one part
+        part = parts[(k + k // 3) % len(parts)]  # the shift keeps examples[::3] balanced
         pairs = pairs_of[part == "tools"]
         tools = _offer(world, pairs, random.Random(f"tools/{split}/{seed}/{k}"))
         examples.append(_ask(world, known, pairs, tools, part, f"{split}/{seed}/{k}"))
@@ -52,8 +51,8 @@ def synthetic(n, seed, split):
 
 
 def synthetic_phrases(n, seed, least, most):
-    """n times ({parameter: value}, phrases that say these values), of the "train" split, `least` to `most` at
-    once: what a call copies from a query, without tools around it. A generator."""
+    """Yield n pairs ({parameter: value}, phrases that say these values in random order) of the "train" split,
+    with `least` to `most` parameters each: what a call copies from a query, without tools."""
     (world, known), rng = _read_world(), random.Random(seed)
     for _ in range(n):
         names = rng.sample(list(world["parameters"]), rng.randint(least, most))
@@ -62,23 +61,23 @@ def synthetic_phrases(n, seed, least, most):
 
 
 def synthetic_reasoning(calls):
-    """The line of reasoning that goes with these calls: which tools, with which parameters."""
+    """The reasoning that precedes these calls: which tools, with which parameters."""
     plans = (f"{call['name']} with {', '.join(call['arguments'])}" for call in calls)
     return "; ".join(plans) + "." if calls else "No tool fits."
 
 
 def _read_world():
-    """The words that synthetic examples are made of, and the set of them all."""
+    """(assets/synthetic.json, the set of all words in it)."""
     text = read_text(ROOT / "assets" / "synthetic.json")
     return json.loads(text), set(re.findall("[a-z]+", text.lower()))
 
 
 def _offer(world, pairs, rng):
     """{(verb, noun): schema} of two to four tools."""
-    first, are_alike = rng.choice(pairs), rng.random() < 0.5
+    first, share_words = rng.choice(pairs), rng.random() < 0.5
     others = [pair for pair in pairs if pair != first]
     rng.shuffle(others)
-    if are_alike:
+    if share_words:
         others.sort(key=lambda pair: set(pair).isdisjoint(first))
     offered = [first, *others[: rng.choices((1, 2, 3), (50, 35, 15))[0]]]
     rng.shuffle(offered)
@@ -95,9 +94,8 @@ def _tool(world, verb, noun, rng):
 
 
 def _ask(world, known, pairs, tools, part, key):
-    """The example that offers these tools, asking for one, for two or for none of them."""
+    """An example that offers these tools and asks for one, two or none of them."""
     rng = random.Random(key)
-
     kind = rng.choices(("single", "two_calls", "no_tool"), (50, 20, 30))[0]
     asked = rng.sample(list(tools), 1 + (kind == "two_calls"))
     schemas, answer, requests = tools, [], []
@@ -137,7 +135,7 @@ def _is_closed(schema):
 
 
 def _value(rng, name, schema, known, is_new):
-    """A value of a parameter; one of an open set is drawn until it is of the split and no known word."""
+    """A value of a parameter. An open value is redrawn until it belongs to the split and is no known word."""
     if _is_closed(schema):
         return rng.choice(schema.get("enum", (True, False)))
     value = None
