@@ -68,10 +68,10 @@ def read_jsonl(path):
 
 
 def write_jsonl(path, examples):
-    """Write examples, one a line. After an error an existing file is unchanged. ValueError if it is I/O."""
+    """Write examples, one a line. An existing file is unchanged after an error. ValueError for I/O."""
     # atomically() would create the folder, and a misspelt one must not appear silently.
     if not Path(path).parent.is_dir():
-        raise ValueError(f"{path}: cannot be written (no such folder)")
+        raise ValueError(f"{path}: cannot be written (No such file or directory)")
     with atomically(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(vars(example), ensure_ascii=False) + "\n" for example in examples)
 

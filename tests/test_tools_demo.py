@@ -1,4 +1,4 @@
-"""tools/demo.py: the bars of its judge, the lazy teacher, runs that are stopped, and a short run that must gain."""
+"""tools/demo.py: the bars of its judge, the lazy teacher, runs that stop early, a short run that must gain."""
 
 import json
 import random
