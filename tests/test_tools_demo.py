@@ -1,4 +1,4 @@
-"""tools/demo.py: the bars of its judge, the lazy teacher, runs that stop early, a short run that must gain."""
+"""tools/demo.py: the bars of its judge, the lazy teacher, dead runs that stop, a short run that must gain."""
 
 import json
 import random
@@ -130,11 +130,14 @@ def test_a_collapsed_run_stops_after_ten_steps_with_the_last_one_logged(tmp_path
 # ---- a run
 
 
-def test_a_minute_of_grpo_gains_on_all_three_heldout_splits(tmp_path):
+def test_six_steps_of_grpo_gain_on_all_three_heldout_splits(tmp_path):
+    """Measured gains in points on values, paraphrases, tools and all: 43, 20, 45 and 36 with seed 0, which is
+    used here; at least 36, 10, 38 and 28 with seeds 0 to 3. No right reply has more than 80 tokens."""
     write_jsonl(tmp_path / "train.jsonl", synthetic(400, 0, "train"))
     write_jsonl(tmp_path / "heldout.jsonl", synthetic(180, 0, "heldout"))
     train.main(["configs/demo.yaml", f"--out={tmp_path / 'run'}", f"--data.train={tmp_path / 'train.jsonl'}",
-                f"--data.heldout={tmp_path / 'heldout.jsonl'}", "--train.steps=12", "--eval.every=12"])
+                f"--data.heldout={tmp_path / 'heldout.jsonl'}", "--train.steps=6", "--eval.every=6",
+                "--train.prompts_per_step=12", "--rollout.max_new_tokens=80", "--eval.max_new_tokens=80"])
     before, after = demo.evaluations(tmp_path / "run")
     gains = {"values": 15, "paraphrases": 10, "tools": 15}
     for asked, found, passes in demo.judge(before, after, gains, 0)[:3]:

@@ -149,11 +149,11 @@ def test_synthetic_mixture_holds_all_three_kinds_and_tools_that_share_words():
     for made in TRAIN:
         assert len(made.answer) == {"train/single": 1, "train/two_calls": 2, "train/no_tool": 0}[made.source]
     assert len({query_of(example) for example in TRAIN}) > 0.99 * len(TRAIN)
-    alike = [
+    sharing = [
         len(set().union(*(tool["name"].split("_") for tool in made.tools))) < 2 * len(made.tools)
         for made in TRAIN
     ]
-    assert 0.4 * len(TRAIN) < sum(alike) < 0.9 * len(TRAIN)
+    assert 0.4 * len(TRAIN) < sum(sharing) < 0.9 * len(TRAIN)
 
 
 def test_a_query_that_no_tool_fits_names_no_thing_that_an_offered_tool_is_about():
