@@ -1,22 +1,22 @@
-# make demo      GRPO from assets/tiny on two CPU cores, then held-out accuracy before and after; fails where too
-#                little was gained. Each time into a new folder (ARGS="--seed=1 --train.steps=20" goes to train.py)
-# make demo-control   as many minutes of imitation in place of RL, compared with the newest run of make demo
+# make demo      GRPO from assets/tiny on two CPU cores, then held-out accuracy before and after; fails if the
+#                gain is too small. Each run has a new folder (ARGS="--seed=1 --train.steps=20" goes to train.py)
+# make demo-control   as many minutes of imitation instead of RL, compared with the newest run of make demo
 # make base      how assets/tiny is made: tokenizer, synthetic data, SFT from random weights
 # make test      the tests (PYTEST_ARGS="-k grpo -x" goes to pytest)
 # make check     ruff, then the tests
-# make soak      100 kills at random times (ARGS="--kills=15" goes to tools/soak.py), then what was lost: nothing
-# make mutants   plants known faults in the code and sees the tests catch each one
+# make soak      100 kills at random times (ARGS="--kills=15" goes to tools/soak.py), then a check that nothing is lost
+# make mutants   plants known faults in the code and checks that the tests catch each one
 # make bench     speed side by side with peers, in one table (ARGS="decode step --rounds=9" goes to bench.py)
 #
-# Each target sets up .venv by itself, from Python 3.10 or newer, pip and make. Variables:
-#   PYTHON=python3.12   the interpreter .venv is made from
+# Each target sets up .venv first. It needs Python 3.10 or newer, pip and make. Variables:
+#   PYTHON=python3.12   the interpreter from which .venv is made
 #   PIP_ARGS="..."      goes to the `pip install` of the runtime packages. Another build of torch, here that
 #                       for CPUs, in the version that requirements.lock pins:
 #                         make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
-#   LOCK=               ignores requirements.lock, as another version of torch (2.11 or newer) asks for:
+#   LOCK=               ignores requirements.lock, which another version of torch (2.11 or newer) needs:
 #                         make demo LOCK= PIP_ARGS="torch==2.11.0"
-# They count when something is installed: the first time, and after a change of pyproject.toml or the lock, so
-# export those you need for good. To choose again: rm -rf .venv
+# They have an effect only when packages are installed: the first time, and after a change of pyproject.toml or
+# the lock. Export those that you always need. To choose again: rm -rf .venv
 
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -65,19 +65,16 @@ bench: $(PEERS)
 soak: $(RUNTIME)
 	$(PY) tools/soak.py $(ARGS)
 
-# Written beside and renamed, so that an interrupted run leaves no half of a data set behind.
-runs/data/demo_train.jsonl: data.py $(wildcard assets/synthetic.json) | $(RUNTIME)
+runs/data/demo_train.jsonl: tools/synthetic.py $(wildcard assets/synthetic.json) | $(RUNTIME)
 	@mkdir -p $(@D)
-	$(PY) data.py synthetic 4000 $(@D)/unfinished_$(@F) --split train --seed 0
-	@mv $(@D)/unfinished_$(@F) $@
+	$(PY) tools/synthetic.py 4000 $@ --split train --seed 0
 
-runs/data/demo_heldout.jsonl: data.py $(wildcard assets/synthetic.json) | $(RUNTIME)
+runs/data/demo_heldout.jsonl: tools/synthetic.py $(wildcard assets/synthetic.json) | $(RUNTIME)
 	@mkdir -p $(@D)
-	$(PY) data.py synthetic 900 $(@D)/unfinished_$(@F) --split heldout --seed 0
-	@mv $(@D)/unfinished_$(@F) $@
+	$(PY) tools/synthetic.py 900 $@ --split heldout --seed 0
 
-# The packages come from pyproject.toml, so that each is named in one place; the scripts run from this folder
-# and nanon1 itself need not be installed. Python 3.10 reads TOML with the parser that pip carries.
+# The packages come from pyproject.toml, so that each is named in one place. nanon1 itself is not installed; the
+# scripts run from this folder. Python 3.10 has no TOML parser, so pip's is used.
 define REQUIREMENTS
 import sys
 from importlib import import_module
@@ -89,9 +86,8 @@ print(*(project["optional-dependencies"][extra] if extra else project["dependenc
 endef
 export REQUIREMENTS
 
-# bfcl-eval is the oracle of one test; its own requirements are the software kits of every vendor it covers,
-# none of which its checker needs.
-# Each stamp is touched last: what was interrupted is not taken as done, but done again.
+# bfcl-eval is the oracle of one test. It requires the SDKs of all vendors that it covers; its checker needs none.
+# Each stamp is touched last, so that an interrupted installation is repeated.
 $(RUNTIME): $(VENV)/.made pyproject.toml $(LOCK)
 	@$(PY) -c "$$REQUIREMENTS" "" >$(VENV)/runtime.txt
 	$(PIP_INSTALL) $(PIP_ARGS) -r $(VENV)/runtime.txt
@@ -108,8 +104,8 @@ $(PEERS): $(RUNTIME)
 	$(PIP_INSTALL) -r $(VENV)/peers.txt
 	@touch $@
 
-# A .venv whose interpreter has gone, as after an upgrade of the system's Python, is made anew. Debian and
-# Ubuntu keep venv's copy of pip in a package of its own; without it the pip of PYTHON installs the first one.
+# If the interpreter of .venv no longer exists, for example after an upgrade of the system's Python, .venv is
+# made again. On Debian and Ubuntu venv's copy of pip is a separate package; without it, PYTHON's pip installs pip.
 $(VENV)/.made: $(shell test -x $(PY) || echo no-interpreter)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
 	    echo "error: PYTHON=$(PYTHON) is missing or older than 3.10: name a newer one, as in" \

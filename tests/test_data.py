@@ -1,59 +1,23 @@
-"""Readers, the parser of ToolACE's calls, the synthetic set, augmentations, chat format, order."""
+"""data.py: our own files, augmenting, the chat format, the order of examples, the command line."""
 
 import json
 import os
 import re
 import subprocess
 import sys
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from raw_records import CLOCK, WEATHER, toolace_file, xlam_row
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 import data
-from data import (
-    Batches,
-    Chat,
-    Example,
-    parse_calls,
-    read_jsonl,
-    read_toolace,
-    read_xlam,
-    synthetic,
-    write_jsonl,
-)
+from data import Batches, Chat, Example, read_jsonl, read_xlam, write_jsonl
 from reward import format_calls, format_reply, score
+from tools.synthetic import synthetic
 
 ROOT = Path(data.__file__).parent
-WEATHER = {
-    "name": "Get Weather (v2)",
-    "description": "d",
-    "parameters": {
-        "type": "dict",
-        "properties": {"city": {"type": "string", "default": "Oslo"}, "days": {"type": "int"}},
-        "required": ["city"],
-    },
-    "required": None,
-}
-CLOCK = {"name": "clock/now", "description": "d", "parameters": {"type": "dict", "properties": {}}}
-
-
-def toolace_file(folder, *turns, system=None):
-    """A ToolACE file of one conversation; turns are "role: text"."""
-    if system is None:
-        system = (
-            "You compose calls. Here is a list:\n"
-            + json.dumps([WEATHER, CLOCK])
-            + ". \nShould you [f(a=1)] do."
-        )
-    conversation = [dict(zip(("from", "value"), turn.split(": ", 1), strict=True)) for turn in turns]
-    path = folder / "toolace.json"
-    path.write_text(json.dumps([{"system": system, "conversations": conversation}]))
-    return path
 
 
 def example(number=0, **changes):
@@ -86,271 +50,7 @@ def folder(tmp_path_factory):
     return path
 
 
-# ---- the parser of calls
-
-
-@pytest.mark.parametrize(
-    "text, calls",
-    [
-        ("[f()]", [("f", {})]),
-        ("  [ f ( a = 1 ) , g() ]\n", [("f", {"a": 1}), ("g", {})]),
-        ("[User Feed (Video Posts) V2(username='x')]", [("User Feed (Video Posts) V2", {"username": "x"})]),
-        ("[/email/v1.2-x(e=1.0)]", [("/email/v1.2-x", {"e": 1.0})]),
-        ("[Get Agent's, [all] Listings(z=-3)]", [("Get Agent's, [all] Listings", {"z": -3})]),
-        ("[Now()(a=1)]", [("Now()", {"a": 1})]),
-        ('[f(a="x, y=(z) [w] }", b=\'it\\\'s "q"\')]', [("f", {"a": "x, y=(z) [w] }", "b": 'it\'s "q"'})]),
-        (
-            "[f(a=[1, [2.5, 'b'], {}], b={'k': (True, None), \"l\": false})]",
-            [("f", {"a": [1, [2.5, "b"], {}], "b": {"k": [True, None], "l": False}})],
-        ),
-        (
-            "[f(include-lxx=true, filter[x]=null, from=1e3)]",
-            [("f", {"include-lxx": True, "filter[x]": None, "from": 1000.0})],
-        ),
-        (
-            r'[f(a="tab\t nl\n \u00e9 \ud83d\ude00 \x41 \d+ c:\\x \/")]',
-            [("f", {"a": "tab\t nl\n é 😀 A \\d+ c:\\x /"})],
-        ),
-        ('[f(a="two\nlines")]', [("f", {"a": "two\nlines"})]),
-        ('[f(a="), g(b=1)")]', [("f", {"a": "), g(b=1)"})]),
-    ],
-)
-def test_calls_are_read_as_python_would(text, calls):
-    assert parse_calls(text) == [{"name": name, "arguments": arguments} for name, arguments in calls]
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "[]",
-        "f(a=1)",
-        "[f(a=1)",
-        "[f(a=1)] and more",
-        "[f(a=1)][g()]",
-        "[f(1)]",
-        "[f(a=b)]",
-        "[f(a=1 b=2)]",
-        "[f(a=1, a=2)]",
-        "[f(a={'k': 1, 'k': 2})]",
-        "[f(a={1: 2})]",
-        "[f(a='open)]",
-        "[f(a=[1)]",
-        "[f(a=)]",
-        "[f(a=1,, b=2)]",
-        "[f(a=007)]",
-        "[f(a=g(1))]",
-        "[f(a=1)]]",
-        "[1, 2]",
-        '[{"name": "f", "arguments": {}}]',
-        "[f(a=1), ]",
-        "[f]",
-        "[f(a=" + "[" * 100_000 + ")]",
-        '[f(a="\\u12")]',
-        "[f(a=set())]",
-    ],
-)
-def test_what_is_not_a_list_of_calls_is_refused(text):
-    with pytest.raises(ValueError):
-        parse_calls(text)
-
-
-names = (
-    st.text("abcXYZ 09./-_'()[],", min_size=1)
-    .map(str.strip)
-    .filter(lambda name: name and not re.search(r"\(\s*\)\s*[],]?|^\W|\($", name))
-)
-scalars = (
-    st.none()
-    | st.booleans()
-    | st.integers(-(10**30), 10**30)
-    | st.floats(allow_nan=False, allow_infinity=False)
-    | st.text(st.characters(exclude_categories=("Cs",)))
-)
-values = st.recursive(
-    scalars,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("ab\"'\\"), inner, max_size=3),
-    max_leaves=8,
-)
-
-
-@settings(max_examples=200, deadline=None, derandomize=True)
-@given(
-    st.lists(
-        st.tuples(names, st.dictionaries(st.text("abc-.$_", min_size=1), values, max_size=3)),
-        min_size=1,
-        max_size=3,
-    ),
-    st.sampled_from((repr, json.dumps)),
-)
-def test_calls_written_in_python_or_json_literals_come_back(calls, write):
-    text = ", ".join(
-        f"{name}({', '.join(f'{key}={write(value)}' for key, value in arguments.items())})"
-        for name, arguments in calls
-    )
-    assert parse_calls(f"[{text}]") == [{"name": name, "arguments": arguments} for name, arguments in calls]
-
-
-# ---- ToolACE
-
-
-def test_each_call_turn_is_an_example_with_everything_before_it_as_context(tmp_path):
-    path = toolace_file(
-        tmp_path,
-        "user: weather in Rome?",
-        'assistant: [Get Weather (v2)(city="Rome")]',
-        "tool: 21",
-        "assistant: 21 degrees.",
-        "user: and the time?",
-        "assistant: [clock/now(), clock/now()]",
-    )
-    (first, second), report = read_toolace(path)
-    assert (report["raw"], report["kept"], report["dropped"], report["without_calls"]) == (1, 2, {}, 0)
-    assert (first.id, first.source, first.tools) == ("toolace/0/1", "toolace_single", [WEATHER, CLOCK])
-    assert first.messages == [{"role": "user", "content": "weather in Rome?"}]
-    assert first.answer == [{"name": "Get Weather (v2)", "arguments": {"city": "Rome"}}]
-    assert second.source == "toolace_multi"
-    assert second.messages == [
-        *first.messages,
-        {"role": "assistant", "content": format_calls(first.answer)},
-        {"role": "tool", "content": "21"},
-        {"role": "assistant", "content": "21 degrees."},
-        {"role": "user", "content": "and the time?"},
-    ]
-    assert second.messages[1]["content"] == (
-        '<tool_call>[{"name": "Get Weather (v2)", "arguments": {"city": "Rome"}}]</tool_call>'
-    )
-    assert [call["name"] for call in second.answer] == ["clock/now"] * 2
-
-
-def test_roles_of_other_releases_are_mapped(tmp_path):
-    path = toolace_file(
-        tmp_path, "human: time?", "gpt: [clock/now()]", "observation: 7", "gpt: [clock/now()]"
-    )
-    examples, _ = read_toolace(path)
-    assert [message["role"] for message in examples[1].messages] == ["user", "assistant", "tool"]
-
-
-def test_a_context_of_two_turns_is_multi_turn(tmp_path):
-    (single,), _ = read_toolace(toolace_file(tmp_path, "user: q", "assistant: [clock/now()]"))
-    (multi,), _ = read_toolace(toolace_file(tmp_path, "user: q", "user: now", "assistant: [clock/now()]"))
-    assert (single.source, multi.source) == ("toolace_single", "toolace_multi")
-
-
-@pytest.mark.parametrize(
-    "turn, reason",
-    [
-        ("[Get Weather (v2)(city=Rome)]", "call does not parse"),
-        ("[Get Weather (v2)(city='Rome'", "call does not parse"),
-        ("[other(a=[)]", "call does not parse"),
-        ("[other(a=1)]", "call of a tool that is not offered"),
-        ("[clock/now(a='</tool_call>')]", "answer cannot score 1"),
-        ("[clock/now(a=1" + "0" * 50 + ")]", "answer cannot score 1"),
-        ("[clock/now(a='\\ud800')]", "call does not parse"),
-    ],
-)
-def test_a_bad_call_turn_is_dropped_by_its_reason_and_the_rest_is_kept(tmp_path, turn, reason):
-    path = toolace_file(
-        tmp_path, "user: q", f"assistant: {turn}", "tool: r", "user: again", "assistant: [clock/now()]"
-    )
-    examples, report = read_toolace(path)
-    assert [example.id for example in examples] == ["toolace/0/4"]
-    assert len(examples[0].messages) == 4
-    ((found, ids),) = report["dropped_ids"].items()
-    assert found.startswith(reason) and ids == ["toolace/0/1"] and report["dropped"] == {found: 1}
-
-
-@pytest.mark.parametrize(
-    "turn",
-    [
-        "[Note] nothing fits (see above).",
-        "[1] is a source",
-        "[link](http://x?a=b)",
-        "[]",
-        "[Note: see (1)]",
-        "[Insert date (day=1)] Dear all",
-    ],
-)
-def test_text_that_begins_with_a_bracket_is_no_call_turn(tmp_path, turn):
-    examples, report = read_toolace(toolace_file(tmp_path, "user: q", f"assistant: {turn}"))
-    assert examples == [] and report["dropped"] == {} and report["without_calls"] == 1
-
-
-@pytest.mark.parametrize(
-    "system, reason",
-    [
-        ("no tools here", "no tool list in the system text"),
-        ('list: [{"name": "f", "parameters": {]', "the tool list in the system text is not JSON"),
-        ('list: [{"title": "f"}]', "no tool list in the system text"),
-    ],
-)
-def test_a_record_without_readable_tools_is_dropped_as_a_whole(tmp_path, system, reason):
-    path = toolace_file(tmp_path, "user: q", "assistant: [f()]", system=system)
-    assert read_toolace(path)[1]["dropped_ids"] == {reason: ["toolace/0"]}
-
-
-def test_tools_are_found_whatever_stands_around_them(tmp_path):
-    for before, after in (
-        ("", ""),
-        ("Tools [see below]: ", " [{odd"),
-        ('Reply like [{"a": 1}]. Tools:\n\n', "]]"),
-    ):
-        system = before + json.dumps([CLOCK], indent=2) + after
-        examples, _ = read_toolace(
-            toolace_file(tmp_path, "user: q", "assistant: [clock/now()]", system=system)
-        )
-        assert examples[0].tools == [CLOCK]
-
-
-def test_a_call_turn_before_any_message_and_an_unknown_role_are_dropped(tmp_path):
-    _, report = read_toolace(toolace_file(tmp_path, "assistant: [clock/now()]"))
-    assert list(report["dropped"]) == [
-        "messages are not a list of {role, content} with known roles and text, at least one"
-    ]
-    _, report = read_toolace(toolace_file(tmp_path, "user: q", "robot: [clock/now()]"))
-    assert list(report["dropped"]) == ["a turn that is not text of a known role, but of 'robot'"]
-
-
-def test_blanks_around_a_tool_name_do_not_lose_the_call(tmp_path):
-    system = json.dumps([{**CLOCK, "name": "clock "}])
-    examples, _ = read_toolace(toolace_file(tmp_path, "user: q", "assistant: [clock(a=1)]", system=system))
-    assert examples[0].answer == [{"name": "clock ", "arguments": {"a": 1}}]
-
-
-# ---- xLAM and our own files
-
-
-def xlam_row(id, answers, tools=(WEATHER, CLOCK), query="q"):
-    return {"id": id, "query": query, "tools": json.dumps(tools), "answers": json.dumps(answers)}
-
-
-def test_xlam_rows_become_examples_or_are_dropped_by_reason(tmp_path):
-    good = [{"name": "clock/now", "arguments": {}}]
-    rows = [
-        xlam_row(7, good),
-        {**xlam_row(8, good), "tools": "[{"},
-        xlam_row(9, [{"name": "f", "arguments": {}}]),
-        xlam_row(10, [{"name": "clock/now"}]),
-        xlam_row(11, []),
-        xlam_row(12, good, query=None),
-        xlam_row(13, [{"name": "clock/now", "arguments": {"a": float("nan")}}]),
-        xlam_row(14, [{"name": "clock/now", "arguments": {"a": "\ud800"}}]),
-    ]
-    for name, text in (
-        ("rows.json", json.dumps(rows)),
-        ("rows.jsonl", "\n".join(map(json.dumps, rows)) + "\n\n"),
-    ):
-        (tmp_path / name).write_text(text)
-        examples, report = read_xlam(tmp_path / name)
-        assert [(e.id, e.source, e.answer) for e in examples] == [
-            ("xlam/7", "xlam", good),
-            ("xlam/11", "xlam", []),
-        ]
-        assert report["raw"] == 8 and report["kept"] == 2 and sum(report["dropped"].values()) == 6
-        assert sorted(sum(report["dropped_ids"].values(), [])) == sorted(
-            f"xlam/{n}" for n in (8, 9, 10, 12, 13, 14)
-        )
-        assert report["dropped"]["call of a tool that is not offered"] == 1
+# ---- files
 
 
 def test_jsonl_round_trip_keeps_every_field_and_odd_characters(tmp_path):
@@ -391,6 +91,20 @@ def test_a_bad_line_is_an_error_that_names_file_and_line(tmp_path, line, words):
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_files_are_converted_without_torch(tmp_path):
+    (tmp_path / "rows.json").write_text(json.dumps([xlam_row(0, [])]))
+    code = "import sys; sys.modules['torch'] = None; import data; sys.exit(data.main(sys.argv[1:]))"
+    arguments = ["convert", "xlam", str(tmp_path / "rows.json"), str(tmp_path / "out.jsonl")]
+    subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, check=True)
+    assert len(read_jsonl(tmp_path / "out.jsonl")) == 1
+
+
+def test_nesting_too_deep_for_the_parser_is_an_error_that_names_the_line(tmp_path):
+    (tmp_path / "deep.jsonl").write_text('{"a": ' + "[" * 200_000 + "\n")
+    with pytest.raises(ValueError, match="deep.jsonl:1: not JSON"):
+        read_jsonl(tmp_path / "deep.jsonl")
+
+
 def test_unreadable_files_and_missing_columns_are_errors_that_name_them(tmp_path):
     (tmp_path / "latin").write_bytes(b"\xff\xfe{")
     (tmp_path / "cut.json").write_text('[{"id": 1},')
@@ -404,198 +118,6 @@ def test_unreadable_files_and_missing_columns_are_errors_that_name_them(tmp_path
         with pytest.raises(ValueError, match=words) as caught:
             read_xlam(tmp_path / name)
         assert name in str(caught.value)
-
-
-# ---- synthetic tool calling
-
-WORLD = json.loads((ROOT / "assets" / "synthetic.json").read_text())
-WORDS = set(re.findall(r"[a-z]+", json.dumps(WORLD).lower()))
-TRAIN = synthetic(3000, 0, "train")
-SPLITS = {split: synthetic(1000, 1, split) for split in ("values", "paraphrases", "tools")}
-HELDOUT = sum(SPLITS.values(), [])
-
-
-def query_of(example):
-    return example.messages[-1]["content"]
-
-
-def open_values(example):
-    """Made-up words, times and numbers of a query, read from its text alone."""
-    words = re.findall(r"\d+(?:[.:]\d+)?|[A-Za-z]+", query_of(example))
-    return {word for word in words if word[0].isdigit() or word.lower() not in WORDS}
-
-
-def wordings(which, *lists):
-    """Regular expressions of the wordings of `lists`: "train": all but the last of each, "new": the last."""
-    chosen = [
-        wording for choices in lists for wording in (choices[:-1] if which == "train" else choices[-1:])
-    ]
-    flat = [text for wording in chosen for text in ([wording] if isinstance(wording, str) else wording)]
-    return [re.sub(r"\\{\w*\\}", "(.+)", re.escape(text)) for text in flat]
-
-
-def test_train_and_heldout_share_no_value_and_so_no_query():
-    train, heldout = (set().union(*map(open_values, examples)) for examples in (TRAIN, HELDOUT))
-    assert len(train) > 1000 and len(heldout) > 1000 and not train & heldout
-    assert all(open_values(example) for example in TRAIN + HELDOUT)
-    assert not {query_of(e) for e in TRAIN} & {query_of(e) for e in HELDOUT}
-
-
-def test_no_wording_holds_an_open_value():
-    assert not re.search(r"\d", json.dumps(WORLD))
-    for call in (call for made in TRAIN + HELDOUT for call in made.answer):
-        for key, value in call["arguments"].items():
-            is_closed = WORLD["parameters"][key]["schema"].keys() != {"type"} or isinstance(value, bool)
-            assert is_closed or str(value).lower() not in WORDS
-
-
-def test_a_frame_of_the_paraphrases_is_in_no_other_split_and_theirs_are_never_in_it():
-    frames = {which: wordings(which, WORLD["one"], WORLD["two"]) for which in ("train", "new")}
-    for split, examples in (("train", TRAIN), *SPLITS.items()):
-        for made in examples:
-            said = [
-                any(re.fullmatch(frame, query_of(made), re.I) for frame in frames[which])
-                for which in ("train", "new")
-            ]
-            # A new frame may look like an old one with a longer request in it, but not the other way round.
-            assert said[1] == (split == "paraphrases") and (said[0] or split == "paraphrases"), query_of(made)
-
-
-def test_every_phrase_of_the_paraphrases_is_new_and_no_other_split_has_one():
-    for split, examples in (("train", TRAIN), *SPLITS.items()):
-        for made in examples:
-            for call in made.answer:
-                for key, value in call["arguments"].items():
-                    said = WORLD["parameters"][key]["said"]
-                    texts = [s[not value] if isinstance(value, bool) else s.format(value) for s in said]
-                    query = query_of(made)
-                    found = [text in query or text[0].upper() + text[1:] in query for text in texts]
-                    assert found[-1] if split == "paraphrases" else any(found[:-1]), (query_of(made), texts)
-                    if split != "paraphrases" and not any(texts[-1] in text for text in texts[:-1]):
-                        assert not re.search(rf"\b{re.escape(texts[-1])}\b", query_of(made)), query_of(made)
-
-
-def test_paraphrases_say_nothing_in_words_that_training_never_used():
-    spoken = " ".join(query_of(made) + " ".join(map(json.dumps, made.tools)) for made in TRAIN).lower()
-    known = set(re.findall(r"[a-z]+", spoken))
-    for made in SPLITS["paraphrases"]:
-        words = set(re.findall(r"[a-z]+", query_of(made).lower()))
-        assert words - {value.lower() for value in open_values(made)} <= known, words - known
-
-
-def test_no_tool_of_the_tools_split_is_ever_offered_in_another():
-    names = {
-        split: {tool["name"] for made in examples for tool in made.tools}
-        for split, examples in (("train", TRAIN), *SPLITS.items())
-    }
-    assert len(names["tools"]) >= 12 and len(names["train"]) >= 100
-    assert not names["tools"] & (names["train"] | names["values"] | names["paraphrases"])
-    # Their words are known, each by itself: what is new is the pair.
-    parts = {part for name in names["train"] for part in name.split("_")}
-    assert {part for name in names["tools"] for part in name.split("_")} <= parts
-
-
-def test_a_heldout_set_holds_the_three_splits_in_equal_parts():
-    sources = Counter(made.source.split("/")[0] for made in synthetic(900, 0, "heldout"))
-    assert sources == {"values": 300, "paraphrases": 300, "tools": 300}
-    third = Counter(made.source.split("/")[0] for made in synthetic(900, 0, "heldout")[::3])
-    assert third == {"values": 100, "paraphrases": 100, "tools": 100}
-
-
-def test_parameters_have_all_types_and_at_least_three_wordings():
-    types = Counter()
-    for entry in WORLD["parameters"].values():
-        schema, said = entry["schema"], entry["said"]
-        types["enum" if "enum" in schema else schema["type"]] += 1
-        assert len({json.dumps(wording) for wording in said}) == len(said) >= 3
-        assert all(len(s) == 2 if schema["type"] == "boolean" else s.count("{}") == 1 for s in said)
-    assert set(types) == {"string", "integer", "number", "boolean", "enum"}
-    used = {name for noun in WORLD["nouns"].values() for name in noun["parameters"]}
-    assert used == set(WORLD["parameters"])
-    assert {verb for noun in WORLD["nouns"].values() for verb in noun["verbs"]} == set(WORLD["verbs"])
-
-
-def test_synthetic_answers_score_1_and_fit_the_offered_schemas():
-    python = {"string": str, "integer": int, "number": float, "boolean": bool}
-    for made in TRAIN[:1000]:
-        schemas = {tool["name"]: tool["parameters"] for tool in made.tools}
-        assert len(schemas) == len(made.tools) and 2 <= len(schemas) <= 4
-        for call in made.answer:
-            assert list(call["arguments"]) == schemas[call["name"]]["required"]
-            for key, value in call["arguments"].items():
-                schema = schemas[call["name"]]["properties"][key]
-                assert type(value) is python[schema["type"]] and value in schema.get("enum", [value])
-                assert isinstance(value, bool) or str(value) in query_of(made)
-        assert score(format_reply(made.answer, made.reasoning), made.answer).reward == 1
-        assert data._problem(made) is None
-
-
-def test_synthetic_mixture_holds_all_three_kinds_and_tools_that_are_alike():
-    share = {kind: n / len(TRAIN) for kind, n in Counter(example.source for example in TRAIN).items()}
-    assert share == {
-        "train/single": pytest.approx(0.50, abs=0.03),
-        "train/no_tool": pytest.approx(0.30, abs=0.03),
-        "train/two_calls": pytest.approx(0.20, abs=0.03),
-    }
-    for made in TRAIN:
-        assert len(made.answer) == {"train/single": 1, "train/two_calls": 2, "train/no_tool": 0}[made.source]
-    assert len({query_of(example) for example in TRAIN}) > 0.99 * len(TRAIN)
-    alike = [
-        len(set().union(*(tool["name"].split("_") for tool in made.tools))) < 2 * len(made.tools)
-        for made in TRAIN
-    ]
-    assert 0.4 * len(TRAIN) < sum(alike) < 0.9 * len(TRAIN)
-
-
-def test_a_query_that_no_tool_fits_names_no_thing_that_an_offered_tool_is_about():
-    for made in (made for made in TRAIN + HELDOUT if made.answer == []):
-        for tool in made.tools:
-            noun = tool["name"].split("_")[1]
-            assert not any(
-                re.search(rf"\b{text}\b(?! room| message)", query_of(made), re.I)
-                for text in WORLD["nouns"][noun]["said"]
-            ), (query_of(made), tool["name"])
-
-
-def test_phrases_say_their_values_and_are_those_of_training():
-    made = list(data.synthetic_phrases(500, 3, 1, 4))
-    assert made == list(data.synthetic_phrases(500, 3, 1, 4)) != list(data.synthetic_phrases(500, 4, 1, 4))
-    for values, phrases in made:
-        assert 1 <= len(values) == len(phrases) <= 4
-        texts = []
-        for name, value in values.items():
-            said = WORLD["parameters"][name]["said"][:-1]
-            texts.append({s[not value] if isinstance(value, bool) else s.format(value) for s in said})
-        assert sum(len(text & set(phrases)) for text in texts) >= len(phrases)
-
-
-def test_synthetic_examples_depend_on_seed_split_and_number_only():
-    assert synthetic(20, 0, "train") == TRAIN[:20] != synthetic(20, 1, "train")
-    code = "import data; print(data.Batches(data.synthetic(50, 3, 'heldout'), 1, 0).fingerprint)"
-    prints = {
-        subprocess.run(
-            [sys.executable, "-c", code],
-            cwd=ROOT,
-            check=True,
-            capture_output=True,
-            text=True,
-            env={**os.environ, "PYTHONHASHSEED": seed},
-        ).stdout
-        for seed in ("1", "2")
-    }
-    assert prints == {Batches(synthetic(50, 3, "heldout"), 1, 0).fingerprint + "\n"}
-
-
-def test_an_unknown_split_is_an_error_that_lists_the_known():
-    with pytest.raises(ValueError, match="train, values, paraphrases, tools, heldout"):
-        synthetic(1, 0, "test")
-
-
-def test_reasoning_follows_the_calls():
-    calls = [{"name": "f", "arguments": {"a": 1, "b": 2}}, {"name": "g", "arguments": {"c": 3}}]
-    assert data.synthetic_reasoning(calls) == "f with a, b; g with c."
-    assert data.synthetic_reasoning([]) == "No tool fits."
-    assert all(made.reasoning == data.synthetic_reasoning(made.answer) for made in TRAIN)
 
 
 # ---- augmenting
@@ -618,7 +140,7 @@ def test_irrelevance_leaves_examples_with_no_other_tool():
     assert data.make_irrelevant(alone, 1.0, 0) == alone
 
 
-def test_masking_renames_tools_answers_earlier_calls_and_results_alike():
+def test_masking_renames_tools_answers_earlier_calls_and_results_together():
     call = [{"name": "Get Weather (v2)", "arguments": {"city": "Rome"}}]
     messages = [
         {"role": "user", "content": "Get Weather (v2)?"},
@@ -769,7 +291,7 @@ def test_folders_without_tokenizer_or_end_of_sequence_are_errors(folder, tmp_pat
     with pytest.raises(ValueError, match="tokenizer.json: not JSON"):
         Chat(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ValueError, match="neither a folder"):
+    with pytest.raises(ValueError, match="no local folder"):
         Chat("not a/hub/name")
 
 
@@ -828,6 +350,27 @@ def test_a_batch_larger_than_the_data_is_refused(size):
         Batches([example(n) for n in range(3)], size, 0)
 
 
+@pytest.mark.parametrize("apart", [True, False])
+def test_examples_are_read_from_two_files_or_one_that_is_split(folder, tmp_path, capsys, apart):
+    chat = Chat(folder)
+    examples = [example(n) for n in range(10)]
+    long = example(10, messages=[{"role": "user", "content": "long " * 2000}])
+    limit = max(len(chat.encode_prompt(e)) for e in examples)
+    path, other = tmp_path / "x.jsonl", tmp_path / "heldout.jsonl"
+    write_jsonl(path, [*examples, long])
+    write_jsonl(other, examples[:3])
+    heldout_path = other if apart else None
+    training, heldout = data.read_examples(path, heldout_path, 0.2, 0, chat, limit, 0.5)
+    if apart:
+        assert (training, heldout) == (examples, examples[:3])
+        assert capsys.readouterr().out.startswith("dropped 1 training examples")
+    else:
+        assert sorted(training + heldout, key=examples.index) == examples and len(heldout) <= 2
+    with pytest.raises(ValueError, match=f"{other if apart else path}: no held-out examples"):
+        write_jsonl(other, [])
+        data.read_examples(path, heldout_path, 0.0, 0, chat, limit, 0.5)
+
+
 # ---- command line
 
 
@@ -851,23 +394,19 @@ def test_convert_augments_as_asked(tmp_path):
     )
 
 
-def test_synthetic_command_writes_what_the_function_makes(tmp_path):
-    assert data.main(["synthetic", "5", str(tmp_path / "s.jsonl"), "--split", "heldout", "--seed", "4"]) == 0
-    assert read_jsonl(tmp_path / "s.jsonl") == synthetic(5, 4, "heldout")
-
-
 @pytest.mark.parametrize(
     "arguments, words",
     [
         (["convert", "xlam", "missing.json", "out.jsonl"], "missing.json"),
         (["convert", "xlam", "empty.json", "out.jsonl"], "empty.json"),
         (["convert", "xlam", "empty.json", "out.jsonl", "--mask", "67"], "67"),
-        (["synthetic", "5", "no/such/folder/out.jsonl"], "no/such/folder"),
+        (["convert", "xlam", "good.json", "no/such/folder/out.jsonl"], "no/such/folder"),
     ],
 )
 def test_command_errors_are_one_line_and_status_2(tmp_path, monkeypatch, capsys, arguments, words):
     monkeypatch.chdir(tmp_path)
     Path("empty.json").write_text("[]")
+    Path("good.json").write_text(json.dumps([xlam_row(0, [])]))
     assert data.main(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and words in error
@@ -896,40 +435,6 @@ def test_golden_chats_and_encodings(qwen, real_data):
     assert len(golden) == 16 and all(qwen.encode(case["text"]) == case["ids"] for case in golden)
     assert qwen.stop_ids == {151643, 151645} and qwen.vocab_size == 151665
     assert qwen.decode([151935, 151645]) == "<|im_end|>"
-
-
-def test_every_call_turn_of_toolace_is_kept(real_data):
-    path = real_data / "data" / "toolace" / "toolace_upstream_repaired.json"
-    turns = [
-        turn["value"]
-        for record in json.loads(path.read_text())
-        for turn in record["conversations"]
-        if turn["from"] == "assistant" and turn["value"].startswith("[")
-    ]
-    examples, report = read_toolace(path)
-    assert len(turns) == report["kept"] == 100 and report["dropped"] == {} and report["raw"] == 58
-    assert [example.answer for example in examples] == [parse_calls(turn) for turn in turns]
-    # Written again by an independent hand, every turn is what stood in the file (1.0 apart from 1).
-    for turn, calls in zip(turns, (example.answer for example in examples), strict=True):
-        text = ", ".join(
-            f"{call['name']}({', '.join(f'{k}={v!r}' for k, v in call['arguments'].items())})"
-            for call in calls
-        )
-        assert f"[{text}]".replace("'", '"') == turn.replace("'", '"')
-
-
-def test_all_system_texts_of_toolace_yield_tools(real_data):
-    records = json.loads((real_data / "data" / "toolace" / "toolace_first100_sharegpt.json").read_text())
-    assert all(data._find_tools(record["system"])[0] for record in records)
-    _, report = read_toolace(real_data / "data" / "toolace" / "toolace_first100_sharegpt.json")
-    assert report["dropped"] == {"a turn that is not text of a known role, but of 'function_call'": 78}
-
-
-def test_all_xlam_rows_are_kept_and_score_1_through_tokens(qwen, real_data):
-    examples, report = read_xlam(real_data / "data" / "xlam" / "xlam_columns_from_rlla.json")
-    assert (report["raw"], report["kept"], report["dropped"]) == (335, 335, {})
-    for made in [*examples, *data.mask_names(examples, 1.0, 0)]:
-        assert score(qwen.decode(qwen.encode_reply(made)), made.answer).reward == 1, made.id
 
 
 def test_answers_of_rlla_score_1_in_our_format(real_data):

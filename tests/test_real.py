@@ -1,5 +1,6 @@
 """Real input end to end: ToolACE and xLAM records, Qwen2.5's tokenizer, weights saved by transformers."""
 
+import contextlib
 import json
 import shutil
 
@@ -8,15 +9,17 @@ import torch
 
 import data
 import eval as evaluation
+import reward
 import train
 from model import load_hf
+from sample import generate
 
 transformers = pytest.importorskip("transformers")
 
 
 @pytest.fixture(scope="module")
 def qwen_folder(real_data, tmp_path_factory):
-    """Two random layers of Qwen2.5 with its whole vocabulary, saved by transformers, and its tokenizer."""
+    """Two random layers of Qwen2.5 with its full vocabulary, saved by transformers, and its tokenizer."""
     folder = tmp_path_factory.mktemp("qwen")
     config = transformers.Qwen2Config(
         vocab_size=151936, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
@@ -43,14 +46,14 @@ def real_examples(real_data, tmp_path_factory):
 
 def test_two_grpo_steps_on_real_prompts_then_the_checkpoint_loads_and_is_evaluated(
         qwen_folder, real_examples, tmp_path, capsys, monkeypatch):
-    """A random model earns nothing, so what its replies are paid here is another thing: an even length."""
-    score, verdicts = evaluation.score, []
+    """The replies of a random model earn nothing, so here the reward is 1 for an even length instead."""
+    score, verdicts = reward.score, []
 
     def pay_even_lengths(reply, answer, scheme):
         verdicts.append(score(reply, answer, scheme))
         return verdicts[-1]._replace(reward=float(len(reply) % 2 == 0))
 
-    monkeypatch.setattr(evaluation, "score", pay_even_lengths)
+    monkeypatch.setattr(reward, "score", pay_even_lengths)
     out = tmp_path / "run"
     train.main([f"--out={out}", f"--model.path={qwen_folder}", f"--data.train={real_examples}",
                 "--train.steps=2", "--train.prompts_per_step=4", "--train.updates_per_step=2",
@@ -72,7 +75,7 @@ def test_two_grpo_steps_on_real_prompts_then_the_checkpoint_loads_and_is_evaluat
         rollouts = [json.loads(line) for line in text.splitlines()]
         assert len(rollouts) == 8
         sources |= {rollout["id"].partition("/")[0] for rollout in rollouts}
-    assert sources == {"toolace", "xlam"}, "both sets are in the batches"
+    assert sources == {"toolace", "xlam"}, "the batches hold examples of both sets"
 
     checkpoint = out / "checkpoints/step_000002"
     ours = load_hf(checkpoint)
@@ -90,7 +93,7 @@ def test_update_on_real_prompts_moves_weights_when_rewards_differ(qwen_folder, r
     model = load_hf(qwen_folder)
     before = model.embed_tokens.weight.detach().clone()
     examples = data.read_jsonl(real_examples)[:2]
-    rollouts = train.generate(
+    rollouts = generate(
         model, [chat.encode_prompt(example) for example in examples], 2, max_new_tokens=6, temperature=0.7,
         stop_ids=chat.stop_ids, seeds_P=[1, 2], vocab_size=chat.vocab_size)
     optimizer = train.make_optimizer(model, 0.0, 0.999)
@@ -98,6 +101,6 @@ def test_update_on_real_prompts_moves_weights_when_rewards_differ(qwen_folder, r
     metrics = train.grpo_updates(
         model, None, optimizer, rollouts, torch.tensor([[0.7, -0.7], [-0.7, 0.7]]), temperature=0.7,
         vocab_size=chat.vocab_size, updates=1, kl_coef=0.0, clip_low=0.2, clip_high=0.2, grad_clip=1.0,
-        micro_batch_tokens=4096, autocast=train.contextlib.nullcontext())
+        micro_batch_tokens=4096, autocast=contextlib.nullcontext())
     assert metrics["grad_norm"] > 0 and not torch.equal(before, model.embed_tokens.weight)
     assert torch.equal(before[chat.vocab_size:], model.embed_tokens.weight[chat.vocab_size:]), "phantom rows"

@@ -1,13 +1,13 @@
-"""The demo's judge and its control: did reinforcement learning do what more imitation cannot?
+"""The judge and the control of the demo: does GRPO achieve what more imitation does not?
 
-In:  run folders of configs/demo.yaml, as `make demo` leaves them. Out: verdicts, tables, an exit status.
+In:  run folders of configs/demo.yaml, made by `make demo`. Out: verdicts, tables, an exit status.
 
-    python tools/demo.py judge RUN       what was gained against the bars below; status 1 where one is missed
-    python tools/demo.py control RUN     goes on imitating the lazy teacher for as long as RUN learned
-    python tools/demo.py table RUN...    base, control and GRPO by split and kind, over the seeds of the RUNs
+    python tools/demo.py judge RUN      compare the gains of RUN with the bars below; status 1 if one fails
+    python tools/demo.py control RUN    train the base on replies of the lazy teacher, as long as RUN took
+    python tools/demo.py table RUN...   base, control and GRPO by split and kind, over the seeds of the RUNs
 
-Accuracies are greedy, in percent of the held-out queries of a category, whose names are split/kind. pass@8 is
-the share of queries of which at least one of 8 replies at temperature 1 is right: what there is to amplify.
+Accuracies are greedy, in percent of the held-out queries of a category, which is named split/kind. pass@8 is
+the percentage of queries for which one of 8 replies at temperature 1 is right: what GRPO can amplify.
 Confidence intervals are over seeds: mean ± t · s / √n, with Student's t at 95 %.
 """
 
@@ -22,24 +22,24 @@ from statistics import mean, stdev
 import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from make_base import lazy  # noqa: E402
 
 import train  # noqa: E402
-from data import Chat, read_jsonl, synthetic, write_jsonl  # noqa: E402
-from eval import summarize, write_json  # noqa: E402
+from data import Chat, read_jsonl, write_jsonl  # noqa: E402
+from eval import summarize  # noqa: E402
 from model import load_hf  # noqa: E402
 from reward import score  # noqa: E402
+from runtime.files import write_json  # noqa: E402
 from sample import generate, prompt_seeds  # noqa: E402
+from tools.make_base import lazy  # noqa: E402
+from tools.synthetic import synthetic  # noqa: E402
 
-GAINS = {"values": 25, "paraphrases": 15, "tools": 15}  # points that each split must gain at least
+GAINS = {"values": 25, "paraphrases": 15, "tools": 15}  # points that each split must gain
 LEAST = 50  # percent that every kind of query must reach on new values
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t at 95 %, by the number of seeds
 
 
 def evaluations(run):
-    """The evaluations of a run in order, each {category: accuracy in percent}. ValueError without two."""
+    """The evaluations of a run in order, each {category: percent}. ValueError if there are fewer than two."""
     files = sorted(Path(run).glob("evals/step_*.json"))
     if len(files) < 2:
         raise ValueError(f"{run}: {len(files)} evaluations, not a first and a last; is this a finished run?")
@@ -48,14 +48,14 @@ def evaluations(run):
 
 
 def minutes(run):
-    """(minutes of training steps, minutes with evaluations) of a run."""
+    """(minutes of training steps, minutes of training steps and evaluations) of a run."""
     lines = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
     steps = sum(line.get("time/step_s", 0) for line in lines) / 60
     return steps, steps + sum(line.get("time/eval_s", 0) for line in lines) / 60
 
 
 def judge(before, after, gains, least):
-    """Whether a run passes: a list of (what was asked, what was found, whether that passes)."""
+    """The verdict on a run: a list of (requirement, result, whether it passes)."""
     found = [(f"gains {bar} points or more on new {split}", f"{after[split] - before[split]:+.1f}",
               after[split] - before[split] >= bar) for split, bar in gains.items()]
     kinds = {name: accuracy for name, accuracy in after.items() if "/" in name}
@@ -69,10 +69,10 @@ def judge(before, after, gains, least):
 
 
 def control(run, extra):
-    """Imitate on from the base of `run`, with its seed, for as many minutes of steps; both side by side."""
+    """Train the base of `run` by imitation, with its seed and its minutes of steps; print both results."""
     out = Path(f"{run}-control")
     config = yaml.safe_load((Path(run) / "config.yaml").read_text())
-    rng = random.Random(0)  # other queries than those of the base and of the demo
+    rng = random.Random(0)  # with the seed 2 below: queries that neither the base nor the demo has seen
     write_jsonl("runs/data/demo_lazy.jsonl", [lazy(example, rng) for example in synthetic(20000, 2, "train")])
     status = train.train(train.load_config(["configs/demo_control.yaml", f"--out={out}",
                                             f"--seed={config['seed']}",
@@ -86,7 +86,7 @@ def control(run, extra):
 
 
 def pass_at(model, chat, examples, k):
-    """{category: percent of its examples that at least one of k replies at temperature 1 answers right}."""
+    """{category: percent of its examples for which one of k replies at temperature 1 is right}."""
     rollouts = generate(model, [chat.encode_prompt(example) for example in examples], k, max_new_tokens=128,
                         temperature=1.0, stop_ids=chat.stop_ids, vocab_size=chat.vocab_size,
                         seeds_P=prompt_seeds(0, 0, 0, len(examples)), progress=f"pass@{k}")
@@ -98,7 +98,7 @@ def pass_at(model, chat, examples, k):
 
 
 def interval(values):
-    """mean ± half a 95 % confidence interval over seeds."""
+    """Mean ± half the 95 % confidence interval over seeds, as text."""
     if len(values) < 2:
         return f"{values[0]:.1f}"
     return f"{mean(values):.1f} ± {T_95[len(values)] * stdev(values) / math.sqrt(len(values)):.1f}"

@@ -1,16 +1,16 @@
-"""assets/tiny from nothing: tokenizer, synthetic conversations, imitation of a lazy teacher.
+"""Make assets/tiny, the base model of `make demo`, from random weights.
 
-In:  nothing but data.py's synthetic tool calling. Out: a Hugging Face folder of a few MB, the base of `make
-demo`.
+In:  examples from tools/synthetic.py. Out: a Hugging Face folder of a few MB.
 
-    1. tokenizer    byte-level BPE with Qwen2.5's chat and tool tokens; a word is a piece of its own, the
-                    same in a query, in a tool's name and in JSON, or else copying would mean translating
-    2. copying      from phrases, each with a value, to the JSON of the values: a minute on what forms last
-    3. imitation    of a lazy teacher
+    1. tokenizer    byte-level BPE with Qwen2.5's chat and tool tokens. A word is one piece, the same in a
+                    query, in a tool's name and in JSON, so that copying needs no translation.
+    2. copying      supervised, from phrases that each say a value to the JSON of the values: a minute on
+                    the ability that forms last
+    3. imitation    supervised, on the replies of a lazy teacher
 
-The teacher is lazy on purpose, with the rates stated below: it leaves out arguments and calls, and invents
-calls where no tool fits. A base that imitates it knows the right reply but does not always give it: faults
-that a verifiable reward can remove and more imitation cannot. The optimizer is another than the product's.
+The teacher is lazy on purpose, at the rates below: it omits arguments and calls, and invents calls where no
+tool fits. A base that imitates it can give the right reply but does not always do so. A verifiable reward can
+remove such faults; more imitation cannot. The optimizer (Muon) is not the one that train.py uses.
 """
 
 import argparse
@@ -26,29 +26,31 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train  # noqa: E402
-from data import Chat, synthetic, synthetic_phrases, synthetic_reasoning  # noqa: E402
-from eval import evaluate, table, write_json  # noqa: E402
+from data import Chat  # noqa: E402
+from eval import evaluate, table  # noqa: E402
 from model import ModelConfig, Qwen2, save_hf  # noqa: E402
-from reward import format_reply  # noqa: E402
+from reward import CALL, END_CALL, IM_END, IM_START, format_reply  # noqa: E402
+from runtime.files import write_json  # noqa: E402
+from tools.synthetic import synthetic, synthetic_phrases, synthetic_reasoning  # noqa: E402
 
-# How often the teacher …
-DROPS_ARGUMENT = {1: 0.0, 2: 0.3, 3: 0.6}  # leaves out the last argument of a call, by how many it has
-DROPS_CALL = 0.5  # leaves out the second call of two
-INVENTS_CALL = 0.5  # calls the first tool where none fits
+# Rates at which the teacher …
+DROPS_ARGUMENT = {1: 0.0, 2: 0.3, 3: 0.6}  # omits the last argument of a call, by its number of arguments
+DROPS_CALL = 0.5  # omits the second call of two
+INVENTS_CALL = 0.5  # calls the first tool where no tool fits
 
 CONFIG = ModelConfig(vocab_size=1280, hidden_size=192, intermediate_size=512, num_hidden_layers=4,
                      num_attention_heads=6, num_key_value_heads=2, head_dim=32, rope_theta=10000.0,
                      tie_word_embeddings=True, max_position_embeddings=2048)
-TOKENS = 1248  # at most, of 1280 rows: the rest are padding, as in Qwen2.5, and must never be sampled
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-PLAIN = ["<tool_call>", "</tool_call>"]  # one token each, but ordinary text to a decoder, as in Qwen2.5
+TOKENS = 1248  # at most; the other rows up to 1280 are padding, as in Qwen2.5, and must never be sampled
+SPECIAL = ["<|endoftext|>", IM_START, IM_END]
+PLAIN = [CALL, END_CALL]  # one token each, but ordinary text to a decoder, as in Qwen2.5
 
 
 def lazy(example, rng):
-    """The example with the teacher's answer in place of the right one, and the reasoning for that."""
+    """The example with the teacher's answer instead of the right one, and the reasoning for that answer."""
     calls = [{"name": call["name"], "arguments": dict(call["arguments"])} for call in example.answer]
     if not calls and rng.random() < INVENTS_CALL:
         calls = [invent(example.tools[0], example.messages[-1]["content"], rng)]
@@ -61,7 +63,7 @@ def lazy(example, rng):
 
 
 def invent(tool, query, rng):
-    """A call of `tool` whose arguments are words and numbers of the query, whatever they mean."""
+    """A call of `tool` whose arguments are words and numbers of the query, regardless of their meaning."""
     words = [word.strip(".,?") for word in query.split()]
     numbers = [word for word in words if word.replace(".", "", 1).isdigit()] or [str(rng.randrange(2, 100))]
     names = [word for word in words[1:] if word[:1].isupper()] or words[-1:]
@@ -80,7 +82,7 @@ def invent(tool, query, rng):
 
 
 def make_tokenizer(texts, folder):
-    """Train the tokenizer on `texts` and write its files into `folder`."""
+    """Train the tokenizer on `texts` and write its files to `folder`."""
     from tokenizers import (
         AddedToken,
         Regex,
@@ -95,14 +97,14 @@ def make_tokenizer(texts, folder):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        # A number, a word, or a run of anything else: no piece joins a word with what stands around it.
+        # A number, a word, or a run of other characters, so that no piece joins a word with its neighbours.
         pre_tokenizers.Split(Regex(r"\d+|[A-Za-z]+|[^A-Za-z\d]+"), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ])
     tokenizer.decoder = decoders.ByteLevel()
     for token in (*SPECIAL, *PLAIN):
         texts = [text.replace(token, "") for text in texts]
-    # The words of the world are frequent and become one piece; a made-up name stays a run of syllables.
+    # The words of the synthetic set are frequent and become one piece; a made-up name becomes several.
     trainer = trainers.BpeTrainer(vocab_size=TOKENS - len(SPECIAL) - len(PLAIN), min_frequency=40,
                                   show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator(texts, trainer)
@@ -111,14 +113,14 @@ def make_tokenizer(texts, folder):
     print(f"tokenizer: {tokenizer.get_vocab_size()} tokens")
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    end, pad = tokenizer.token_to_id("<|im_end|>"), tokenizer.token_to_id("<|endoftext|>")
+    end, pad = tokenizer.token_to_id(IM_END), tokenizer.token_to_id("<|endoftext|>")
     write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast",
-                                                  "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"})
+                                                  "eos_token": IM_END, "pad_token": "<|endoftext|>"})
     write_json(folder / "generation_config.json", {"eos_token_id": [end, pad], "pad_token_id": pad})
 
 
 def plain_text(example, system_prompt):
-    """What the tokenizer is trained on: the tools, the query and the reply of an example."""
+    """The text on which the tokenizer is trained: tools, query and reply of an example."""
     tools = "\n".join(json.dumps({"type": "function", "function": tool}) for tool in example.tools)
     query = "\n".join(message["content"] for message in example.messages)
     reply = format_reply(example.answer, example.reasoning)
@@ -126,9 +128,9 @@ def plain_text(example, system_prompt):
 
 
 class MuonAndAdamW:
-    """Muon (https://kellerjordan.github.io/posts/muon) on hidden matrices, AdamW elsewhere, as one optimizer.
+    """Muon (https://kellerjordan.github.io/posts/muon) for hidden matrices and AdamW for the rest.
 
-    Copying forms several times sooner with it than with AdamW alone, after a plateau of about 800 steps.
+    Copying forms after a plateau of about 800 steps, several times sooner than with AdamW alone.
     """
 
     def __init__(self, model):
@@ -149,14 +151,14 @@ class MuonAndAdamW:
 
 
 def phrase_pairs(chat, n, seed, least, most):
-    """n pairs (ids of phrases that say values, ids of these values as JSON)."""
+    """n pairs (ids of phrases that say `least` to `most` values, ids of the values as JSON)."""
     return [(chat.encode(f"{json.dumps(list(values))}\n{' '.join(phrases)}\n"),
              chat.encode(json.dumps(values)))
             for values, phrases in synthetic_phrases(n, seed, least, most)]
 
 
 def learn(model, pairs, steps, peak, vocab_size, name):
-    """Supervised learning with Muon, in place: `steps` batches of pairs (prompt ids, reply ids), in order."""
+    """Train `model` in place, supervised, on `steps` batches of pairs (prompt ids, reply ids), in order."""
     optimizer, began, size, recent = MuonAndAdamW(model), time.perf_counter(), len(pairs) // steps, 0.0
     for step in range(steps):
         train.set_learning_rate(optimizer, train.learning_rate(step, steps, peak, "cosine", 0.05))
@@ -187,13 +189,13 @@ def main(argv=None):
     with tempfile.TemporaryDirectory() as folder:
         make_tokenizer([plain_text(example, system_prompt) for example in examples[:16000]], Path(folder))
         chat, model = Chat(folder, prompt_file), Qwen2(CONFIG).init_weights(0)
-        model.embed_tokens.weight.data *= 5  # copying forms in half the steps where tokens begin well apart
+        model.embed_tokens.weight.data *= 5  # copying forms in half the steps if embeddings start far apart
         pairs = phrase_pairs(chat, 32 * args.copy_steps, 0, 1, 2)
         learn(model, pairs, args.copy_steps, 3e-3, chat.vocab_size, "copying")
-        # Copying goes on beside the imitation, with more values at once: 16 of each in a batch.
+        # Batches mix 16 pairs of imitation with 16 of copying, with more values per pair than before.
         pairs = [(chat.encode_prompt(example), chat.encode_reply(example)) for example in taught]
-        beside = phrase_pairs(chat, len(pairs), 1, 3, 6)
-        pairs = [pair for both in zip(pairs, beside, strict=True) for pair in both]
+        copying = phrase_pairs(chat, len(pairs), 1, 3, 6)
+        pairs = [pair for both in zip(pairs, copying, strict=True) for pair in both]
         learn(model, pairs, args.steps, 2e-3, chat.vocab_size, "imitation")
         rows, _ = evaluate(model, chat, synthetic(300, 1, "heldout"), max_new_tokens=128)
         print(table({"greedy": rows}))

@@ -1,0 +1,131 @@
+"""ToolACE: a conversation in, the fields of one example for each of its call turns out.
+
+Source: the data set Team-ACE/ToolACE (arXiv 2409.00920). A raw record:
+
+    {"system": "… [{"name": …, "description": …, "parameters": {…}}, …] …",
+     "conversations": [{"from": "user", "value": TEXT},
+                       {"from": "assistant", "value": "[Name(key=value, …), …]"}, …]}
+
+The tools are the first JSON list of such objects in the system text. A call turn is a list of calls, written
+almost as in Python, but a name may contain blanks, brackets and quotes, and a value may be a JSON literal.
+
+Each call turn becomes an example or is dropped for a reason; a dropped one stays in the context of later
+turns. If the tools or the role of any turn cannot be read, the record is dropped. The source of an example is
+"toolace_multi" if two or more messages precede it, else "toolace_single".
+"""
+
+import json
+import re
+
+from reward import _unique_keys, format_calls
+
+COLUMNS = ("system", "conversations")
+ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "tool": "tool",
+         "observation": "tool", "function": "tool"}
+
+
+def convert(id, record):
+    """Yield a pair for each call turn: (id/turn, fields of the example as a dict, or the reason why it is
+    dropped). A record that cannot be read yields only (id, reason), one without call turns yields nothing."""
+    tools, reason = _find_tools(str(record["system"]))
+    for turn in record["conversations"]:
+        role = turn.get("from") if isinstance(turn, dict) else None
+        if role not in ROLES or not isinstance(turn.get("value"), str):
+            reason = f"a turn that is not text of a known role, but of {role!r}"
+    if reason:
+        yield id, reason
+        return
+    offered = {tool["name"].strip(): tool["name"] for tool in tools}
+    messages = []
+    for number, turn in enumerate(record["conversations"]):
+        role, content = ROLES[turn["from"]], turn["value"]
+        calls, reason = _read_call_turn(content, offered) if role == "assistant" else (None, None)
+        if reason:
+            yield f"{id}/{number}", reason
+        if calls:
+            content = format_calls(calls)
+            source = "toolace_multi" if len(messages) >= 2 else "toolace_single"
+            yield f"{id}/{number}", {"source": source, "tools": tools, "messages": list(messages),
+                                     "answer": calls}
+        messages.append({"role": role, "content": content})
+
+
+def _find_tools(system):
+    """(tools, None), the first JSON list of objects with a name and parameters, or (None, reason)."""
+    reason = "no tool list in the system text"
+    for start in re.finditer(r"\[\s*\{", system):
+        try:
+            tools, _ = json.JSONDecoder().raw_decode(system, start.start())
+        except ValueError:
+            reason = "the tool list in the system text is not JSON"
+            continue
+        if all(isinstance(t, dict) and isinstance(t.get("name"), str) and "parameters" in t for t in tools):
+            return tools, None
+    return None, reason
+
+
+def _read_call_turn(text, offered):
+    """(calls, None) for a call turn, (None, reason) for one that does not parse, (None, None) for other text.
+
+    Other text may begin with "[" too. It counts as a broken call only if an offered name and "(" follow, or
+    if `name(key=` or `name()` follows and the text ends with "]".
+    """
+    try:
+        calls = parse_calls(text)
+    except ValueError as error:
+        text = text.strip()
+        broken = any(re.match(rf"\[\s*{re.escape(name)}\s*\(", text) for name in offered) or (
+            text.endswith("]") and re.match(r"""\[[^][="]+\(\s*(\)|[^\s=()"',]+\s*=)""", text))
+        return None, f"call does not parse: {error}" if broken else None
+    return [{**call, "name": offered.get(call["name"], call["name"])} for call in calls], None
+
+
+# ---- the syntax of calls
+# A name may hold brackets. It ends at the first "(" before `parameter=`, or before ")" and then "]" or ",".
+_NAME = re.compile(r"""\s*([^="]+?)\s*\((?=\s*(?:\)\s*[],]|[^\s=,()"'][^=,()"']*=))""")
+_PARAMETER = re.compile(r"""\s*([^\s=,()"'][^=,()"']*?)\s*=""")
+_TOKEN = re.compile(r"""(?s)\s*("(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|[][(){},:]|[^][(){},:\s"']+)""")
+_JSON = {"True": "true", "False": "false", "None": "null", "(": "[", ")": "]"}
+_ESCAPES = {'"': '\\"', "\\'": "'", "\\\n": ""}
+
+
+def parse_calls(text):
+    """Parse `[Name(key=value, …), Name(…)]` -> [{"name", "arguments"}…], at least one call.
+
+    Values are Python or JSON literals; a tuple becomes a list. The text is rewritten as JSON token by token,
+    so that the JSON parser checks its structure. ValueError for any other text.
+    """
+    text, parts, depth, at = text.strip(), [], 0, 0
+    while at < len(text):
+        begins_call = depth == 1 and parts[-1] in ("[", ",")
+        name = _NAME.match(text, at) if begins_call else None
+        parameter = _PARAMETER.match(text, at) if depth == 2 else None
+        token = name or parameter or _TOKEN.match(text, at)
+        if not token or begins_call and not name or not parts and token[1] != "[":
+            raise ValueError("not a list of name(parameter=value, …)")
+        mark, at = token[1], token.end()
+        if name:
+            parts.append(f'{{"name": {json.dumps(mark)}, "arguments": {{')
+        elif parameter:
+            parts.append(f"{json.dumps(mark)}: ")
+        elif mark[0] in "\"'":
+            parts.append(_json_string(mark[1:-1]))
+        else:
+            parts.append("}}" if depth == 2 and mark == ")" else _JSON.get(mark, mark))
+        if not parameter:
+            depth += bool(name) + (mark in ("[", "(", "{")) - (mark in ("]", ")", "}"))
+    try:
+        calls = json.loads("".join(parts), object_pairs_hook=_unique_keys, strict=False)
+        json.dumps(calls, ensure_ascii=False, allow_nan=False).encode()
+    except (ValueError, RecursionError):
+        raise ValueError("a value is no literal, a key stands twice or a bracket is open") from None
+    return calls
+
+
+def _json_string(body):
+    """The inside of a Python string literal as a JSON string. Escapes unknown to both remain plain text."""
+    def piece(match):
+        as_it_is = match[0] if (match[2] or "u") in '"\\/bfnrtu' else "\\" + match[0]
+        return json.dumps(chr(int(match[1], 16)))[1:-1] if match[1] else _ESCAPES.get(match[0], as_it_is)
+
+    return '"' + re.sub(r'(?s)\\[xU]((?<=x)[0-9a-fA-F]{2}|(?<=U)[0-9a-fA-F]{8})|\\(.)|"', piece, body) + '"'
