@@ -11,6 +11,7 @@ the default.
 import dataclasses
 import difflib
 import functools
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -256,3 +257,26 @@ def check(config):
     for broken, message in rules:
         if broken:
             raise ValueError(message)
+
+
+def check_fits(config, *, ranks=None, examples=None, positions=None):
+    """ValueError where a Config does not fit facts that are known later: the ranks, the training examples, and
+    the positions of the model, in tokens. None: not known yet."""
+    prompts_per_step = config.train.prompts_per_step
+    prompts = prompts_per_step // config.train.updates_per_step
+    longest = config.data.max_prompt_tokens + max(config.rollout.max_new_tokens, config.eval.max_new_tokens)
+    if ranks is not None and prompts < ranks:
+        raise ValueError(f"train.prompts_per_step / train.updates_per_step is {prompts} prompts an update, "
+                         f"fewer than the {ranks} ranks; raise train.prompts_per_step or start fewer")
+    if examples is not None and examples < prompts_per_step:
+        raise ValueError(f"train.prompts_per_step is {prompts_per_step}, but there are only {examples} "
+                         "training examples; choose a number up to that")
+    if positions is not None and longest > positions:
+        raise ValueError(f"a prompt and a reply may take {longest} tokens, but {config.model.path} has "
+                         f"{positions} positions; lower data.max_prompt_tokens, "
+                         "rollout.max_new_tokens or eval.max_new_tokens")
+
+
+def number_of_steps(config, examples):
+    """Steps of a run on so many training examples."""
+    return config.train.steps or math.ceil(config.train.epochs * examples / config.train.prompts_per_step)

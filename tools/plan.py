@@ -62,9 +62,10 @@ import torch
 
 import grpo
 import sample
-from configs.schema import load_config
+from configs.schema import check_fits, load_config, number_of_steps
 from data import Chat, read_jsonl, split_examples
-from model import ModelConfig, Qwen2, resolve
+from model import ModelConfig, Qwen2
+from runtime.tensors import resolve
 
 GIB = 2**30
 CONTEXT_GIB = 2  # of a GPU, beside tensors
@@ -358,21 +359,14 @@ def plan(c, gpus, gib):
     if gpus < 0 or gib is not None and not 0 < gib < math.inf:
         raise ValueError(f"--gpus {gpus} --gpu_memory {gib}: expected a number of GPUs, 0 for a run on "
                          "the CPU, and a number of GiB above 0")
-    if updating < gpus:
-        raise ValueError(f"--gpus {gpus}: train.prompts_per_step / train.updates_per_step is {updating} "
-                         "prompts an update, fewer than the ranks; raise train.prompts_per_step or take "
-                         "fewer GPUs")
+    check_fits(c, ranks=gpus)
     device = "cuda" if gpus else "cpu"
     bf16 = c.model.precision == "bf16" or c.model.precision == "auto" and device == "cuda"
     if bf16 and device == "cpu":
         raise ValueError("--gpus 0: a run on the CPU is planned in fp32 only; set model.precision=fp32")
     folder = resolve(c.model.path, WITHOUT_WEIGHTS)
     config = ModelConfig.from_hf(folder)
-    least = c.data.max_prompt_tokens + max(c.rollout.max_new_tokens, c.eval.max_new_tokens)
-    if least > config.max_position_embeddings:
-        raise ValueError(f"a prompt and a reply may take {least} tokens, but {c.model.path} has "
-                         f"{config.max_position_embeddings} positions; lower data.max_prompt_tokens, "
-                         "rollout.max_new_tokens or eval.max_new_tokens")
+    check_fits(c, positions=config.max_position_embeddings)
     examples, heldout, longest, told = read_lengths(c, folder)
     is_grpo = c.stage == "grpo"
     evaluated = min(c.eval.examples, heldout or c.eval.examples)
@@ -430,12 +424,10 @@ def length_lines(c, config, examples, told):
     z, P = sizes(config, 1), c.train.prompts_per_step
     embedding = config.vocab_size * config.hidden_size
     head = "the head is tied to it" if config.tie_word_embeddings else "the head is not tied to it"
-    if examples is not None and examples < P:
-        raise ValueError(f"train.prompts_per_step is {P}, but there are only {examples} training "
-                         "examples; choose a number up to that")
+    check_fits(c, examples=examples)
     lines = [f"parameters  {z.total:,}, of them {embedding:,} in the embedding; {head}",
              "examples    " + (told if examples is None else f"{examples:,} for training, {told}")]
-    steps = c.train.steps or examples and math.ceil(c.train.epochs * examples / P)
+    steps = number_of_steps(c, examples or 0)
     epoch = f"{examples / P:.1f} an epoch, " if examples else ""
     lines.append(f"steps       {epoch}{f'{steps:,}' if steps else 'unknown'} in all; in each {P:,} "
                  f"{'prompts' if c.stage == 'grpo' else 'examples'}, {c.train.updates_per_step} updates")
