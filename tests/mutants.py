@@ -71,7 +71,7 @@ MUTANTS = [
      "        starts_group = not prompts or prompt != prompts[-1]\n",
      "groups are keyed by their prompt",
      ["test_groups_with_equal_prompts_stay_apart"]),
-    ("model.py", "device=q.device).tril(P)", "device=q.device)",
+    ("model.py", "device=q.device).tril(prompt_length)", "device=q.device)",
      "a token sees those that follow it in its reply",
      ["test_changing_a_token_changes_only_its_own_log_prob_and_later_ones",
       "test_a_tree_equals_plain_sequences_in_loss_and_gradient"]),
@@ -141,7 +141,7 @@ MUTANTS = [
       "test_the_denominator_is_the_given_one_whatever_the_part_holds",
       "test_a_part_without_tokens_is_a_finite_zero_with_a_graph",
       "test_micro_batches_change_neither_weights_nor_metrics"]),
-    ("grpo.py", "torch.stack([part[name] for part in parts])", "parts[-1][name]",
+    ("runtime/metrics.py", "torch.stack([part[name] for part in parts])", "parts[-1][name]",
      "the logged loss and statistics are the last micro-batch's",
      ["test_the_logged_loss_is_the_sum_that_was_differentiated",
       "test_merged_statistics_are_sums_and_extremes_and_keep_a_nan",
@@ -151,19 +151,19 @@ MUTANTS = [
      ["test_sft_loss_equals_cross_entropy_of_the_reply_tokens",
       "test_micro_batches_do_not_change_a_supervised_update"]),
     # The updates of a step.
-    ("train.py", "for i in range(prompts.start * n, prompts.stop * n)",
-     "for p in live_P for i in range(p * n, p * n + n)",
+    ("train.py", "for i in range(prompts.start * G, prompts.stop * G)",
+     "for p in live_P for i in range(p * G, p * G + G)",
      "groups without spread leave the denominator",
      ["test_groups_without_spread_are_left_out_but_stay_in_the_denominator"]),
-    ("train.py", "part.old_logp_L, _ = logprobs_of_pack(model, part.pack, **passes)",
-     "part.old_logp_L, _ = logprobs_of_pack(model, part.pack, **{**passes, 'temperature': 1.0})",
+    ("train.py", "part.old_logp_L, _ = score(policy, part.pack)",
+     "part.old_logp_L, _ = score(policy, part.pack, temperature=1.0)",
      "the old log-probs lack the temperature",
      ["test_on_policy_ratio_is_exactly_1_and_kl_0_at_temperature_0_7"]),
-    ("train.py", "part.ref_logp_L, _ = logprobs_of_pack(reference, part.pack, **passes)",
-     "part.ref_logp_L, _ = logprobs_of_pack(reference, part.pack, **{**passes, 'temperature': 1.0})",
+    ("train.py", "part.ref_logp_L, _ = score(reference, part.pack)",
+     "part.ref_logp_L, _ = score(reference, part.pack, temperature=1.0)",
      "the reference's log-probs lack the temperature",
      ["test_on_policy_ratio_is_exactly_1_and_kl_0_at_temperature_0_7"]),
-    ("train.py", "\"temperature\": temperature, \"vocab_size\"", "\"temperature\": 1.0, \"vocab_size\"",
+    ("train.py", "logprobs_of_pack, temperature=temperature,", "logprobs_of_pack, temperature=1.0,",
      "the trainer scores another distribution than the one sampled from",
      ["test_sampled_log_probs_equal_those_of_the_trainer"]),
     ("train.py", "old_logp_L = logp_L.detach() if", "old_logp_L = part.sampled_logp_L if",
@@ -189,7 +189,7 @@ def run_tests(tests, file=None, old=None, new=None):
         copy = Path(folder)
         for path in [*ROOT.glob("*.py"), ROOT / "pyproject.toml"]:
             shutil.copy(path, copy)
-        for name in ("benchmarks", "configs", "tests"):
+        for name in ("benchmarks", "configs", "converters", "fast", "runtime", "tests", "tools"):
             shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
         if file:
             text = (copy / file).read_text(encoding="utf-8")

@@ -8,10 +8,11 @@ import torch
 
 import eval as evaluation
 from benchmarks import acebench, api_bank, bfcl
-from data import Chat, synthetic, write_jsonl
+from data import Chat, write_jsonl
 from model import ModelConfig, Qwen2, load_hf, save_hf
 from reward import format_reply
 from sample import Rollout
+from tools.synthetic import synthetic
 
 DATA = {"bfcl": "data/bfcl/v3_final", "api_bank": "data/api_bank", "acebench": "data/acebench"}
 

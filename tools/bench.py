@@ -38,10 +38,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 from peers import hf_generate, liger_loss, trl_step  # noqa: E402
 
-from data import synthetic, write_jsonl  # noqa: E402
+from data import write_jsonl  # noqa: E402
 from grpo import group_advantages, pack, token_logprobs, token_logprobs_reference  # noqa: E402
 from model import ModelConfig, Qwen2, packed_attention, shared_prefix_attention  # noqa: E402
 from sample import fold, generate, gumbel_tokens, prompt_seeds, sample_tokens, uniform  # noqa: E402
+from tools.synthetic import synthetic  # noqa: E402
 from train import grpo_updates, logprobs_of_pack, make_optimizer  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -404,7 +405,7 @@ def run(rounds, shape, P, tools, R):
                     f"--train.prompts_per_step={P}", "--train.updates_per_step=1",
                     f"--rollout.max_new_tokens={R}", f"--eval.max_new_tokens={R}"]
         # Nothing is saved: weights and moments of a 7B are 91 GB.
-        code = "import train; train.Run.save_checkpoint = lambda run: None; train.main()"
+        code = "import train; train.RunFolder.save_checkpoint = lambda run: None; train.main()"
         subprocess.run([sys.executable, "-c", code, "configs/tool_n1_7b_1gpu.yaml", *settings], cwd=ROOT,
                        check=True, stdout=sys.stderr)
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

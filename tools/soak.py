@@ -30,7 +30,8 @@ sys.path.insert(0, str(ROOT))
 import torch.distributed.fsdp  # noqa: E402, F401  once, and not in every life
 
 import train  # noqa: E402
-from data import synthetic, write_jsonl  # noqa: E402
+from data import write_jsonl  # noqa: E402
+from tools.synthetic import synthetic  # noqa: E402
 
 READY = "held out,"  # in the line that ends the setup
 STEP = "tok/s"  # in the line of a step
