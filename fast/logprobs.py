@@ -7,9 +7,13 @@ Axes: L reply tokens, D width, V vocabulary rows, C one chunk of L.
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch.autograd.function import once_differentiable
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # some platforms have no wheels; tools/plan.py reads the sizes below there too
+    triton = None
 
 CHUNK_TOKENS = 4096  # rows of logits that exist at once: enough to fill a large GPU
 BLOCK = 4096  # logits of a row that a kernel holds at once
@@ -77,67 +81,68 @@ def logit_chunks(hidden_LD, weight_VD):
 
 
 def add_product(sum_VD, a_VC, b_CD):
-    """sum_VD += a_VC · b_CD in the precision of the sum, because bf16 would lose the terms of many chunks."""
+    """sum_VD += a_VC · b_CD in the precision of the sum: bf16 would lose the terms of many chunks."""
     if sum_VD.is_cuda and sum_VD.dtype != b_CD.dtype:
         torch.addmm(sum_VD, a_VC, b_CD, out_dtype=sum_VD.dtype, out=sum_VD)
     else:
         sum_VD.addmm_(a_VC.to(sum_VD.dtype), b_CD.to(sum_VD.dtype))
 
 
-@triton.jit
-def logprob_of_row(logits_ptr, targets_ptr, logp_ptr, entropy_ptr, peak_ptr, log_total_ptr, row_stride,
-                   V: tl.constexpr, vocab_size: tl.constexpr, SHARPNESS: tl.constexpr,
-                   BLOCK: tl.constexpr):
-    """Read one row of logits once: log-prob of its target, entropy, and the two numbers that backward makes
-    its softmax from (online softmax, arXiv 1805.02867).
+if triton is not None:
 
-    With SHARPNESS = 1 / temperature and d = (logit - peak) SHARPNESS, the peak being the largest logit:
-        log_total = log Σ e^d        log p = d - log_total        entropy = log_total - Σ d e^d / Σ e^d
-    Peak and log_total are stored as two numbers: their sum, the log-sum-exp, would lose digits of log_total.
-    """
-    row = tl.program_id(0)
-    row_ptr = logits_ptr + row.to(tl.int64) * row_stride
-    columns = tl.arange(0, BLOCK)
-    dtype = logp_ptr.dtype.element_ty
-    peak = tl.load(row_ptr).to(dtype)
-    sum_e = tl.zeros([BLOCK], dtype)
-    sum_de = tl.zeros([BLOCK], dtype)
-    for start in range(0, vocab_size, BLOCK):
-        # V is a multiple of 16 where vocab_size is odd: with V as the bound, one load reads 8 logits.
-        logits = tl.load(row_ptr + start + columns, mask=start + columns < V, other=0.0).to(dtype)
-        # Not -inf, at which d e^d would be NaN instead of 0.
-        logits = tl.where(start + columns < vocab_size, logits, -1e30)
-        new_peak = tl.maximum(peak, tl.max(logits, 0))
-        # The sums were taken relative to the old peak.
-        drop = (peak - new_peak) * SHARPNESS
-        shrink = tl.exp(drop)
-        d = (logits - new_peak) * SHARPNESS
-        e = tl.exp(d)
-        sum_de = (sum_de + drop * sum_e) * shrink + d * e
-        sum_e = sum_e * shrink + e
-        peak = new_peak
-    total = tl.sum(sum_e, 0)
-    # The peak alone counts 1, so this is never negative: no log-prob is above 0 and no entropy below.
-    log_total = tl.log(total)
-    target = tl.load(row_ptr + tl.load(targets_ptr + row)).to(dtype)
-    tl.store(logp_ptr + row, (target - peak) * SHARPNESS - log_total)
-    tl.store(entropy_ptr + row, log_total - tl.sum(sum_de, 0) / total)
-    tl.store(peak_ptr + row, peak)
-    tl.store(log_total_ptr + row, log_total)
-
-
-@triton.jit
-def gradient_of_logits(logits_ptr, targets_ptr, peak_ptr, log_total_ptr, dlogp_ptr, row_stride,
+    @triton.jit
+    def logprob_of_row(logits_ptr, targets_ptr, logp_ptr, entropy_ptr, peak_ptr, log_total_ptr, row_stride,
                        V: tl.constexpr, vocab_size: tl.constexpr, SHARPNESS: tl.constexpr,
                        BLOCK: tl.constexpr):
-    """Overwrite a block of a row of logits with its gradient dlogp (onehot - p) SHARPNESS, which is 0 for ids
-    without a token."""
-    row = tl.program_id(0)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    logits_ptrs = logits_ptr + row.to(tl.int64) * row_stride + columns
-    dtype = peak_ptr.dtype.element_ty
-    logits = tl.load(logits_ptrs, mask=columns < V, other=0.0).to(dtype)
-    p = tl.exp((logits - tl.load(peak_ptr + row)) * SHARPNESS - tl.load(log_total_ptr + row))
-    onehot = (columns == tl.load(targets_ptr + row)).to(dtype)
-    dlogits = tl.load(dlogp_ptr + row) * (onehot - p) * SHARPNESS
-    tl.store(logits_ptrs, tl.where(columns < vocab_size, dlogits, 0.0), mask=columns < V)
+        """Read one row of logits once: log-prob of its target, entropy, and the two numbers that backward
+        makes its softmax from (online softmax, arXiv 1805.02867).
+
+        With SHARPNESS = 1 / temperature and d = (logit - peak) SHARPNESS, the peak being the largest logit:
+            log_total = log Σ e^d        log p = d - log_total        entropy = log_total - Σ d e^d / Σ e^d
+        Peak and log_total are stored as two numbers: their sum, the log-sum-exp, would lose digits of it.
+        """
+        row = tl.program_id(0)
+        row_ptr = logits_ptr + row.to(tl.int64) * row_stride
+        columns = tl.arange(0, BLOCK)
+        dtype = logp_ptr.dtype.element_ty
+        peak = tl.load(row_ptr).to(dtype)
+        sum_e = tl.zeros([BLOCK], dtype)
+        sum_de = tl.zeros([BLOCK], dtype)
+        for start in range(0, vocab_size, BLOCK):
+            # V is a multiple of 16 where vocab_size is odd: with V as the bound, one load reads 8 logits.
+            logits = tl.load(row_ptr + start + columns, mask=start + columns < V, other=0.0).to(dtype)
+            # Not -inf, at which d e^d would be NaN instead of 0.
+            logits = tl.where(start + columns < vocab_size, logits, -1e30)
+            new_peak = tl.maximum(peak, tl.max(logits, 0))
+            # The sums were taken relative to the old peak.
+            drop = (peak - new_peak) * SHARPNESS
+            shrink = tl.exp(drop)
+            d = (logits - new_peak) * SHARPNESS
+            e = tl.exp(d)
+            sum_de = (sum_de + drop * sum_e) * shrink + d * e
+            sum_e = sum_e * shrink + e
+            peak = new_peak
+        total = tl.sum(sum_e, 0)
+        # The peak alone counts 1, so this is never negative: no log-prob is above 0 and no entropy below.
+        log_total = tl.log(total)
+        target = tl.load(row_ptr + tl.load(targets_ptr + row)).to(dtype)
+        tl.store(logp_ptr + row, (target - peak) * SHARPNESS - log_total)
+        tl.store(entropy_ptr + row, log_total - tl.sum(sum_de, 0) / total)
+        tl.store(peak_ptr + row, peak)
+        tl.store(log_total_ptr + row, log_total)
+
+    @triton.jit
+    def gradient_of_logits(logits_ptr, targets_ptr, peak_ptr, log_total_ptr, dlogp_ptr, row_stride,
+                           V: tl.constexpr, vocab_size: tl.constexpr, SHARPNESS: tl.constexpr,
+                           BLOCK: tl.constexpr):
+        """Overwrite a block of a row of logits with its gradient dlogp (onehot - p) SHARPNESS, which is 0 for
+        ids without a token."""
+        row = tl.program_id(0)
+        columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        logits_ptrs = logits_ptr + row.to(tl.int64) * row_stride + columns
+        dtype = peak_ptr.dtype.element_ty
+        logits = tl.load(logits_ptrs, mask=columns < V, other=0.0).to(dtype)
+        p = tl.exp((logits - tl.load(peak_ptr + row)) * SHARPNESS - tl.load(log_total_ptr + row))
+        onehot = (columns == tl.load(targets_ptr + row)).to(dtype)
+        dlogits = tl.load(dlogp_ptr + row) * (onehot - p) * SHARPNESS
+        tl.store(logits_ptrs, tl.where(columns < vocab_size, dlogits, 0.0), mask=columns < V)

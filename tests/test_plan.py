@@ -23,11 +23,14 @@ import grpo
 import sample
 import train
 from configs.schema import load_config
-from data import synthetic, write_jsonl
+from data import write_jsonl
+from fast import aligned_cache, paged_cache
 from grpo import pack
 from model import ModelConfig, Qwen2, load_hf, save_hf
-from sample import Cache, PagedCache, Rollout, generate
+from runtime import metrics, ranks as ranks_module, sharding
+from sample import Rollout, generate
 from tools import plan
+from tools.synthetic import synthetic
 
 ROOT = Path(__file__).parent.parent
 QWEN_7B = ModelConfig(152064, 3584, 18944, 28, 28, 4, 128, tie_word_embeddings=False)
@@ -146,7 +149,8 @@ def test_peak_where_the_logits_of_a_micro_batch_come_in_chunks(monkeypatch):
 def ranks(request, monkeypatch):
     from torch.testing._internal.distributed.fake_pg import FakeStore
     dist.init_process_group("fake", rank=0, world_size=request.param, store=FakeStore())
-    monkeypatch.setattr(train, "of_ranks", lambda value: [value] * request.param)
+    for module in (ranks_module, metrics, train):
+        monkeypatch.setattr(module, "all_gather", lambda value: [value] * request.param)
     yield request.param
     dist.destroy_process_group()
 
@@ -170,7 +174,7 @@ def test_peak_of_an_update_on_shards(ranks, config, checkpointed, lengths, tmp_p
 def test_peak_of_a_rollout_on_a_cpu(prompts, prompt, reply, slots, monkeypatch):
     """Where a cache has room at once, where it grows, in several passes of prefill, in two rounds."""
     monkeypatch.setattr(sample, "PREFILL_TOKENS", 2000)
-    monkeypatch.setattr(sample, "FIRST_ROOM", 40)
+    monkeypatch.setattr(aligned_cache, "FIRST_ROOM", 40)
     config = replace(DEEP, hidden_size=128, intermediate_size=256)
     model, generator = Qwen2(config).init_weights(0), torch.Generator().manual_seed(0)
     prompts_P = [ids(prompt, config, generator) for _ in range(prompts)]
@@ -186,10 +190,11 @@ def test_peak_of_a_rollout_on_a_cpu(prompts, prompt, reply, slots, monkeypatch):
 
 def test_keys_and_values_are_those_of_the_caches():
     s, row = setup(DEEP, prompt=100, batch_size=6), 100 + 60 - 1
-    cache = Cache(DEEP, torch.float32, 6, 100, 60)
+    cpu = torch.device("cpu")
+    cache = aligned_cache.Cache(DEEP, torch.float32, cpu, 6, 100, row, 1, None, "cpu")
     assert plan.sampling_memory(s, 2, 3, 60)[plan.KV] == bytes_of([cache.keys, cache.values])
     for gib in (0.0016, 1.0):  # fewer pages than all rows need, and more
-        pool = PagedCache(DEEP, torch.float32, torch.device("cpu"), 6, row, gib, "reference").pool
+        pool = paged_cache.Cache(DEEP, torch.float32, cpu, 6, 100, row, 1, gib, "cpu").pool
         assert plan.sampling_memory(replace(s, kv_gib=gib), 2, 3, 60)[plan.KV] == pool.nbytes
 
 
@@ -319,7 +324,7 @@ def test_the_command_line_ends_with_status_2(tmp_path):
 
 
 def test_the_plan_in_the_readme_is_what_the_command_prints(real_data, tmp_path, monkeypatch, capsys):
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs/plan.md").read_text(encoding="utf-8")
     pattern = r"^\$ python train\.py (.*--plan.*)\n((?:.*\n)*?)```"
     command, shown = re.search(pattern, text, re.M).groups()
     monkeypatch.chdir(tmp_path)
@@ -336,7 +341,7 @@ def test_the_plan_in_the_readme_is_what_the_command_prints(real_data, tmp_path, 
 def test_peaks_of_an_update_and_a_rollout_on_a_gpu(checkpointed, on_cpu, tmp_path):
     config = ModelConfig(32000, 1024, 4096, 12, 16, 4, 64)
     save_hf(Qwen2(config).init_weights(0), tmp_path)
-    train.join_ranks("cuda")
+    ranks_module.join_ranks("cuda", 5)
     try:
         model = train.load_model(tmp_path, "cuda", True)
         reference = train.load_model(tmp_path, "cuda", True, False, on_cpu)
@@ -355,7 +360,7 @@ def test_peaks_of_an_update_and_a_rollout_on_a_gpu(checkpointed, on_cpu, tmp_pat
         prompts = [ids(600, config, generator) for _ in range(20)]
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        with train.unsharded(model) as policy:
+        with sharding.unsharded(model) as policy:
             generate(policy, prompts, 4, max_new_tokens=200, temperature=1.0, stop_ids=set(),
                      seeds_P=list(range(20)), batch_size=64, kv_memory_gib=0.5)
         measured = torch.cuda.max_memory_allocated()

@@ -8,6 +8,7 @@ import pytest
 import train
 from data import write_jsonl
 from reward import format_reply, score
+from runtime.metrics import diagnose
 from tools import demo, make_base
 from tools.synthetic import synthetic
 
@@ -100,17 +101,17 @@ HEALTHY = {"reward/commonest": 0.1, "reward/live": 0.5, "reward/all_one": 0.3, "
     ],
 )
 def test_what_kills_a_run_is_named_with_advice(changed, words):
-    assert words in train.diagnose({**HEALTHY, **changed})
+    assert words in diagnose({**HEALTHY, **changed})
 
 
 def test_a_healthy_step_and_a_step_of_supervised_learning_get_no_diagnosis():
-    assert train.diagnose(HEALTHY) is None
-    assert train.diagnose({"loss": 1.0}) is None
+    assert diagnose(HEALTHY) is None
+    assert diagnose({"loss": 1.0}) is None
 
 
 def log_steps(folder, steps):
     """Log one healthy step for each dictionary in `steps`, with its metrics changed."""
-    run = train.Run(folder, resume="auto")
+    run = train.RunFolder(folder, resume="auto")
     run.open({}, {}, {}, "none")
     usual = {**HEALTHY, "reward/mean": 0.5, "length/mean": 9.0, "tokens_per_s": 1.0, "time/step_s": 1.0,
              "skipped_updates": 0}

@@ -64,6 +64,7 @@ import grpo
 import sample
 from configs.schema import check_fits, load_config, number_of_steps
 from data import Chat, read_jsonl, split_examples
+from fast import aligned_cache, logprobs, paged_cache
 from model import ModelConfig, Qwen2
 from runtime.tensors import resolve
 
@@ -177,7 +178,7 @@ def update_memory(s, x):
         return numbers * max(w + 4, 4 * copies) if s.sharded else 0
 
     if is_cuda:
-        logits = w * V * max(min(grpo.CHUNK_TOKENS, x.L), D if w == 2 else 0)
+        logits = w * V * max(min(logprobs.CHUNK_TOKENS, x.L), D if w == 2 else 0)
         sums = 4 * V * D
     else:
         chunk = min(x.L, max(1, grpo.CHUNK_LOGITS // V))
@@ -223,10 +224,10 @@ def sampling_memory(s, prompts, n, reply, free=math.inf):
     parts = {SHARE: 4 * z.share, WHOLE: w * z.total if s.sharded else 0, MOMENTS: 8 * z.share,
              REFERENCE: reference(s, z)}
     if s.device == "cpu" and s.kv_gib is None:
-        first = slots * token * (s.prompt + min(reply, sample.FIRST_ROOM))
+        first = slots * token * (s.prompt + min(reply, aligned_cache.FIRST_ROOM))
         most = slots * token * grown_cache(s.prompt, reply, math.ceil(rows / slots) * reply)
     else:
-        page, pages = sample.PAGE * token, -(-(s.prompt + reply - 1) // sample.PAGE)
+        page, pages = paged_cache.PAGE * token, -(-(s.prompt + reply - 1) // paged_cache.PAGE)
         given = free - total(parts) - sample.MARGIN_GIB * GIB if s.kv_gib is None else s.kv_gib * GIB
         # One reply must have room, or sampling refuses to start.
         first = most = page * max(pages + 1, min(slots * pages + 1, given // page))
@@ -245,7 +246,7 @@ def kv_bytes(s):
 
 def grown_cache(prompt, reply, steps):
     """Tokens a row that `sample.Cache` holds at most in so many steps, with its copies as it grows."""
-    size = most = prompt + min(reply, sample.FIRST_ROOM)
+    size = most = prompt + min(reply, aligned_cache.FIRST_ROOM)
     done = size - prompt
     while done < steps:
         kept = min(size, prompt + reply - 1)
