@@ -9,66 +9,57 @@ over parts.
     k3   = exp(d) - d - 1,  d = log π_ref - log π                    KL(π ‖ π_ref), never negative
     loss = Σ_tokens( -min(ρ A, clip(ρ, 1-ε_low, 1+ε_high) A) + β k3 ) / denominator       eq. 3, negated
 
-Where this differs from the paper's code: the denominator is the number of reply tokens of the whole
-optimizer update (its mini-batch, all ranks, groups without spread included), known before the first
-backward. The paper's code takes the mean within each micro-batch, which makes the gradient depend on how
-sequences happen to be packed. And a group's prompt is computed once: a pack is a run of trees, each a
-prompt followed by its replies (arXiv 2506.05433).
+Two differences from the paper's code. The denominator is the number of reply tokens of the whole optimizer
+update (its mini-batch, all ranks, groups with equal rewards included), known before the first backward. The
+paper's code takes the mean within each micro-batch, so that its gradient depends on the packing. And a
+group's prompt is computed once: a pack is a sequence of trees, each a prompt followed by its replies
+(arXiv 2506.05433).
 
-Axes: P prompts, G rollouts a prompt, T packed tokens, L reply tokens that carry loss (the stop token
+Axes: P prompts, G rollouts a prompt, N = P·G, T packed tokens, L reply tokens that carry loss (the stop token
 included), D width, V vocabulary rows, C one chunk of L.
 """
 
-import functools
 import math
-import os
-import sys
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # some platforms have no wheels; there the reference does the work
-    triton = None
+from runtime.kernel import choose_kernel
 
 CHUNK_LOGITS = 2**25  # logits that exist at once in the reference, 128 MiB in fp32
-CHUNK_TOKENS = 4096  # rows of logits that exist at once in the fused version: enough to fill a large GPU
-BLOCK = 4096  # logits of a row that a kernel holds at once
-MAX_LOG_RATIO = 20.0  # exp(20) = 4.9e8: a ratio past it is an accident, and exp overflows fp32 at 88
+MAX_LOG_RATIO = 20.0  # exp(20) = 4.9e8: no sound update has such a ratio, and exp overflows fp32 at 88
 
 
 def group_advantages(rewards_PG, normalize="std"):
     """Advantage of each rollout within its group (eq. 4): float [P, G] in, float [P, G] out.
 
     normalize "std" divides by the unbiased standard deviation plus 1e-6 (the paper); "none" only subtracts
-    the mean (arXiv 2503.20783). A group without spread, or with a reward that is not finite, teaches
-    nothing: exactly zero. ValueError for groups of one, whose advantage would always be zero.
+    the mean (arXiv 2503.20783). A group whose rewards are equal or not all finite gets exactly zero.
+    ValueError for G < 2, where every advantage would be zero.
     """
     if rewards_PG.dim() != 2 or rewards_PG.shape[1] < 2:
         raise ValueError(f"rewards of shape {list(rewards_PG.shape)}: expected [P, G] with G >= 2 rollouts")
     if normalize not in ("std", "none"):
         raise ValueError(f"normalize is {normalize!r}; choose 'std' or 'none'")
     rewards_PG = rewards_PG if rewards_PG.is_floating_point() else rewards_PG.float()
+    # eq. 4
     adv_PG = rewards_PG - rewards_PG.mean(1, keepdim=True)
     if normalize == "std":
         adv_PG = adv_PG / (rewards_PG.std(1, keepdim=True) + 1e-6)
-    # Rounding leaves a mean a little off equal rewards, and dividing by 1e-6 would make a signal of it.
+    # The mean of equal rewards can differ from them by rounding, which division by 1e-6 would amplify.
     spread_P = (rewards_PG != rewards_PG[:, :1]).any(1) & rewards_PG.isfinite().all(1)
     return torch.where(spread_P[:, None], adv_PG, 0.0)
 
 
 @dataclass
 class Pack:
-    """One micro-batch: a run of trees. All tensors are int64.
+    """The trees of one micro-batch. All tensors are int64.
 
-    tokens_T, positions_T: what the model's forward takes; groups: what `shared_prefix_attention` takes;
-    predictor_L: index into T of the hidden state that predicts reply token l; targets_L: the id it should
-    predict; reply_L: which reply token l belongs to, counted over all replies in their order.
+    tokens_T, positions_T: arguments of the model's forward; groups: argument of `shared_prefix_attention`;
+    predictor_L: index into T of the hidden state that predicts reply token l; targets_L: the id of token l;
+    reply_L: the reply that token l belongs to, counted over all replies in their order.
     """
 
     tokens_T: torch.Tensor
@@ -84,11 +75,11 @@ class Pack:
 
 
 def pack(prompts_P, replies_P_G, first_reply=0):
-    """Pack groups as trees: each prompt once, then its replies, whose positions go on from the prompt's end.
+    """Pack groups as trees: each prompt once, then its replies, whose positions start at the prompt's length.
 
-    prompts_P: lists of ids; replies_P_G: for each prompt, any number of lists of ids. The first token of
-    *every* reply is predicted by the prompt's last position, so `predictor_L` is not a shift by one.
-    `reply_L` counts from `first_reply`.
+    prompts_P: lists of ids; replies_P_G: for each prompt, any number of lists of ids; none may be empty. The
+    first token of *every* reply is predicted by the prompt's last position, so `predictor_L` is not a shift
+    by one. `reply_L` counts from `first_reply`.
     """
     tokens, positions, groups, predictor, targets, reply_of = [], [], [], [], [], []
     reply_index = first_reply
@@ -113,10 +104,10 @@ def pack(prompts_P, replies_P_G, first_reply=0):
 
 
 def pack_micro_batches(prompts_P, replies_P_G, max_tokens):
-    """Cut groups into packs of at most `max_tokens` tokens, in order; `reply_L` counts over all of them.
+    """Split groups into packs of at most `max_tokens` tokens, in order; `reply_L` counts over all packs.
 
-    A group that is longer than that is cut into parts that each repeat the prompt. ValueError where one
-    prompt with one reply is already too long.
+    prompts_P, replies_P_G: as in `pack`. A group longer than `max_tokens` is split into parts, each with the
+    prompt again. ValueError where a prompt with one of its replies is already too long.
     """
     packs, prompts, replies, size, first, index = [], [], [], 0, 0, 0
     for prompt, group in zip(prompts_P, replies_P_G, strict=True):
@@ -127,7 +118,7 @@ def pack_micro_batches(prompts_P, replies_P_G, max_tokens):
                 raise ValueError(f"a prompt of {len(prompt)} and a reply of {len(reply)} tokens exceed the "
                                  f"{max_tokens} tokens of a micro-batch; raise train.micro_batch_tokens")
             needed = len(reply) + (len(prompt) if starts_group else 0)
-            # A group that fits a pack of its own is not cut only because the current pack is nearly full.
+            # A group that fits into one pack starts a new one rather than being split.
             wanted = whole if starts_group and whole <= max_tokens else needed
             if prompts and size + wanted > max_tokens:
                 packs.append(pack(prompts, replies, first))
@@ -147,7 +138,7 @@ def pack_micro_batches(prompts_P, replies_P_G, max_tokens):
 
 @dataclass
 class MicroBatch:
-    """One pack with what its loss needs, a number for each of its L reply tokens."""
+    """One pack and the inputs of its loss, one float for each of its L reply tokens."""
 
     pack: Pack
     adv_L: torch.Tensor
@@ -157,50 +148,45 @@ class MicroBatch:
 
 
 def make_micro_batches(rollouts_N, adv_PG, live_P, micro_batch_tokens, device):
-    """The micro-batches of the groups `live_P`, in order."""
-    n = adv_PG.shape[1]
-    groups_P = [rollouts_N[p * n:(p + 1) * n] for p in live_P]
+    """The micro-batches of the groups `live_P` (indices into P), in order, on `device`.
+
+    rollouts_N: prompt-major, each with prompt_ids, ids and logp (of the sampler); micro_batch_tokens: the
+    most tokens of a pack. ValueError as in `pack_micro_batches`.
+    """
+    G = adv_PG.shape[1]
+    groups_P = [rollouts_N[p * G:(p + 1) * G] for p in live_P]
     packs = pack_micro_batches([group[0].prompt_ids for group in groups_P],
                                [[rollout.ids for rollout in group] for group in groups_P], micro_batch_tokens)
     adv_N = adv_PG[live_P].flatten()
     sampled = [logp for group in groups_P for rollout in group for logp in rollout.logp]
-    sizes = [len(pack.targets_L) for pack in packs]
-    return [MicroBatch(pack.to(device), adv_N[pack.reply_L].to(device), logp_L.to(device))
-            for pack, logp_L in zip(packs, torch.tensor(sampled).split(sizes), strict=True)]
+    sizes = [len(part.targets_L) for part in packs]
+    return [MicroBatch(part.to(device), adv_N[part.reply_L].to(device), logp_L.to(device))
+            for part, logp_L in zip(packs, torch.tensor(sampled).split(sizes), strict=True)]
 
 
 def token_logprobs(hidden_LD, weight_VD, targets_L, temperature, vocab_size=None, kernel="auto"):
-    """Log-probability of each target under softmax(hidden · weightᵀ / temperature), and that softmax's
-    entropy.
+    """(logp_L, entropy_L): log-probability of each target under softmax(hidden · weightᵀ / temperature), and
+    the entropy of that softmax, both in nats.
 
     hidden_LD, weight_VD: floats of one dtype, or of any under autocast; targets_L: int64 below `vocab_size`;
-    temperature > 0; vocab_size: ids that have a token: the rows beyond (Qwen pads its vocabulary) take no
-    part. Returns logp_L <= 0, in nats, with gradients for hidden and weight, and entropy_L, in nats, without;
-    both at least fp32. kernel: "reference"; "triton", the fused version; or "auto", which takes the fused one
-    on a GPU and says so once.
+    temperature > 0; vocab_size: number of ids that have a token: the rows beyond, with which Qwen pads its
+    vocabulary, are left out. Both results are at least fp32; logp_L <= 0 has gradients for hidden and weight,
+    entropy_L >= 0 has none.
+    kernel: "reference", the definition; "fast", its twin in fast/; "auto", the twin on a GPU, else the
+    definition, printed once. ValueError where "fast" cannot run.
     """
-    if kernel not in ("auto", "reference", "triton"):
-        raise ValueError(f"kernel is {kernel!r}; choose 'auto', 'reference' or 'triton'")
+    chosen = choose_kernel(kernel, hidden_LD.device.type, "token log-probs")
     assert temperature > 0, "the tempered distribution of greedy decoding is not defined"
-    if kernel == "auto":
-        kernel = best_kernel(hidden_LD.device.type)
-    function = token_logprobs_triton if kernel == "triton" else token_logprobs_reference
-    return function(hidden_LD, weight_VD, targets_L, temperature, vocab_size)
+    if chosen == "gpu":
+        from fast import logprobs
+        return logprobs.token_logprobs(hidden_LD, weight_VD, targets_L, temperature, vocab_size)
+    return token_logprobs_reference(hidden_LD, weight_VD, targets_L, temperature, vocab_size)
 
 
-@functools.cache
-def best_kernel(device):
-    """The kernel that "auto" stands for on a type of device; told on stderr the first time."""
-    kernel = "triton" if device == "cuda" and triton is not None else "reference"
-    if os.environ.get("RANK", "0") == "0":  # the others say nothing
-        print(f"token log-probs on {device}: kernel {kernel!r}", file=sys.stderr)
-    return kernel
+def token_logprobs_reference(hidden_LD, weight_VD, targets_L, temperature, vocab_size=None):
+    """The definition of `token_logprobs`, in plain PyTorch: same arguments, shapes and results.
 
-
-def token_logprobs_reference(hidden_LD, weight_VD, targets_L, temperature, vocab_size=None, kernel="auto"):
-    """The definition of `token_logprobs`, in plain PyTorch and in chunks of tokens.
-
-    The [L, V] logits never exist at once, in backward neither: each chunk is recomputed there.
+    It works in chunks of tokens, which backward computes again: the [L, V] logits never exist at once.
     """
     weight_VD = weight_VD[:vocab_size]
 
@@ -220,160 +206,30 @@ def token_logprobs_reference(hidden_LD, weight_VD, targets_L, temperature, vocab
     return tuple(torch.cat(parts) for parts in zip(*chunks, strict=True))
 
 
-def token_logprobs_triton(hidden_LD, weight_VD, targets_L, temperature, vocab_size=None, kernel="triton"):
-    """`token_logprobs`, fused: cuBLAS makes the logits of one chunk of tokens, and a kernel reads them once.
-
-    Backward makes them again, and a second kernel writes their gradient over them. ValueError where Triton
-    cannot run.
-    """
-    if triton is None or not (hidden_LD.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
-        raise ValueError("kernel 'triton' needs a CUDA GPU and the triton package; use 'auto' or 'reference' "
-                         "(TRITON_INTERPRET=1, set before the start, runs it on a CPU, slowly)")
-    return FusedLogprobs.apply(hidden_LD, weight_VD, targets_L.contiguous(), temperature,
-                               vocab_size or len(weight_VD))
-
-
-class FusedLogprobs(torch.autograd.Function):
-    """The chunks of `token_logprobs_triton`, forward and backward."""
-
-    @staticmethod
-    def forward(ctx, hidden_LD, weight_VD, targets_L, temperature, vocab_size):
-        # The dtype of the products: that of the operands, or what autocast makes of them.
-        dtype = (hidden_LD[:0] @ weight_VD[:0].T).dtype
-        options = {"dtype": torch.promote_types(dtype, torch.float32), "device": hidden_LD.device}
-        logp_L, entropy_L, peak_L, log_total_L = (torch.empty(len(targets_L), **options) for _ in range(4))
-        for part, _, logits_CV in logit_chunks(hidden_LD, weight_VD.to(dtype)):
-            logprob_of_row[(len(logits_CV),)](
-                logits_CV, targets_L[part], logp_L[part], entropy_L[part], peak_L[part], log_total_L[part],
-                logits_CV.stride(0), len(weight_VD), vocab_size, 1 / temperature, BLOCK, num_warps=8)
-        ctx.save_for_backward(hidden_LD, weight_VD, targets_L, peak_L, log_total_L)
-        ctx.mark_non_differentiable(entropy_L)
-        ctx.dtype, ctx.temperature, ctx.vocab_size = dtype, temperature, vocab_size
-        return logp_L, entropy_L
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dlogp_L, _):
-        hidden_LD, weight_VD, targets_L, peak_L, log_total_L = ctx.saved_tensors
-        dlogp_L = dlogp_L.contiguous()  # the gradient of a sum is one number with stride 0
-        dhidden_LD = torch.empty_like(hidden_LD)
-        dweight_VD = torch.zeros_like(weight_VD, dtype=peak_L.dtype)
-        factor_VD = weight_VD.to(ctx.dtype)
-        for part, hidden_CD, logits_CV in logit_chunks(hidden_LD, factor_VD):
-            C, V = logits_CV.shape
-            gradient_of_logits[C, triton.cdiv(V, BLOCK)](
-                logits_CV, targets_L[part], peak_L[part], log_total_L[part], dlogp_L[part],
-                logits_CV.stride(0), V, ctx.vocab_size, 1 / ctx.temperature, BLOCK, num_warps=8)
-            dhidden_LD[part] = logits_CV @ factor_VD
-            add_product(dweight_VD, logits_CV.T, hidden_CD)
-        logits_CV = None  # free before the copy of a bf16 weight's gradient is made
-        return dhidden_LD, dweight_VD.to(weight_VD.dtype), None, None, None
-
-
-def logit_chunks(hidden_LD, weight_VD):
-    """(slice of L, hidden_CD, logits_CV) of each chunk, all logits in one buffer, in the weight's dtype.
-
-    Phantom rows are multiplied too: cut off, they would leave rows of logits at addresses that tensor cores
-    cannot take at full speed.
-    """
-    buffer_CV = weight_VD.new_empty(min(CHUNK_TOKENS, len(hidden_LD)), len(weight_VD))
-    for start in range(0, len(hidden_LD), CHUNK_TOKENS):
-        part = slice(start, start + CHUNK_TOKENS)
-        hidden_CD = hidden_LD[part].to(weight_VD.dtype)
-        yield part, hidden_CD, torch.mm(hidden_CD, weight_VD.T, out=buffer_CV[:len(hidden_CD)])
-
-
-def add_product(sum_VD, a_VC, b_CD):
-    """sum_VD += a_VC · b_CD in the precision of the sum: many chunks would drown in the rounding of bf16."""
-    if sum_VD.is_cuda and sum_VD.dtype != b_CD.dtype:
-        torch.addmm(sum_VD, a_VC, b_CD, out_dtype=sum_VD.dtype, out=sum_VD)
-    else:
-        sum_VD.addmm_(a_VC.to(sum_VD.dtype), b_CD.to(sum_VD.dtype))
-
-
-if triton is not None:
-
-    @triton.jit
-    def logprob_of_row(logits_ptr, targets_ptr, logp_ptr, entropy_ptr, peak_ptr, log_total_ptr, row_stride,
-                       V: tl.constexpr, vocab_size: tl.constexpr, SHARPNESS: tl.constexpr,
-                       BLOCK: tl.constexpr):
-        """One row of logits, read once: log-prob of its target, entropy, and what its softmax is made from
-        (online softmax, arXiv 1805.02867).
-
-        With SHARPNESS = 1 / temperature and d = (logit - peak) SHARPNESS, the peak being the largest logit:
-            log_total = log Σ e^d        log p = d - log_total        entropy = log_total - Σ d e^d / Σ e^d
-        Peak and log_total go out apart: their sum, the log-sum-exp, would round away digits of log_total.
-        """
-        row = tl.program_id(0)
-        row_ptr = logits_ptr + row.to(tl.int64) * row_stride
-        columns = tl.arange(0, BLOCK)
-        dtype = logp_ptr.dtype.element_ty
-        peak = tl.load(row_ptr).to(dtype)
-        sum_e = tl.zeros([BLOCK], dtype)
-        sum_de = tl.zeros([BLOCK], dtype)
-        for start in range(0, vocab_size, BLOCK):
-            # V is a multiple of 16 where vocab_size is odd: a bound on V lets 8 logits come in one load.
-            logits = tl.load(row_ptr + start + columns, mask=start + columns < V, other=0.0).to(dtype)
-            # Not -inf, at which d e^d would be NaN instead of 0.
-            logits = tl.where(start + columns < vocab_size, logits, -1e30)
-            new_peak = tl.maximum(peak, tl.max(logits, 0))
-            # What was summed up below the old peak, as seen from the new one.
-            drop = (peak - new_peak) * SHARPNESS
-            shrink = tl.exp(drop)
-            d = (logits - new_peak) * SHARPNESS
-            e = tl.exp(d)
-            sum_de = (sum_de + drop * sum_e) * shrink + d * e
-            sum_e = sum_e * shrink + e
-            peak = new_peak
-        total = tl.sum(sum_e, 0)
-        # The peak alone counts 1, so this is never negative: no log-prob is above 0 and no entropy below.
-        log_total = tl.log(total)
-        target = tl.load(row_ptr + tl.load(targets_ptr + row)).to(dtype)
-        tl.store(logp_ptr + row, (target - peak) * SHARPNESS - log_total)
-        tl.store(entropy_ptr + row, log_total - tl.sum(sum_de, 0) / total)
-        tl.store(peak_ptr + row, peak)
-        tl.store(log_total_ptr + row, log_total)
-
-    @triton.jit
-    def gradient_of_logits(logits_ptr, targets_ptr, peak_ptr, log_total_ptr, dlogp_ptr, row_stride,
-                           V: tl.constexpr, vocab_size: tl.constexpr, SHARPNESS: tl.constexpr,
-                           BLOCK: tl.constexpr):
-        """A block of a row of logits becomes its gradient dlogp (onehot - p) SHARPNESS, 0 for phantoms."""
-        row = tl.program_id(0)
-        columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        logits_ptrs = logits_ptr + row.to(tl.int64) * row_stride + columns
-        dtype = peak_ptr.dtype.element_ty
-        logits = tl.load(logits_ptrs, mask=columns < V, other=0.0).to(dtype)
-        p = tl.exp((logits - tl.load(peak_ptr + row)) * SHARPNESS - tl.load(log_total_ptr + row))
-        onehot = (columns == tl.load(targets_ptr + row)).to(dtype)
-        dlogits = tl.load(dlogp_ptr + row) * (onehot - p) * SHARPNESS
-        tl.store(logits_ptrs, tl.where(columns < vocab_size, dlogits, 0.0), mask=columns < V)
-
-
 def grpo_loss(logp_L, old_logp_L, ref_logp_L, adv_L, *, clip_low, clip_high, kl_coef, denominator):
     """The clipped policy-gradient loss with a KL penalty (eq. 3) of one part of an optimizer update.
 
-    logp_L: log-probs of the policy, with gradient; old_logp_L: of the policy that sampled; ref_logp_L: of
-    the reference model, or None without one (then kl_coef must be 0); adv_L: each token's advantage, that
-    of its reply; denominator: reply tokens of the whole update. Returns (loss, stats): losses of parts add
-    up to the loss of the whole, and `merge_stats` adds up stats. In stats, all detached: `loss` is the
-    number that was differentiated, `tokens` and `*_sum` are sums over tokens, `*_max` and `*_min` extremes.
+    logp_L: log-probs of the policy in nats, with gradient; old_logp_L: of the policy that sampled;
+    ref_logp_L: of the reference model, or None without one (then kl_coef must be 0); adv_L: each token's
+    advantage, that of its reply; denominator: reply tokens of the whole update. Returns (loss, stats): losses
+    of parts sum to the loss of the update, stats merge by runtime.metrics.merge_stats. Stats are detached:
+    `loss` is the loss as a number, `tokens` and `*_sum` are sums over tokens, `*_max` and `*_min` extremes.
     """
     assert denominator > 0, "an optimizer update without reply tokens"
     assert ref_logp_L is not None or kl_coef == 0, "a KL penalty needs a reference model"
-    # Broadcasting would turn a number for each reply into nonsense without a word.
+    # Broadcasting would silently accept one number for all tokens.
     assert logp_L.shape == old_logp_L.shape == adv_L.shape, "one number for each reply token"
     assert ref_logp_L is None or ref_logp_L.shape == logp_L.shape, "one number for each reply token"
     old_logp_L = old_logp_L.detach()
     log_ratio_L = logp_L - old_logp_L
     ratio_L = log_ratio_L.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-    # eq. 3: the lower of the plain and the clipped objective
     plain_L, clipped_L = ratio_L * adv_L, ratio_L.clamp(1 - clip_low, 1 + clip_high) * adv_L
+    # eq. 3: the lower of the plain and the clipped objective
     loss_L = -torch.minimum(plain_L, clipped_L)
     kl_L = torch.zeros_like(logp_L)
     if ref_logp_L is not None:
         d_L = (ref_logp_L.detach() - logp_L).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-        # k3; expm1 keeps the digits that exp(d) - 1 loses near zero
+        # eq. 3: k3; expm1 keeps the digits that exp(d) - 1 loses near zero
         kl_L = torch.expm1(d_L) - d_L
     if kl_coef:
         loss_L = loss_L + kl_coef * kl_L
@@ -386,7 +242,7 @@ def grpo_loss(logp_L, old_logp_L, ref_logp_L, adv_L, *, clip_low, clip_high, kl_
             "tokens": torch.tensor(float(len(logp_L))),
             "kl_sum": kl_L.sum(),
             "ratio_sum": ratio_L.sum(),
-            # Without tokens: bounds of the ratio, which leave the extremes of the other parts as they are.
+            # Without tokens, the bounds of the ratio: they do not change the extremes of other parts.
             "ratio_max": extreme(ratio_L, torch.max, 0.0),
             "ratio_min": extreme(ratio_L, torch.min, math.exp(MAX_LOG_RATIO)),
             "clip_low_sum": (clipped_off_L & (adv_L < 0)).float().sum(),
@@ -397,39 +253,11 @@ def grpo_loss(logp_L, old_logp_L, ref_logp_L, adv_L, *, clip_low, clip_high, kl_
 
 
 def extreme(x_L, function, empty):
+    """function(x_L), torch.max or torch.min, or the number `empty` where there are no tokens."""
     return function(x_L) if len(x_L) else x_L.new_tensor(empty)
 
 
-def merge_stats(parts):
-    """Stats of a whole from those of its parts: `*_max` by maximum, `*_min` by minimum, the others by sum.
-
-    A NaN in one part is a NaN in the whole (Python's own max and min would drop or keep it by its place).
-    """
-    merge_by = {"max": torch.amax, "min": torch.amin}
-    columns = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
-    return {name: merge_by.get(name.rpartition("_")[2], torch.sum)(x) for name, x in columns.items()}
-
-
-def metrics_of_stats(total, first):
-    """Means and extremes over the trained tokens, as the README explains them.
-
-    total, first: merged stats, as numbers, of a step and of its first mini-batch, None where it had none.
-    """
-    mean = {name: total[name + "_sum"] / total["tokens"]
-            for name in ("ratio", "clip_low", "clip_high", "kl", "entropy", "diff")}
-    metrics = {
-        "kl": mean["kl"], "entropy": mean["entropy"],
-        "ratio/mean": mean["ratio"], "ratio/max": total["ratio_max"], "ratio/min": total["ratio_min"],
-        "ratio/log_abs_max": total["log_ratio_abs_max"],
-        "ratio/clip_low": mean["clip_low"], "ratio/clip_high": mean["clip_high"],
-        "sampling/logp_diff_mean": mean["diff"], "sampling/logp_diff_max": total["diff_max"],
-    }
-    if first is not None:
-        metrics["ratio/dev_first"] = max(first["ratio_max"] - 1, 1 - first["ratio_min"])
-    return metrics
-
-
 def sft_loss(logp_L, denominator):
-    """Supervised fine-tuning: the negative log-likelihood of the target reply's tokens over `denominator`."""
+    """Supervised fine-tuning: -Σ logp_L, in nats, over `denominator`, the reply tokens of the update."""
     assert denominator > 0, "an optimizer update without reply tokens"
     return -logp_L.sum() / denominator

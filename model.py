@@ -2,47 +2,42 @@
 
 In:  packed tokens of any number of sequences, one after the other, never padded. Out: the hidden state of
 every token after the final norm; the caller multiplies the rows it needs by `head_weight()`. Parameters may
-be sharded over ranks by rows (train.py does that): folders are then read and written a tensor at a time.
+be sharded over ranks by rows (runtime/sharding.py); folders are then read and written one tensor at a time.
 
     x   = embed(token)
     x  += o_proj(attend(rope(q_proj(norm x)), rope(k_proj(norm x)), v_proj(norm x)))        for every layer
     x  += down_proj(silu(gate_proj(norm x)) * up_proj(norm x))
     out = norm(x)
 
-Which token sees which is not the model's business: `forward` is given one function `attend(layer, q_THE,
-k_TKE, v_TKE) -> o_THE`, and packing, the shared prefix of a group and the key/value cache of the sampler
-are three such functions. The architecture is that of Qwen2 (arXiv 2407.10671): RMSNorm, rotary positions,
-grouped-query attention with a bias on q, k and v only, SwiGLU, a head that may be tied to the embedding.
-Parameter names are those of the Hugging Face checkpoints without their leading "model.".
+The model does not decide which token sees which: `forward` takes a function `attend(layer, q_THE, k_TKE,
+v_TKE) -> o_THE`. Packing, the shared prefix of a group and the key/value cache of the sampler are three such
+functions. The architecture is that of Qwen2 (arXiv 2407.10671): RMSNorm, rotary positions, grouped-query
+attention with a bias on q, k and v only, SwiGLU, a head that may be tied to the embedding. Parameters have
+the names of the Hugging Face checkpoints, without the leading "model.".
 
-Axes: T packed tokens, D width, H query heads, K key/value heads, E head size, V vocabulary rows.
+Axes: T packed tokens, D width, H query heads, K key/value heads, E head size, V vocabulary rows; S the keys
+that `sdpa` attends to.
 """
 
-import contextlib
 import functools
-import inspect
 import itertools
-import json
-import os
-import tempfile
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
-from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-INDEX = "model.safetensors.index.json"
-DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+from runtime.files import read_json
+from runtime.kernel import choose_kernel
+from runtime.sharding import own_rows
+from runtime.tensors import open_weights, resolve, write_weights
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape of a Qwen2.5 model, under the names of its config.json. `head_dim` is E, in elements."""
+    """Shape of a Qwen2.5 model, under the names of its config.json. ValueError where a size is not a positive
+    integer, or where the query heads cannot be shared out evenly over the key/value heads."""
 
     vocab_size: int
     hidden_size: int
@@ -68,7 +63,8 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, path):
-        """Read `config.json` of a local folder or hub name. ValueError where it is not a plain Qwen2."""
+        """Read `config.json` of a local folder or hub name. ValueError, naming the file and the key, where it
+        does not describe a plain Qwen2."""
         file = resolve(path) / "config.json"
         raw = read_json(file)
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
@@ -79,7 +75,7 @@ class ModelConfig:
             if found[key] != value:
                 raise ValueError(f"{file}: {key} is {found[key]!r}, but this module is Qwen2 with {value!r}")
         values = {key: raw[key] for key in cls.__dataclass_fields__ if raw.get(key) is not None}
-        # Old files have it on the top level; where none is given, transformers takes 10,000.
+        # Older files have it at the top level; transformers takes 10,000 where it is missing.
         values["rope_theta"] = rope.get("rope_theta", values.get("rope_theta", 1e4))
         try:
             if "head_dim" not in values:
@@ -98,19 +94,23 @@ class ModelConfig:
 def rope_tables(positions_T, head_dim, theta):
     """cos and sin of position · theta^(-2i/E) for i < E/2: two fp32 [T, 1, E/2] (arXiv 2104.09864)."""
     exponent = torch.arange(0, head_dim, 2, device=positions_T.device, dtype=torch.float32) / head_dim
-    # A product with the reciprocal, as the weights were trained: far out, a quotient rounds to another angle.
+    # The weights were trained with a product with the reciprocal; at large positions a quotient rounds to
+    # another angle.
     angle = positions_T[:, None, None].float() * (1.0 / theta**exponent)
     return angle.cos(), angle.sin()
 
 
 def rotate(x_THE, cos, sin):
-    """Rotate element i of each head together with element i + E/2, the pairing of the published weights."""
+    """Rotate the pair of elements i and i + E/2 of each head by the angle of its token. The published weights
+    use this pairing."""
     a, b = x_THE.chunk(2, -1)
     cos, sin = cos.to(x_THE.dtype), sin.to(x_THE.dtype)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
 
 class Attention(nn.Module):
+    """Grouped-query attention with rotary positions: x_TD -> [T, D]. `attend` decides what a token sees."""
+
     def __init__(self, config):
         super().__init__()
         D, E = config.hidden_size, config.head_dim
@@ -130,6 +130,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """SwiGLU (arXiv 2002.05202): x_TD -> [T, D]."""
+
     def __init__(self, config):
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
@@ -141,6 +143,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """One layer: attention and MLP, each of the normed x_TD and each added to it."""
+
     def __init__(self, config):
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -154,9 +158,9 @@ class Block(nn.Module):
 
 
 class Qwen2(nn.Module):
-    """Qwen2.5 as one module; `Qwen2(config).init_weights(seed)` is random, `load_hf` trained.
+    """Qwen2.5. `Qwen2(config).init_weights(seed)` has random weights, `load_hf(path)` those of a folder.
 
-    checkpoint_blocks: keep only the input of each block for backward and compute the block once more there.
+    checkpoint_blocks: keep only the input of each block for backward, which computes the block again.
     """
 
     checkpoint_blocks = False
@@ -171,11 +175,11 @@ class Qwen2(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(self, tokens_T, positions_T, attend, head=None):
-        """Hidden states [T, D] of the packed tokens after the final norm, or what `head` makes of them.
+        """Hidden states [T, D] of the packed tokens after the final norm, or the result of `head` on them.
 
         tokens_T: int64 ids; positions_T: int64 position of each token in its own sequence;
         attend(layer, q_THE, k_TKE, v_TKE) -> o_THE: decides what each token sees (layer counts from 0);
-        head(hidden_TD): where parameters are sharded, `head_weight()` is whole only in here.
+        head(hidden_TD): called inside forward, where alone `head_weight()` of a sharded model is gathered.
         """
         x_TD = self.embed_tokens(tokens_T)
         cos, sin = rope_tables(positions_T, self.config.head_dim, self.config.rope_theta)
@@ -187,216 +191,113 @@ class Qwen2(nn.Module):
         return head(hidden_TD) if head else hidden_TD
 
     def head_weight(self):
-        """weight_VD with logits = hidden_LD @ weight_VD.T: the embedding itself where they are tied."""
+        """weight_VD, with which logits = hidden @ weight_VD.T: the embedding itself where they are tied."""
         return self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
     @torch.no_grad()
     def init_weights(self, seed):
-        """Matrices from N(0, initializer_range²), biases 0, norms 1; a function of `seed`, and of whether
-        there is a GPU: it draws the billions of a 7B in a second, a CPU in a minute. -> self"""
+        """Draw matrices from N(0, initializer_range²), set biases to 0 and norms to 1; return self.
+
+        The result depends only on `seed` and on whether there is a GPU, which is used if it is there: it
+        draws the weights of a 7B in a second, a CPU in a minute.
+        """
         device = "cuda" if torch.cuda.is_available() else "cpu"
         generator = torch.Generator(device).manual_seed(seed)
         for name, parameter in self.named_parameters():
-            own, rows = own_rows(parameter)
+            local, rows = own_rows(parameter)
             if parameter.dim() == 2:
                 noise = torch.randn(parameter.shape, generator=generator, device=device)
-                own.copy_(noise[rows] * self.config.initializer_range)
+                local.copy_(noise[rows] * self.config.initializer_range)
             else:
-                own.fill_(0.0 if name.endswith("bias") else 1.0)
+                local.fill_(0.0 if name.endswith("bias") else 1.0)
         return self
 
 
 def sdpa(q_THE, k_SKE, v_SKE, mask_TS=None):
-    """Attention of T queries over S keys, grouped heads. mask_TS: True is visible; None: causal, T = S."""
-    share = q_THE.shape[1] // k_SKE.shape[1]
-    k_SHE, v_SHE = k_SKE.repeat_interleave(share, 1), v_SKE.repeat_interleave(share, 1)
+    """Attention of T queries over S keys, each key head shared by H / K query heads: float [T, H, E].
+
+    mask_TS: bool, True where query t sees key s; None: causal, with T = S.
+    """
+    repeats = q_THE.shape[1] // k_SKE.shape[1]
+    k_SHE, v_SHE = k_SKE.repeat_interleave(repeats, 1), v_SKE.repeat_interleave(repeats, 1)
     q_1HTE, k_1HSE, v_1HSE = (x.transpose(0, 1)[None] for x in (q_THE, k_SHE, v_SHE))
     o_1HTE = F.scaled_dot_product_attention(q_1HTE, k_1HSE, v_1HSE, mask_TS, is_causal=mask_TS is None)
     return o_1HTE[0].transpose(0, 1)
 
 
-def packed_attention(cu_seqlens):
-    """attend: causal within each sequence of a pack. cu_seqlens: the boundaries 0, …, T of its sequences."""
+def packed_attention(cu_seqlens, kernel="auto"):
+    """attend: causal within each sequence of a pack. cu_seqlens: the boundaries 0, …, T of its sequences;
+    kernel: as in `shared_prefix_attention`."""
     bounds = [int(bound) for bound in cu_seqlens]
-    return shared_prefix_attention([(end - start, []) for start, end in itertools.pairwise(bounds)])
+    groups = [(end - start, []) for start, end in itertools.pairwise(bounds)]
+    return shared_prefix_attention(groups, kernel)
 
 
-def shared_prefix_attention(groups):
+def shared_prefix_attention(groups, kernel="auto"):
     """attend: each group is a tree, its prompt once and then its replies (Prefix Grouper, arXiv 2506.05433).
 
-    groups: for each group (prompt length, [reply lengths]), in the order of the pack. A prompt is causal
-    within itself; a reply sees the whole prompt and, causally, itself, but no other reply. Equal to
-    `packed_attention` on prompt + reply for every reply, with the prompt computed once. What stands here is
-    the definition; in bf16 or fp16 on a GPU `flash_attention` takes its place.
+    groups: for each group (prompt length, [reply lengths]) in tokens, in the order of the pack. A prompt is
+    causal within itself; a reply sees the whole prompt and, causally, itself, but no other reply. The result
+    equals `packed_attention` on prompt + reply for every reply, with the prompt computed once.
+    kernel: "reference", the definition below; "fast", FlashAttention; "auto", FlashAttention for bf16 and
+    fp16 on a GPU, else the definition. attend raises ValueError where "fast" cannot run.
     """
     lengths = [length for prompt, replies in groups for length in (prompt, *replies)]
     total = sum(lengths)
-    attend_flash = flash_attention(groups)
+
+    @functools.cache  # the twin prepares its indices once for all layers
+    def flash_attention():
+        from fast import flash_prefix
+        return flash_prefix.shared_prefix_attention(groups)
 
     def attend(layer, q_THE, k_TKE, v_TKE):
         assert len(q_THE) == total, f"{len(q_THE)} tokens in a pack of {total}"
-        if q_THE.is_cuda and q_THE.dtype in (torch.bfloat16, torch.float16) and total:
-            return attend_flash(layer, q_THE, k_TKE, v_TKE)
+        if total and flash_attention_runs(kernel, q_THE):
+            return flash_attention()(layer, q_THE, k_TKE, v_TKE)
         parts = zip(q_THE.split(lengths), k_TKE.split(lengths), v_TKE.split(lengths), strict=True)
         out = []
-        for P, replies in groups:
+        for prompt_length, reply_lengths in groups:
             q_prompt, k_prompt, v_prompt = next(parts)
             out.append(sdpa(q_prompt, k_prompt, v_prompt))
-            for R in replies:
+            for reply_length in reply_lengths:
                 q, k, v = next(parts)
-                mask_RS = torch.ones(R, P + R, dtype=torch.bool, device=q.device).tril(P)
-                out.append(sdpa(q, torch.cat((k_prompt, k)), torch.cat((v_prompt, v)), mask_RS))
-        # A pack of nothing has a graph too, down to every weight: ranks reduce the same gradients.
+                shape = reply_length, prompt_length + reply_length
+                mask_TS = torch.ones(shape, dtype=torch.bool, device=q.device).tril(prompt_length)
+                out.append(sdpa(q, torch.cat((k_prompt, k)), torch.cat((v_prompt, v)), mask_TS))
+        # An empty pack has a graph too, down to every weight: all ranks must reduce the same gradients.
         return torch.cat(out) if out else q_THE + k_TKE.sum() + v_TKE.sum()
 
     return attend
 
 
-def flash_attention(groups):
-    """attend: `shared_prefix_attention` as two calls of FlashAttention over sequences of many lengths.
-
-    The first takes the prompts, each over itself; the second takes each reply over [its prompt; itself], so a
-    prompt's keys are gathered once for every reply. Two calls and not one, because a call launches as many
-    blocks for each sequence as its longest one needs.
-    """
-    @functools.cache  # once for all layers
-    def calls(device):
-        """[(queries, keys)] of the calls, and the place in their outputs of each of the T tokens."""
-        prompts, replies, keys, end = [], [], [], 0
-        for P, lengths in groups:
-            prompts.append(torch.arange(end, end + P))
-            end += P
-            for R in lengths:
-                replies.append(torch.arange(end, end + R))
-                keys.append(torch.cat((prompts[-1], replies[-1])))
-                end += R
-        pairs = [(prompts, prompts), (replies, keys)] if replies else [(prompts, prompts)]
-        place_T = torch.cat(prompts + replies).argsort().to(device)
-        return [(Runs.of(queries, device), Runs.of(keys, device)) for queries, keys in pairs], place_T
-
-    def attend(layer, q_THE, k_TKE, v_TKE):
-        pairs, place_T = calls(q_THE.device)
-        return torch.cat([varlen_causal(q_THE, k_TKE, v_TKE, *pair) for pair in pairs])[place_T]
-
-    return attend
-
-
-class Runs(NamedTuple):
-    """Sequences of tokens of a pack: the index of each token, int32 boundaries, tokens of the longest."""
-
-    index: torch.Tensor
-    bounds: torch.Tensor
-    longest: int
-
-    @classmethod
-    def of(cls, parts, device):
-        lengths = [len(part) for part in parts]
-        bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
-        return cls(torch.cat(parts).to(device), bounds, max(lengths))
-
-
-def varlen_causal(q_THE, k_TKE, v_TKE, queries, keys):
-    """FlashAttention of each run of queries over its run of keys, where the last query sees the last key."""
-    from torch.nn.attention.varlen import varlen_attn  # takes a second to import
-    # Plain indexing: its gradient adds up the copies of a prompt in a fixed order.
-    q, k, v = q_THE[queries.index], k_TKE[keys.index], v_TKE[keys.index]
-    grouped = {"enable_gqa": True}
-    if "enable_gqa" not in inspect.signature(varlen_attn).parameters:  # torch 2.11
-        share, grouped = q.shape[1] // k.shape[1], {}
-        k, v = k.repeat_interleave(share, 1), v.repeat_interleave(share, 1)
-    # The window, any key before and none after, is counted from the last query and the last key.
-    return varlen_attn(q, k, v, queries.bounds, keys.bounds, queries.longest, keys.longest,
-                       window_size=(-1, 0), **grouped)
-
-
-@contextlib.contextmanager
-def unsharded(model):
-    """A plain model on the whole weights, for a phase in which no rank waits for another."""
-    if not dist.is_initialized():
-        yield model
-        return
-    groups = (*model.layers, model)
-    try:
-        for module in groups:
-            module.unshard()
-        with torch.device("meta"):
-            plain = Qwen2(model.config)
-        weights = {name: weight.detach() for name, weight in model.named_parameters()}
-        plain.load_state_dict(weights, assign=True)
-        yield plain
-    finally:
-        for module in groups:
-            module.reshard()
+def flash_attention_runs(kernel, q_THE):
+    """Whether FlashAttention, which exists on GPUs and for 16 bits only, computes attention for q_THE."""
+    is_16_bit = q_THE.dtype in (torch.bfloat16, torch.float16)
+    if kernel == "auto" and not is_16_bit:
+        return False
+    if choose_kernel(kernel, q_THE.device.type, "attention") != "gpu":
+        return False
+    if not is_16_bit:
+        raise ValueError(f"kernel {kernel!r}: FlashAttention computes in bf16 and fp16, not in "
+                         f"{str(q_THE.dtype).removeprefix('torch.')}; use 'auto' or 'reference'")
+    return True
 
 
 # Hugging Face folders.
 
 
-def resolve(path, patterns=("*.json", "*.safetensors", "*.txt", "*.jinja")):
-    """The local folder of a model: `path` itself where it is one, else such files of the hub's snapshot."""
-    if os.path.isdir(path):
-        return Path(path)
-    from huggingface_hub import snapshot_download
-    try:
-        return Path(snapshot_download(str(path), allow_patterns=list(patterns)))
-    except (ValueError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{path}: no local folder, and the hub gave no such model ({reason})") from None
-
-
-def read_json(file):
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file}: not a readable JSON file ({error}); is the folder complete?") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{file}: expected a JSON object, found {type(value).__name__}")
-    return value
-
-
 def hf_name(name):
-    """The name of a parameter in a Hugging Face checkpoint."""
+    """The name that a parameter has in a Hugging Face checkpoint."""
     return name if name.startswith("lm_head.") else "model." + name
-
-
-def open_weights(folder):
-    """{name: slice} of a checkpoint: of its model.safetensors, or of every shard that its index names."""
-    files = ["model.safetensors"]
-    if (folder / INDEX).exists():
-        weight_map = read_json(folder / INDEX).get("weight_map")
-        files = weight_map.values() if isinstance(weight_map, dict) else [None]
-        for file in files:
-            if not isinstance(file, str) or file != os.path.basename(file) or file in ("", ".", ".."):
-                raise ValueError(f"{folder / INDEX}: weight_map names {file!r}, not a file of this folder; "
-                                 "refused")
-    return {name: part for file in sorted(set(files)) for name, part in open_tensors(folder / file).items()}
-
-
-def open_tensors(file):
-    """{name: slice} of a safetensors file: `slice[rows]` reads only these."""
-    try:
-        opened = safe_open(file, framework="pt")
-        return {name: opened.get_slice(name) for name in opened.keys()}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file}: no readable tensors ({error}); is it all there?") from None
-
-
-def own_rows(tensor):
-    """(this rank's rows of a tensor, as which they count in the whole one); all where it is not sharded."""
-    if not hasattr(tensor, "to_local"):
-        return tensor, ...
-    size = -(-len(tensor) // tensor.device_mesh.size())
-    first = min(len(tensor), size * tensor.device_mesh.get_local_rank())
-    return tensor.to_local(), slice(first, min(len(tensor), first + size))
 
 
 @torch.no_grad()
 def load_hf(path, device="cpu", dtype=torch.float32, shard=None, seed=None):
-    """The model in a Hugging Face folder or under a hub name, its tensors cast to `dtype` on `device`.
+    """The model of a Hugging Face folder or hub name, its tensors cast to `dtype` on `device`.
 
-    shard(model): divides the parameters over the ranks before any has memory; each rank then reads its rows.
-    seed: read config.json only, and draw the weights. ValueError, naming the folder and the tensor, where one
-    is missing, unknown or of another shape. A tied model's copy of its head is accepted where it equals the
+    shard(model): shards the parameters over the ranks before they have memory; each rank then reads its rows.
+    seed: read config.json only and draw the weights. ValueError, naming the folder and the tensor, where one
+    is missing, unknown or of another shape. The head that some tied checkpoints repeat must equal the
     embedding.
     """
     folder = resolve(path)
@@ -407,7 +308,7 @@ def load_hf(path, device="cpu", dtype=torch.float32, shard=None, seed=None):
             shard(model)
         return model.to_empty(device=device).init_weights(seed)
     slices = open_weights(folder)
-    copy = slices.pop("lm_head.weight", None) if model.config.tie_word_embeddings else None
+    head = slices.pop("lm_head.weight", None) if model.config.tie_word_embeddings else None
     parameters = {hf_name(name): parameter for name, parameter in model.named_parameters()}
     for name, parameter in parameters.items():
         if name not in slices:
@@ -421,71 +322,22 @@ def load_hf(path, device="cpu", dtype=torch.float32, shard=None, seed=None):
         shard(model)
     model.to_empty(device=device)
     for name, parameter in model.named_parameters():
-        own, rows = own_rows(parameter)
-        own.copy_(slices[hf_name(name)][rows])
+        local, rows = own_rows(parameter)
+        local.copy_(slices[hf_name(name)][rows])
     _, rows = own_rows(model.embed_tokens.weight)
-    if copy is not None and not torch.equal(copy[rows], slices["model.embed_tokens.weight"][rows]):
+    if head is not None and not torch.equal(head[rows], slices["model.embed_tokens.weight"][rows]):
         raise ValueError(f"{folder}: config.json ties the head to the embedding, but lm_head.weight differs")
     return model
 
 
 def save_hf(model, path, max_shard_bytes=5_000_000_000):
-    """Write config.json and safetensors, in the parameters' own dtype, for `transformers`, vLLM, `load_hf`.
+    """Collective: write config.json and safetensors, in the dtype of the parameters, for `transformers`, vLLM
+    and `load_hf`. Rank 0 writes; sharded parameters are gathered one at a time.
 
-    More than `max_shard_bytes` of weights become numbered shards with an index. All files are written aside
-    and then renamed, the config last; other weights that the folder held are removed. Of a sharded model
-    every rank must call this: parameters are gathered one at a time, and the first rank writes.
+    More than `max_shard_bytes` of weights become numbered shards with an index; other weights in the folder
+    are removed. ValueError, naming the file, where one cannot be written: the folder is then as before.
     """
     tensors = {hf_name(name): tensor for name, tensor in model.state_dict().items()}
-    folder = Path(path)
-    if dist.is_initialized() and dist.get_rank() > 0:
-        write_tensors(folder, tensors)
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    shards, size = [{}], 0
-    for name, tensor in tensors.items():
-        if shards[-1] and size + tensor.nbytes > max_shard_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor
-        size += tensor.nbytes
-    weights, texts = {"model.safetensors": shards[0]}, {}
-    if len(shards) > 1:
-        weights = {f"model-{i:05d}-of-{len(shards):05d}.safetensors": x for i, x in enumerate(shards, 1)}
-        total = sum(tensor.nbytes for tensor in tensors.values())
-        weight_map = {name: file for file, shard in weights.items() for name in shard}
-        texts[INDEX] = {"metadata": {"total_size": total}, "weight_map": weight_map}
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    texts["config.json"] = {**model.config.to_hf(), "torch_dtype": dtype}
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished_") as aside:
-        for file, shard in weights.items():
-            write_tensors(Path(aside, file), shard)
-        for file, value in texts.items():
-            Path(aside, file).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-        for old in folder.glob("model*.safetensors*"):
-            if old.name not in weights | texts:
-                old.unlink()
-        for file in weights | texts:
-            os.replace(Path(aside, file), folder / file)
-
-
-def write_tensors(file, tensors):
-    """Write {name: tensor} as safetensors, a tensor at a time; a sharded one is gathered for it by all ranks,
-    which all must call this: the first one writes.
-
-    The format: the length of a JSON header in 8 bytes, the header, the numbers of each tensor in its order.
-    """
-    header, end = {"__metadata__": {"format": "pt"}}, 0
-    for name, tensor in tensors.items():
-        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape),
-                        "data_offsets": [end, end + tensor.nbytes]}
-        end += tensor.nbytes
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # the numbers start at a multiple of 8
-    is_first = not dist.is_initialized() or dist.get_rank() == 0
-    with open(file if is_first else os.devnull, "wb") as out:
-        out.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors.values():
-            gather = getattr(tensor, "full_tensor", tensor.detach)
-            # No name keeps a whole tensor while the next one is gathered.
-            out.write(gather().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    config = {**model.config.to_hf(), "torch_dtype": dtype}
+    write_weights(path, tensors, {"config.json": config}, max_shard_bytes)

@@ -1,7 +1,7 @@
 """Files that are complete or absent: reading text and JSON, atomic writes, the lock and the seal of a folder.
 
-In:  paths and values. Out: values and files. Every failure is a ValueError of one line that names the file and
-the remedy. Pure Python, so that the benchmark scorers, which import it, need no torch.
+In:  paths and values. Out: values and files. Every failure is a ValueError of one line that names the file
+and the remedy. Pure Python, so that the benchmark scorers, which import it, need no torch.
 
 A file is written under a temporary name, fsynced and renamed (`atomically`). A folder is sealed by
 manifest.json, which is written last and holds the size and the SHA-256 of every other file.
@@ -55,7 +55,8 @@ def atomically(path):
             fsync(temporary)
             os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it is gone already, or its folder could not be made
+            temporary.unlink()
 
 
 def write_text(path, text):
@@ -73,7 +74,7 @@ def writing(path):
     try:
         yield
     except OSError as error:
-        raise ValueError(f"{path}: cannot be written ({error.strerror})") from None
+        raise ValueError(f"{path}: cannot be written ({error.strerror or error})") from None
 
 
 def fsync(path):

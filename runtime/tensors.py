@@ -1,7 +1,7 @@
 """Hugging Face folders as files: finding one, reading safetensors by rows, writing them a tensor at a time.
 
-In:  a folder or hub name. Out: {name: slice}, of which a rank reads only its rows. Names of tensors mean nothing
-here; model.py checks them.
+In:  a folder or hub name. Out: {name: slice}, of which a rank reads only its rows. Names of tensors mean
+nothing here; model.py checks them.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from runtime.files import atomically, read_json
+from runtime.files import atomically, fsync, read_json, writing
 from runtime.ranks import is_first_rank
 
 INDEX = "model.safetensors.index.json"
@@ -57,13 +57,13 @@ def write_weights(folder, tensors, texts, max_shard_bytes):
     """Collective: write {name: tensor} as model.safetensors, or as numbered shards with an index where they
     take more than `max_shard_bytes`, and then `texts`, {file name: JSON value}.
 
-    No file takes its final name before all are written. Other weights that the folder held are removed.
+    No file takes its final name before all are on the disk: an error while writing, a ValueError that names
+    the file, leaves the folder as it was. Other weights that the folder held are removed.
     """
     folder = Path(folder)
     if not is_first_rank():
         write_tensors(folder, tensors)
         return
-    folder.mkdir(parents=True, exist_ok=True)
     shards, size = [{}], 0
     for name, tensor in tensors.items():
         if shards[-1] and size + tensor.nbytes > max_shard_bytes:
@@ -78,20 +78,29 @@ def write_weights(folder, tensors, texts, max_shard_bytes):
         weight_map = {name: file for file, shard in weights.items() for name in shard}
         texts = {INDEX: {"metadata": {"total_size": total}, "weight_map": weight_map}, **texts}
     with contextlib.ExitStack() as stack:
-        # The stack renames in reverse order: weights first, and the config, by which a folder is known, last.
-        temporary = {file: stack.enter_context(atomically(folder / file)) for file in [*weights, *texts][::-1]}
+        # The stack renames in reverse order: weights, then the index that refers to them, the config last.
+        files = reversed([*weights, *texts])
+        temporary = {file: stack.enter_context(atomically(folder / file)) for file in files}
+        # A full disk shows here, before the first rename replaces a part of the old folder.
         for file, shard in weights.items():
-            write_tensors(temporary[file], shard)
+            with writing(folder / file):
+                write_tensors(temporary[file], shard)
+                fsync(temporary[file])
         for file, value in texts.items():
-            temporary[file].write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-        for old in folder.glob("model*.safetensors*"):
-            if old.name not in weights | texts and old not in temporary.values():
+            with writing(folder / file):
+                temporary[file].write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+                fsync(temporary[file])
+    # After the renames, so that a crash leaves a folder that loads; the old index first, because it takes
+    # precedence over the new model.safetensors.
+    for old in sorted(folder.glob("model*.safetensors*"), reverse=True):
+        if old.name not in weights | texts:
+            with writing(old):
                 old.unlink()
 
 
 def write_tensors(file, tensors):
-    """Collective: write {name: tensor} as safetensors. A sharded tensor is gathered when it is its turn, so one
-    full tensor exists at a time; rank 0 writes.
+    """Collective: write {name: tensor} as safetensors. Sharded tensors are gathered one after the other, so
+    that one full tensor exists at a time; rank 0 writes.
 
     The format: 8 bytes with the length of a JSON header, the header, the numbers of each tensor in its order.
     """

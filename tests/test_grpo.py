@@ -18,7 +18,6 @@ import grpo
 from grpo import (
     group_advantages,
     grpo_loss,
-    merge_stats,
     pack,
     pack_micro_batches,
     sft_loss,
@@ -26,6 +25,7 @@ from grpo import (
     token_logprobs_reference,
 )
 from model import ModelConfig, Qwen2, packed_attention, shared_prefix_attention
+from runtime.metrics import merge_stats
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCAB = 32

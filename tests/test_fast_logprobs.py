@@ -4,6 +4,7 @@ Everywhere uninitialised memory is NaN, chunks hold 5 tokens and blocks 16 logit
 have many of each with ragged ends.
 """
 
+import importlib
 import math
 import os
 import subprocess
@@ -18,8 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 triton = pytest.importorskip("triton", reason="triton has no wheels for this platform")
 
 import grpo  # noqa: E402
-from grpo import pack, token_logprobs, token_logprobs_reference, token_logprobs_triton  # noqa: E402
+from fast import logprobs  # noqa: E402
+from grpo import pack, token_logprobs, token_logprobs_reference  # noqa: E402
 from model import ModelConfig, Qwen2, shared_prefix_attention  # noqa: E402
+from runtime.kernel import choose_kernel  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -32,8 +35,8 @@ SIZES = [(13, 7, 37, 33), (1, 3, 5, None), (5, 1, 16, 16), (6, 4, 17, 16), (11, 
 def small_chunks_and_uninitialised_memory_of_nan(request, monkeypatch):
     if request.node.get_closest_marker("gpu"):
         return
-    monkeypatch.setattr(grpo, "CHUNK_TOKENS", 5)
-    monkeypatch.setattr(grpo, "BLOCK", 16)
+    monkeypatch.setattr(logprobs, "CHUNK_TOKENS", 5)
+    monkeypatch.setattr(logprobs, "BLOCK", 16)
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         plain = getattr(owner, name)
 
@@ -72,7 +75,7 @@ def assert_equal(fused, reference, tolerance):
 @pytest.mark.parametrize("sizes", SIZES)
 def test_outputs_and_gradients_equal_the_definition(sizes, temperature):
     *head, vocab_size = *random_head(*sizes), sizes[-1]
-    assert_equal(results(token_logprobs_triton, *head, vocab_size, temperature),
+    assert_equal(results(logprobs.token_logprobs, *head, vocab_size, temperature),
                  results(token_logprobs_reference, *head, vocab_size, temperature), 1e-12)
 
 
@@ -80,7 +83,7 @@ def test_outputs_and_gradients_equal_the_definition(sizes, temperature):
 def test_the_first_and_the_last_id_are_targets_like_any_other(target):
     hidden_LD, weight_VD, targets_L = random_head(7, 4, 37, 33)
     head = hidden_LD, weight_VD, torch.full_like(targets_L, target), 33
-    assert_equal(results(token_logprobs_triton, *head), results(token_logprobs_reference, *head), 1e-12)
+    assert_equal(results(logprobs.token_logprobs, *head), results(token_logprobs_reference, *head), 1e-12)
 
 
 @pytest.mark.parametrize("peak", [0, 15, 16, 32])
@@ -90,7 +93,7 @@ def test_the_largest_logit_may_stand_in_any_block(peak):
         hidden_LD.abs_()
         weight_VD[peak] += 40
     head = hidden_LD, weight_VD, targets_L, 33
-    assert_equal(results(token_logprobs_triton, *head), results(token_logprobs_reference, *head), 1e-12)
+    assert_equal(results(logprobs.token_logprobs, *head), results(token_logprobs_reference, *head), 1e-12)
 
 
 def test_upstream_gradients_and_targets_of_any_stride_are_taken():
@@ -100,7 +103,7 @@ def test_upstream_gradients_and_targets_of_any_stride_are_taken():
     one_L = torch.ones(1, device=DEVICE, dtype=torch.float64).expand(7)  # the upstream gradient of a sum
     for upstream_L in (numbers_L, one_L):
         grads = []
-        for function in (token_logprobs_triton, token_logprobs_reference):
+        for function in (logprobs.token_logprobs, token_logprobs_reference):
             logp_L, _ = function(hidden_LD, weight_VD, targets_L, TEMPERATURE)
             grads.append(torch.autograd.grad(logp_L, (hidden_LD, weight_VD), upstream_L))
         assert_equal(*grads, 1e-12)
@@ -108,7 +111,7 @@ def test_upstream_gradients_and_targets_of_any_stride_are_taken():
 
 def test_no_tokens_give_no_log_probs_and_gradients_of_zero():
     hidden_LD, weight_VD, targets_L = random_head(0, 3, 5)
-    logp_L, entropy_L, *grads = results(token_logprobs_triton, hidden_LD, weight_VD, targets_L)
+    logp_L, entropy_L, *grads = results(logprobs.token_logprobs, hidden_LD, weight_VD, targets_L)
     assert logp_L.shape == entropy_L.shape == (0,)
     assert grads[0].shape == (0, 3) and grads[1].tolist() == [[0.0] * 3] * 5
 
@@ -120,7 +123,7 @@ def test_phantom_rows_change_nothing_and_get_no_gradient():
         hidden_LD, weight_VD, targets_L = random_head(8, 5, 40, 33)
         with torch.no_grad():
             weight_VD[33:] += boost
-        both.append(results(token_logprobs_triton, hidden_LD, weight_VD, targets_L, 33))
+        both.append(results(logprobs.token_logprobs, hidden_LD, weight_VD, targets_L, 33))
         assert not both[-1][3][33:].any() and both[-1][3][:33].any(1).all()
     # The one place where phantom rows enter is a product with zeros.
     assert_equal(*both, 1e-15)
@@ -133,7 +136,7 @@ def test_the_gradients_of_a_whole_model_equal_those_through_the_definition(tied)
                          initializer_range=0.4)
     tree = pack([[1, 2, 3], [4]], [[[5, 6], [7, 8, 9, 10]], [[11, 32]]]).to(DEVICE)
     grads = []
-    for kernel in ("triton", "reference"):
+    for kernel in ("fast", "reference"):
         model = Qwen2(config).init_weights(0).double().to(DEVICE)
         hidden_TD = model(tree.tokens_T, tree.positions_T, shared_prefix_attention(tree.groups))
         logp_L, _ = token_logprobs(hidden_TD[tree.predictor_L], model.head_weight(), tree.targets_L,
@@ -146,7 +149,7 @@ def test_the_gradients_of_a_whole_model_equal_those_through_the_definition(tied)
 
 def test_the_entropy_has_no_gradient():
     hidden_LD, weight_VD, targets_L = random_head(7, 4, 20)
-    logp_L, entropy_L = token_logprobs_triton(hidden_LD, weight_VD, targets_L, TEMPERATURE)
+    logp_L, entropy_L = logprobs.token_logprobs(hidden_LD, weight_VD, targets_L, TEMPERATURE)
     assert logp_L.requires_grad and not entropy_L.requires_grad
 
 
@@ -156,11 +159,11 @@ def test_the_entropy_has_no_gradient():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e2, 1e4])
 def test_log_probs_are_never_positive_and_entropies_never_negative(scale, dtype):
-    hidden_LD, weight_VD, _ = random_head(30, 8, 33, dtype=dtype)
+    hidden_LD, weight_VD, _ = random_head(12, 8, 33, dtype=dtype)
     hidden_LD = (hidden_LD * scale).detach()
     for pick in (torch.argmax, torch.argmin):
         targets_L = pick(hidden_LD.float() @ weight_VD.float().T, -1)
-        logp_L, entropy_L = token_logprobs_triton(hidden_LD, weight_VD, targets_L, TEMPERATURE)
+        logp_L, entropy_L = logprobs.token_logprobs(hidden_LD, weight_VD, targets_L, TEMPERATURE)
         assert logp_L.dtype == entropy_L.dtype == torch.float32
         assert logp_L.max() <= 0 and logp_L.isfinite().all()
         assert entropy_L.isfinite().all() and entropy_L.min() >= 0
@@ -174,7 +177,7 @@ def test_logits_of_ten_thousand_above_and_below_zero_are_exact_where_their_softm
     weight_VD = torch.tensor([[-1.0], [1.0], [-1.0], [1.0]], device=DEVICE, requires_grad=True)
     targets_L = torch.tensor([0, 1, 3], device=DEVICE)
     head = hidden_LD, weight_VD, targets_L
-    logp_L, entropy_L, dhidden_LD, _ = results(token_logprobs_triton, *head, temperature=0.5)
+    logp_L, entropy_L, dhidden_LD, _ = results(logprobs.token_logprobs, *head, temperature=0.5)
     torch.testing.assert_close(logp_L.tolist(), [-4e4 - math.log(2), -math.log(2), -math.log(2)])
     torch.testing.assert_close(entropy_L.tolist(), [math.log(2)] * 3)
     torch.testing.assert_close(dhidden_LD.flatten().tolist(), [4.0, 0.0, 0.0], atol=4e-3, rtol=0)
@@ -185,12 +188,14 @@ def test_a_nan_stays_visible():
     hidden_LD, weight_VD, targets_L = random_head(3, 4, 20, dtype=torch.float32)
     with torch.no_grad():
         hidden_LD[1, 2] = math.nan
-    logp_L, entropy_L = token_logprobs_triton(hidden_LD, weight_VD, targets_L, TEMPERATURE)
+    logp_L, entropy_L = logprobs.token_logprobs(hidden_LD, weight_VD, targets_L, TEMPERATURE)
     assert logp_L.isnan().tolist() == entropy_L.isnan().tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize("scale", [0.3, 3.0])
-def test_fp32_is_as_near_to_fp64_as_the_softmax_of_all_logits(scale):
+def test_fp32_is_as_near_to_fp64_as_the_softmax_of_all_logits(scale, monkeypatch):
+    monkeypatch.setattr(logprobs, "CHUNK_TOKENS", 16)
+    monkeypatch.setattr(logprobs, "BLOCK", 128)
     hidden_LD, weight_VD, targets_L = random_head(40, 16, 300, dtype=torch.float32)
     with torch.no_grad():
         hidden_LD *= scale
@@ -201,7 +206,7 @@ def test_fp32_is_as_near_to_fp64_as_the_softmax_of_all_logits(scale):
 
     doubles = [x.detach().double().requires_grad_() for x in (hidden_LD, weight_VD)]
     exact = results(naive, *doubles, targets_L)
-    fused = results(token_logprobs_triton, hidden_LD, weight_VD, targets_L)
+    fused = results(logprobs.token_logprobs, hidden_LD, weight_VD, targets_L)
     whole = results(naive, hidden_LD, weight_VD, targets_L)
     names = "logp", "entropy", "gradient of hidden", "gradient of weight"
     for name, ours, theirs, truth in zip(names, fused, whole, exact, strict=True):
@@ -211,13 +216,13 @@ def test_fp32_is_as_near_to_fp64_as_the_softmax_of_all_logits(scale):
 
 
 def test_the_weight_gradient_is_added_up_in_fp32():
-    # Logits of zero: p is 1/4, and each of 300 tokens in 60 chunks adds exactly 3/4 to one row and takes 1/4
-    # from the others. Sums in bf16 would stay behind from 128 on.
-    hidden_LD = torch.ones(300, 1, dtype=torch.bfloat16, device=DEVICE, requires_grad=True)
+    # Logits of zero: p is 1/4, and with an upstream gradient of 5 each of 60 tokens in 12 chunks adds exactly
+    # 3.75 to one row and takes 1.25 from the others. From the fifth chunk on, bf16 cannot hold the sum.
+    hidden_LD = torch.ones(60, 1, dtype=torch.bfloat16, device=DEVICE, requires_grad=True)
     weight_VD = torch.zeros(4, 1, dtype=torch.bfloat16, device=DEVICE, requires_grad=True)
-    targets_L = torch.zeros(300, dtype=torch.int64, device=DEVICE)
-    logp_L, _ = token_logprobs_triton(hidden_LD, weight_VD, targets_L, 1.0)
-    logp_L.sum().backward()
+    targets_L = torch.zeros(60, dtype=torch.int64, device=DEVICE)
+    logp_L, _ = logprobs.token_logprobs(hidden_LD, weight_VD, targets_L, 1.0)
+    (5 * logp_L).sum().backward()
     assert weight_VD.grad.dtype == torch.bfloat16
     assert weight_VD.grad.flatten().tolist() == [225.0, -75.0, -75.0, -75.0]
 
@@ -225,7 +230,7 @@ def test_the_weight_gradient_is_added_up_in_fp32():
 def test_bf16_gradients_are_near_those_of_fp64():
     head = random_head(33, 8, 37, dtype=torch.bfloat16)
     exact = [x.detach().double().requires_grad_() if x.is_floating_point() else x for x in head]
-    for ours, truth in zip(results(token_logprobs_triton, *head), results(token_logprobs_reference, *exact),
+    for ours, truth in zip(results(logprobs.token_logprobs, *head), results(token_logprobs_reference, *exact),
                            strict=True):
         assert (ours.double() - truth).norm() < 0.01 * truth.norm()
 
@@ -235,7 +240,7 @@ def test_autocast_multiplies_in_bf16_and_keeps_statistics_and_weight_gradient_in
     hidden_LD, weight_VD, targets_L = random_head(13, 16, 37, 33, dtype=torch.float32)
     hidden_LD = hidden_LD.detach().to(hidden_dtype).requires_grad_()
     with torch.autocast(DEVICE, torch.bfloat16):
-        fused = token_logprobs_triton(hidden_LD, weight_VD, targets_L, TEMPERATURE, 33)
+        fused = logprobs.token_logprobs(hidden_LD, weight_VD, targets_L, TEMPERATURE, 33)
         reference = token_logprobs_reference(hidden_LD, weight_VD, targets_L, TEMPERATURE, 33)
     torch.testing.assert_close(fused, reference, rtol=1e-5, atol=1e-5)
     assert fused[0].dtype == fused[1].dtype == torch.float32
@@ -270,7 +275,7 @@ def test_one_chunk_of_logits_exists_and_none_is_kept_for_backward():
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
         with Storages(4 * 50) as forward:
-            logp_L, _ = token_logprobs_triton(hidden_LD, weight_VD, targets_L, TEMPERATURE)
+            logp_L, _ = logprobs.token_logprobs(hidden_LD, weight_VD, targets_L, TEMPERATURE)
     with Storages(4 * 50) as backward:
         logp_L.sum().backward()
     assert len(forward.seen) == len(backward.seen) == 1
@@ -289,11 +294,11 @@ def test_rows_past_two_to_the_31st_logit_are_found(tmp_path):
     exact_CV = logits_CV.float().log_softmax(-1)
     targets_C = torch.tensor([3, 0, 32])
     logp_C, entropy_C, peak_C, log_total_C = (torch.empty(3) for _ in range(4))
-    grpo.logprob_of_row[(3,)](logits_CV, targets_C, logp_C, entropy_C, peak_C, log_total_C, stride, 33, 33,
-                              1.0, 16)
+    logprobs.logprob_of_row[(3,)](logits_CV, targets_C, logp_C, entropy_C, peak_C, log_total_C,
+                                  stride, 33, 33, 1.0, 16)
     torch.testing.assert_close(logp_C, exact_CV.gather(1, targets_C[:, None])[:, 0])
-    grpo.gradient_of_logits[(3, 3)](logits_CV, targets_C, peak_C, log_total_C, torch.ones(3), stride, 33, 33,
-                                    1.0, 16)
+    logprobs.gradient_of_logits[(3, 3)](logits_CV, targets_C, peak_C, log_total_C, torch.ones(3),
+                                        stride, 33, 33, 1.0, 16)
     expected_CV = F.one_hot(targets_C, 33) - exact_CV.exp()
     torch.testing.assert_close(logits_CV.float(), expected_CV, atol=1e-3, rtol=0)
     (tmp_path / "logits").unlink()
@@ -302,34 +307,53 @@ def test_rows_past_two_to_the_31st_logit_are_found(tmp_path):
 # Which kernel, and where.
 
 
-def test_auto_is_the_definition_on_a_cpu_and_the_fused_version_on_a_gpu_and_says_so_once(monkeypatch, capsys):
-    grpo.best_kernel.cache_clear()
+@pytest.fixture
+def fresh_choice():
+    """The choice of a kernel is kept for a whole process: forget it before and after a test."""
+    choose_kernel.cache_clear()
+    yield
+    choose_kernel.cache_clear()
+
+
+@pytest.mark.usefixtures("fresh_choice")
+def test_auto_is_the_definition_on_a_cpu_and_says_so_once(monkeypatch, capsys):
     calls = []
-    for name in ("reference", "triton"):
-        monkeypatch.setattr(grpo, f"token_logprobs_{name}", lambda *args, name=name: calls.append(name))
+    monkeypatch.setattr(grpo, "token_logprobs_reference", lambda *args: calls.append("reference"))
+    monkeypatch.setattr(logprobs, "token_logprobs", lambda *args: calls.append("fast"))
     on_cpu = torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1, dtype=torch.int64), 1.0
     for _ in range(3):
         token_logprobs(*on_cpu)
-    token_logprobs(*on_cpu, kernel="triton")
-    assert calls == ["reference"] * 3 + ["triton"]
-    assert capsys.readouterr().err == "token log-probs on cpu: kernel 'reference'\n"
-    assert grpo.best_kernel("cuda") == "triton"
-    monkeypatch.setattr(grpo, "triton", None)
-    grpo.best_kernel.cache_clear()
-    assert grpo.best_kernel("cuda") == "reference"
-    grpo.best_kernel.cache_clear()
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    token_logprobs(*on_cpu, kernel="fast")
+    token_logprobs(*on_cpu, kernel="triton")  # the older name
+    token_logprobs(*on_cpu, kernel="reference")
+    assert calls == ["reference"] * 3 + ["fast"] * 2 + ["reference"]
+    assert capsys.readouterr().err == "kernel of token log-probs on cpu: reference\n"
 
 
-def test_the_fused_version_is_refused_in_one_line_where_it_cannot_run(monkeypatch):
+@pytest.mark.usefixtures("fresh_choice")
+@pytest.mark.parametrize("kernel", ["fast", "triton"])
+def test_the_fused_version_is_refused_in_one_line_where_it_cannot_run(kernel, monkeypatch):
     head = torch.zeros(2, 3), torch.zeros(4, 3), torch.zeros(2, dtype=torch.int64), 1.0
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(ValueError, match="kernel 'triton' needs a CUDA GPU .*'auto'") as caught:
-        token_logprobs(*head, kernel="triton")
+    with pytest.raises(ValueError, match=f"kernel '{kernel}'.* a GPU needs .*'auto'") as caught:
+        token_logprobs(*head, kernel=kernel)
     assert "\n" not in str(caught.value)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(grpo, "triton", None)
+    monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(ValueError, match="the triton package"):
-        token_logprobs(*head, kernel="triton")
+        token_logprobs(*head, kernel=kernel)
+
+
+@pytest.mark.usefixtures("fresh_choice")
+def test_a_machine_without_triton_has_the_definition(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    for name in ("grpo", "fast", "fast.logprobs"):
+        monkeypatch.delitem(sys.modules, name)
+    one = torch.ones(1, 2)
+    without_triton = importlib.import_module("grpo").token_logprobs
+    assert without_triton is not token_logprobs
+    assert without_triton(one, one, torch.zeros(1, dtype=torch.int64), 1.0)[0].item() == 0.0
 
 
 def run_python(code, **environment):
@@ -338,22 +362,10 @@ def run_python(code, **environment):
                           capture_output=True, check=True).stdout
 
 
-def test_a_machine_without_triton_has_the_definition():
-    code = """
-import sys
-sys.modules["triton"] = None
-import torch
-import grpo
-one = torch.ones(1, 2)
-print(grpo.token_logprobs(one, one, torch.zeros(1, dtype=torch.int64), 1.0)[0].item())
-"""
-    assert run_python(code) == "0.0\n"
-
-
 def test_the_kernels_compile_for_a_hopper_gpu_and_load_eight_logits_at_once(tmp_path):
     code = """
-import grpo
 import triton
+from fast import logprobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -361,13 +373,13 @@ def compiled(kernel, pointers):
     names = kernel.arg_names
     types = dict(zip(names, pointers + ["i32"] + ["constexpr"] * 4, strict=True))
     places = [(i,) for i in range(len(names))]
-    constants = dict(zip(places[-4:], [151936, 151665, 1 / 0.7, grpo.BLOCK], strict=True))
+    constants = dict(zip(places[-4:], [151936, 151665, 1 / 0.7, logprobs.BLOCK], strict=True))
     multiples_of_16 = {place: [["tt.divisibility", 16]] for place in places[:-4]}
     source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=multiples_of_16)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8}).asm["ptx"]
 
-for ptx in (compiled(grpo.logprob_of_row, ["*bf16", "*i64"] + ["*fp32"] * 4),
-            compiled(grpo.gradient_of_logits, ["*bf16", "*i64"] + ["*fp32"] * 3)):
+for ptx in (compiled(logprobs.logprob_of_row, ["*bf16", "*i64"] + ["*fp32"] * 4),
+            compiled(logprobs.gradient_of_logits, ["*bf16", "*i64"] + ["*fp32"] * 3)):
     print(".target sm_90" in ptx, ptx.count("ld.global.v4.b32"))
 """
     pytest.importorskip("triton.backends.nvidia", reason="this triton compiles for no NVIDIA GPU")
@@ -384,7 +396,7 @@ def test_true_shapes_equal_the_definition_within_the_memory_of_one_chunk():
         weight_VD *= 0.1
         weight_VD[151665:] += 10
     outcomes = []
-    for function in (token_logprobs_triton, token_logprobs_reference):
+    for function in (logprobs.token_logprobs, token_logprobs_reference):
         with torch.autocast("cuda", torch.bfloat16):
             logp_L, entropy_L = function(hidden_LD, weight_VD, targets_L, TEMPERATURE, 151665)
         grads = torch.autograd.grad(logp_L.sum(), (hidden_LD, weight_VD))
@@ -404,7 +416,7 @@ def test_the_memory_beyond_the_gradients_is_that_of_one_chunk_at_any_number_of_t
         targets_L = torch.randint(151665, (tokens,), device="cuda")
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        logp_L, _ = token_logprobs_triton(hidden_LD, weight_VD, targets_L, TEMPERATURE, 151665)
+        logp_L, _ = logprobs.token_logprobs(hidden_LD, weight_VD, targets_L, TEMPERATURE, 151665)
         logp_L.sum().backward()
         # The weight's gradient is counted as the fp32 sum that it is until the end.
         gradients = 2 * hidden_LD.numel() + 4 * weight_VD.numel()
@@ -417,8 +429,8 @@ def test_the_memory_beyond_the_gradients_is_that_of_one_chunk_at_any_number_of_t
 def test_a_buffer_of_more_than_two_to_the_31st_logits_is_addressed_right(monkeypatch):
     hidden_LD, weight_VD, targets_L = random_head(14500, 64, 151936, 151665, dtype=torch.bfloat16)
     assert len(hidden_LD) * len(weight_VD) > 2**31
-    chunked = results(token_logprobs_triton, hidden_LD, weight_VD, targets_L, 151665)
-    monkeypatch.setattr(grpo, "CHUNK_TOKENS", 2**14)
-    whole = results(token_logprobs_triton, hidden_LD, weight_VD, targets_L, 151665)
+    chunked = results(logprobs.token_logprobs, hidden_LD, weight_VD, targets_L, 151665)
+    monkeypatch.setattr(logprobs, "CHUNK_TOKENS", 2**14)
+    whole = results(logprobs.token_logprobs, hidden_LD, weight_VD, targets_L, 151665)
     for a, b in zip(whole, chunked, strict=True):
         assert (a.float() - b.float()).norm() < 0.01 * b.float().norm()
