@@ -6,14 +6,13 @@ log-prob of each under the distribution that it was drawn from. Training takes t
     key    = fold(fold(seed of the prompt, number of the sample), position in the reply)
     token  ~ softmax(logits / temperature): the first id whose cumulative probability exceeds u = uniform(key)
 
-So a reply does not depend on the other rows of its batch or on their order, and a row that is preempted and
-restarted draws the same tokens again. Each prompt is computed once for its n replies, except its last token,
-which is their first input. When a reply ends, a waiting row takes its slot. At the end of a rollout phase all
-is freed that points to memory which training moves. Here are the definitions; `generate` takes faster caches,
-draws and CUDA graphs from fast/ unless the kernel is "reference".
+So a reply does not depend on its batch, and a row that restarts after being preempted draws the same tokens.
+Each prompt is computed once for its n replies, except its last token, which is their first input. A waiting
+row takes the slot of a reply that ends. At the end of `generate` all is freed that points to weights, because
+training moves them. These are the definitions; unless the kernel is "reference", twins in fast/ are used.
 
-Axes: P prompts, G rollouts a prompt, T packed tokens, B rows being decoded, D width, H query heads, K key/value
-heads, E head size, S positions of a cache slot, V vocabulary rows.
+Axes: P prompts, G rollouts a prompt, T packed tokens, B rows being decoded, D width, H query heads,
+K key/value heads, E head size, S positions of a cache slot, V vocabulary rows.
 """
 
 import functools
@@ -68,9 +67,10 @@ def uniform(key_B):
 def sample_tokens(logits_BV, temperature, key_B, top_p=1.0, vocab_size=None):
     """Draw one token a row by inverse CDF. Returns (ids_B, logp_B): int64 ids and fp32 log-probs in nats.
 
-    temperature: 0 takes the most likely token; key_B: int64, keys of (prompt, sample, position); top_p < 1: from
-    the smallest set of tokens with that much probability (arXiv 1904.09751), for inference only, as logp_B is
-    that of the whole tempered softmax (at temperature 0: the plain one); vocab_size: ids that have a token.
+    temperature: 0 is greedy; key_B: int64, keys of (prompt, sample, position); vocab_size: ids that have a
+    token, others are never drawn; top_p < 1: draw from the smallest set of tokens with that much probability
+    (arXiv 1904.09751). logp_B is that of the whole tempered softmax (at temperature 0: the plain one), not of
+    this set, so top_p is for inference only.
     """
     logp_BV = torch.log_softmax(logits_BV[:, :vocab_size].float() / (temperature or 1.0), -1)
     if temperature == 0:
@@ -98,7 +98,6 @@ class Prompt:
 @dataclass(eq=False)
 class Row:
     """One reply being decoded."""
-
     number: int  # of the rollout
     rollout: Rollout
     prompt: Prompt
@@ -112,61 +111,58 @@ class Row:
 
 
 class Cache:
-    """Keys and values [layer, slot, S, K, E] of the rows in slots 0 … B - 1, in the plainest form.
+    """Keys and values of the rows in slots 0 … B - 1, in the plainest form: kv is [layer, 2, slot, S, K, E].
 
     The protocol of all caches, in the order of the calls:
     admit(row, running)     Before a row starts. False: no memory beside `running` others, ask again later.
     place(row, slot)        Write `row.prompt.kv` to its slot.
     drop_prompts(prompts)   All rows of these prompts have started: free what is kept of them.
-    reserve(rows, steps)    Make room for the next steps. Returns the rows to preempt for it, released already.
-    prepare(rows)           The next steps are of these rows, rows[i] in slot i.
-    attend(position_B)      At each step; int64, tokens before each row's new one. Returns the model's `attend`:
-                            it stores k and v of the new tokens and attends to all tokens so far.
-    release(row)            A row has ended: free its memory.
-    move(source, target)    The row in the last slot goes to the freed one.
+    reserve(rows, steps)    Before every few steps of these rows, rows[i] in slot i: make room for their new
+                            tokens. Returns None, or a row to preempt before asking again.
+    attend(position_B)      At each step; int64, tokens before each row's new one. Returns the model's attend,
+                            which stores k and v of the new tokens and attends to all tokens so far.
+    release(row)            A row has ended or is preempted: free its memory.
+    move(source, target)    The row in the last slot takes the free one.
     close()                 Free all memory, even if a traceback still refers to the cache.
 
-    longest_prompt, limit: most tokens of a prompt, of a row; steps: most in `reserve`; memory_gib: bounds keys
+    longest_prompt, limit: most tokens of a prompt, of a row; steps: as in `reserve`; memory_gib: bounds keys
     and values, here by fewer slots, None: no bound; kernel: as chosen. ValueError if not one row fits.
     """
 
     def __init__(self, config, dtype, device, slots, longest_prompt, limit, steps, memory_gib, kernel):
         S = limit + steps - 1  # a row may be decoded past its limit
-        shape = (S, config.num_key_value_heads, config.head_dim)
-        row_gib = 2 * config.num_hidden_layers * math.prod(shape) * dtype.itemsize / 2**30
+        layers, shape = config.num_hidden_layers, (S, config.num_key_value_heads, config.head_dim)
+        row_gib = 2 * layers * math.prod(shape) * dtype.itemsize / 2**30
         self.slots = slots if memory_gib is None else min(slots, int(memory_gib / row_gib))
         if self.slots < 1:
             raise ValueError(f"kv_memory_gib: {memory_gib:.4g} GiB do not hold one row of {limit} tokens; "
                              f"give it {math.ceil(row_gib * 1000) / 1000} or lower max_new_tokens")
-        shape = (config.num_hidden_layers, self.slots, *shape)
-        self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+        self.kv = torch.zeros(layers, 2, self.slots, *shape, dtype=dtype, device=device)
 
     def admit(self, row, running):
         return True
 
     def place(self, row, slot):
-        kv = F.pad(row.prompt.kv, (0, 0, 0, 0, 0, self.keys.shape[2] - row.cached()))
-        self.keys[:, slot], self.values[:, slot] = kv.unbind(1)
+        self.kv[:, :, slot] = F.pad(row.prompt.kv, (0, 0, 0, 0, 0, self.kv.shape[3] - row.cached()))
 
     def drop_prompts(self, prompts):
         for prompt in prompts:
             prompt.kv = None
 
     def reserve(self, rows, steps):
-        return []
-
-    def prepare(self, rows):
-        pass
+        return None
 
     def attend(self, position_B):
-        B, S, device = len(position_B), self.keys.shape[2], position_B.device
-        row_B, visible_BS = torch.arange(B, device=device), torch.arange(S, device=device) <= position_B[:, None]
+        B = len(position_B)
+        row_B, position_S = (torch.arange(size, device=self.kv.device) for size in (B, self.kv.shape[3]))
+        visible_B11S = (position_S <= position_B[:, None])[:, None, None]
 
         def attend(layer, q_BHE, k_BKE, v_BKE):
-            self.keys[layer, row_B, position_B], self.values[layer, row_B, position_B] = k_BKE, v_BKE
-            k_BKSE, v_BKSE = (x[layer, :B].transpose(1, 2) for x in (self.keys, self.values))
-            q_BH1E, mask_B11S = q_BHE[:, :, None], visible_BS[:, None, None]
-            return F.scaled_dot_product_attention(q_BH1E, k_BKSE, v_BKSE, mask_B11S, enable_gqa=True)[:, :, 0]
+            k_BSKE, v_BSKE = self.kv[layer, :, :B]
+            k_BSKE[row_B, position_B], v_BSKE[row_B, position_B] = k_BKE, v_BKE
+            q_BH1E, k_BKSE, v_BKSE = q_BHE[:, :, None], k_BSKE.transpose(1, 2), v_BSKE.transpose(1, 2)
+            o_BH1E = F.scaled_dot_product_attention(q_BH1E, k_BKSE, v_BKSE, visible_B11S, enable_gqa=True)
+            return o_BH1E[:, :, 0]
 
         return attend
 
@@ -174,19 +170,18 @@ class Cache:
         pass
 
     def move(self, source, target):
-        self.keys[:, target], self.values[:, target] = self.keys[:, source], self.values[:, source]
+        self.kv[:, :, target] = self.kv[:, :, source]
 
     def close(self):
-        self.keys = self.values = None
+        self.kv = None
 
 
-def prefill(model, prompts):
+def prefill(model, prompts, kernel):
     """Compute `kv` of the first prompts, as many as fit into PREFILL_TOKENS and at least one."""
-    ends = list(accumulate(len(prompt.ids) - 1 for prompt in prompts))
-    fit = max(1, sum(end <= PREFILL_TOKENS for end in ends))
-    prompts, device = prompts[:fit], model.embed_tokens.weight.device
     lengths = [len(prompt.ids) - 1 for prompt in prompts]
-    attend_packed, layers = packed_attention([0, *ends[:fit]]), []
+    fit = max(1, sum(end <= PREFILL_TOKENS for end in accumulate(lengths)))
+    prompts, lengths, layers, device = prompts[:fit], lengths[:fit], [], model.embed_tokens.weight.device
+    attend_packed = packed_attention([0, *accumulate(lengths)], kernel if kernel == "reference" else "auto")
 
     def attend(layer, q_THE, k_TKE, v_TKE):
         layers.append(torch.stack((k_TKE, v_TKE)))
@@ -199,15 +194,15 @@ def prefill(model, prompts):
 
 
 class Decoder:
-    """Decode steps of a batch. Inputs and outputs keep their addresses, so that a step can be a CUDA graph."""
+    """Decode steps of a batch. Inputs and outputs keep their addresses, as CUDA graphs of a step need it."""
 
-    def __init__(self, model, cache, draw, dtype, use_graphs=False):
-        self.model, self.cache, self.draw, self.graphs = model, cache, draw, None
+    def __init__(self, model, cache, draw, dtype, kernel):
+        self.model, self.cache, self.draw, self.kernel, self.graphs = model, cache, draw, kernel, None
         self.head_DV = model.head_weight().to(dtype).T
         self.state_4B = self.head_DV.new_zeros(4, cache.slots, dtype=torch.int64)
         self.token_B, self.key_B, self.number_B, self.position_B = self.state_4B
         self.logp_B = self.head_DV.new_zeros(cache.slots, dtype=torch.float32)
-        if use_graphs:
+        if kernel == "gpu" and self.logp_B.is_cuda:
             from fast.graphs import Graphs
             self.graphs = Graphs(self.step, cache.slots, (self.state_4B, cache.table_BM))
 
@@ -222,7 +217,6 @@ class Decoder:
     def run(self, rows, steps):
         """The next `steps` tokens of each row and their log-probs, as two lists of lists."""
         B, step = len(rows), self.graphs.step if self.graphs else self.step
-        self.cache.prepare(rows)
         state = torch.tensor([((row.rollout.ids or row.prompt.ids)[-1], row.key, len(row.rollout.ids),
                                row.cached()) for row in rows])
         self.position_B.zero_()  # a graph may pad the batch: those rows write to position 0
@@ -234,7 +228,6 @@ class Decoder:
         return [torch.stack(each, 1).tolist() for each in zip(*drawn, strict=True)]
 
     def close(self):
-        """Free graphs, keys and values even if a traceback refers to the decoder."""
         if self.graphs:
             self.graphs.close()
         self.cache.close()
@@ -247,15 +240,25 @@ def generate(model, prompts, n, *, max_new_tokens, temperature, stop_ids, seeds_
              should_stop=lambda: False):
     """Sample n replies to each prompt: len(prompts)·n rollouts, prompt-major.
 
-    prompts: lists of ids; max_new_tokens: tokens a reply, stop id included; temperature: 0 is greedy; stop_ids:
-    ids that end a reply; seeds_P: one integer a prompt; top_p, vocab_size: see `sample_tokens`; batch_size: rows
-    decoded at once; kv_memory_gib: of keys and values, None: what a GPU has free, on a CPU what the rows need;
-    kernel: "reference", "fast" or "auto" (runtime/kernel.py); progress: name of a progress bar, shown on a
-    terminal; on_token(i, id): called for every token of rollout i; should_stop(): asked at every look, True
-    leaves the replies as far as they are. ValueError if a setting is out of range, kv_memory_gib too little for
-    one row, or a prompt empty, too long or with an unknown id.
+    prompts: lists of ids; max_new_tokens: tokens a reply, stop id included; temperature: 0 is greedy;
+    stop_ids: ids that end a reply; seeds_P: an integer a prompt; top_p, vocab_size: as in `sample_tokens`;
+    batch_size: rows decoded at once; kv_memory_gib: of keys and values, None: what a GPU has free, on a CPU
+    what rows need; kernel: as in runtime/kernel.py; progress: name of a progress bar, shown on a terminal;
+    on_token(i, id): called for each token of rollout i; should_stop(): asked every few steps, True leaves the
+    replies unfinished. ValueError if a setting is out of range, kv_memory_gib too little for one row, or a
+    prompt empty, too long or with an unknown id.
     """
-    check_request(model.config, prompts, max_new_tokens, temperature, top_p)
+    if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError(f"max_new_tokens {max_new_tokens}, temperature {temperature}, top_p {top_p}: they "
+                         "must be at least 1, at least 0, and above 0 but at most 1")
+    limit, ids = model.config.max_position_embeddings, model.config.vocab_size
+    for i, prompt in enumerate(prompts):
+        if not 0 < len(prompt) <= limit - max_new_tokens:
+            raise ValueError(f"prompt {i} has {len(prompt)} tokens; with max_new_tokens {max_new_tokens} the "
+                             f"model's {limit} positions leave room for 1 to {limit - max_new_tokens}")
+        if max(prompt) >= ids:
+            raise ValueError(f"prompt {i} holds id {max(prompt)}, but the model's last is {ids - 1}; is this "
+                             "the model's own tokenizer?")
     assert len(seeds_P) == len(prompts), f"{len(seeds_P)} seeds for {len(prompts)} prompts"
     if not (rollouts := [Rollout(prompt) for prompt in prompts for _ in range(n)]):
         return []
@@ -264,7 +267,6 @@ def generate(model, prompts, n, *, max_new_tokens, temperature, stop_ids, seeds_
     for p in sorted(range(len(prompts)), key=lambda p: len(prompts[p])):
         prompt, limit = Prompt(prompts[p], n), len(prompts[p]) + max_new_tokens - 1
         rows += [Row(p * n + g, rollouts[p * n + g], prompt, key_PG[p][g], limit) for g in range(n)]
-
     torch.clear_autocast_cache()  # its copies may be older than the weights
     weight = model.head_weight()[:1]
     device, dtype = weight.device, (weight @ weight.T).dtype  # of products, which autocast changes
@@ -281,36 +283,11 @@ def generate(model, prompts, n, *, max_new_tokens, temperature, stop_ids, seeds_
     cache = cache_class(model.config, dtype, device, min(batch_size, len(rows)), len(rows[-1].prompt.ids),
                         rows[-1].limit, STEPS[device.type], kv_memory_gib, kernel)
     draw = functools.partial(draw, temperature=temperature, top_p=top_p, vocab_size=vocab_size)
-    decoder = Decoder(model, cache, draw, dtype, use_graphs=kernel == "gpu" and device.type == "cuda")
     disable = None if progress else True  # None: shown on a terminal only
-    with closing(decoder), tqdm(total=len(rows), desc=progress, disable=disable, leave=False, unit="reply") as bar:
+    bar = tqdm(total=len(rows), desc=progress, disable=disable, leave=False, unit="reply")
+    with closing(Decoder(model, cache, draw, dtype, kernel)) as decoder, bar:
         decode_all(decoder, rows, max_new_tokens, frozenset(stop_ids), bar, on_token, should_stop)
     return rollouts
-
-
-def check_request(config, prompts, max_new_tokens, temperature, top_p):
-    """ValueError if a setting is out of range, or the model cannot take a prompt."""
-    if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
-        raise ValueError(f"max_new_tokens {max_new_tokens}, temperature {temperature}, top_p {top_p}: they "
-                         "must be at least 1, at least 0, and above 0 but at most 1")
-    limit, ids = config.max_position_embeddings, config.vocab_size
-    for i, prompt in enumerate(prompts):
-        if not 0 < len(prompt) <= limit - max_new_tokens:
-            raise ValueError(f"prompt {i} has {len(prompt)} tokens; with max_new_tokens {max_new_tokens} the "
-                             f"model's {limit} positions leave room for 1 to {limit - max_new_tokens}")
-        if max(prompt) >= ids:
-            raise ValueError(f"prompt {i} holds id {max(prompt)}, but the model's last is {ids - 1}; is this "
-                             "the model's own tokenizer?")
-
-
-def make_rows(rollouts, prompts, n, seeds_P, max_new_tokens):
-    """A row for each rollout, the shortest prompts first: in a batch of similar lengths little is masked."""
-    key_PG = fold(torch.as_tensor(seeds_P, dtype=torch.int64)[:, None], torch.arange(n)).tolist()
-    rows = []
-    for p in sorted(range(len(prompts)), key=lambda p: len(prompts[p])):
-        prompt, limit = Prompt(prompts[p], n), len(prompts[p]) + max_new_tokens - 1
-        rows += [Row(p * n + g, rollouts[p * n + g], prompt, key_PG[p][g], limit) for g in range(n)]
-    return rows
 
 
 def decode_all(decoder, rows, max_new_tokens, stop_ids, bar, on_token, should_stop):
@@ -319,8 +296,8 @@ def decode_all(decoder, rows, max_new_tokens, stop_ids, bar, on_token, should_st
     waiting, running = deque(rows), []  # running: the row in each slot
     while (waiting or running) and not should_stop():
         if waiting and len(running) <= cache.slots * (1 - REFILL_SHARE):
-            start_rows(decoder.model, cache, waiting, running)
-        for row in cache.reserve(running, steps):  # preempted: it starts again with its first token
+            start_rows(decoder, waiting, running)
+        while row := cache.reserve(running, steps):  # it is preempted and will start again
             free_slot(cache, running, row)
             row.rollout.ids, row.rollout.logp = [], []
             row.prompt.unstarted += 1
@@ -328,21 +305,20 @@ def decode_all(decoder, rows, max_new_tokens, stop_ids, bar, on_token, should_st
         # Backwards, so that the row which moves to a freed slot has been handled already
         for row, ids, logps in reversed([*zip(running, *decoder.run(running, steps), strict=True)]):
             if append_tokens(row, ids, logps, max_new_tokens, stop_ids, on_token):
-                cache.release(row)
                 free_slot(cache, running, row)
                 bar.update()
 
 
-def start_rows(model, cache, waiting, running):
+def start_rows(decoder, waiting, running):
     """Start as many waiting rows as there are slots and memory for, and compute the prompts they need."""
-    first = len(running)
+    cache, first = decoder.cache, len(running)
     while waiting and len(running) < cache.slots and cache.admit(waiting[0], len(running)):
         running.append(waiting.popleft())
         running[-1].prompt.unstarted -= 1
     new = list(enumerate(running[first:], first))
     while new:  # each pass is placed before the next one, so that only one is held
         if todo := dict.fromkeys(row.prompt for _, row in new if row.prompt.kv is None):
-            prefill(model, list(todo))
+            prefill(decoder.model, list(todo), decoder.kernel)
         ready = [pair for pair in new if pair[1].prompt.kv is not None]
         new = [pair for pair in new if pair[1].prompt.kv is None]
         for slot, row in ready:
@@ -352,6 +328,7 @@ def start_rows(model, cache, waiting, running):
 
 def free_slot(cache, running, row):
     """Remove a row; the row in the last slot takes its place."""
+    cache.release(row)
     slot, last = running.index(row), running.pop()
     if last is not row:
         running[slot] = last

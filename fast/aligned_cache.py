@@ -1,11 +1,11 @@
-"""Equals sample.Cache: for a CPU, which multiplies whole matrices fast and cannot skip single tokens.
+"""Equals sample.Cache: rows aligned at their last tokens, which is fast on a CPU.
 
-The newest tokens of all rows share one position of the cache, `end`: rows are aligned at their right ends. So
-a step writes one column, attention reads one run of columns as it is, and a mask hides what lies left of a
-shorter row. The cache starts small and grows, because most replies end long before their limit.
+The last tokens of all rows share one position of the cache, `end` - 1. So a step writes one column, attention
+multiplies one run of columns as it is, and a mask hides what lies left of a shorter row. The cache starts
+small and grows, because most replies end long before their limit.
 
-Axes: B rows being decoded, K key/value heads, Q query heads of one key/value head, E head size, S positions in
-the cache, J = B·K.
+Axes: B rows being decoded, H query heads, K key/value heads, Q query heads of one key/value head, J = B·K,
+E head size, S positions of a cache slot.
 """
 
 import torch
@@ -47,10 +47,7 @@ class Cache:
             more, self.end = self.keys.shape[4] // 2 + steps, self.end - left
             self.keys = F.pad(self.keys, (-left, more))
             self.values = F.pad(self.values, (0, 0, -left, more))
-        return []
-
-    def prepare(self, rows):
-        pass
+        return None
 
     def attend(self, position_B):
         B, start_B = len(position_B), self.end - position_B

@@ -3,8 +3,8 @@
     token = argmax(logits / temperature - log w),   w = -log(1 - x),   x in (0, 1) from fold(key, id)
 
 w is exponentially distributed, so the argmax is a draw from the softmax (Gumbel-max, arXiv 1411.0030). The
-definition sorts out one u a row through a cumulative sum; here each id has a noise of its row's key and the id,
-so that blocks of a row are independent. The two draw different tokens from equal distributions.
+definition needs the cumulative sum of a row; here the blocks of a row are independent. The two draw different
+tokens from equal distributions.
 
 Axes: B rows being decoded, V vocabulary rows, Z blocks of a row.
 """
@@ -23,8 +23,8 @@ SECOND_FACTOR = tl.constexpr(-7723592293110705685)
 def sample_tokens(logits_BV, temperature, key_B, top_p=1.0, vocab_size=None):
     """Draw one token a row. Returns (ids_B, logp_B), ids int64 and log-probs in nats, at most 0.
 
-    key_B: int64, the key of prompt, sample and position; temperature: 0 is greedy; vocab_size: ids that have a
-    token, the others are never drawn. top_p must be 1: a smaller one needs a sorted row, as in the definition.
+    temperature: 0 is greedy; key_B: int64, keys of (prompt, sample, position); vocab_size: ids that have a
+    token, others are never drawn. top_p must be 1: the definition sorts a row for less.
     """
     assert top_p == 1, f"top_p is {top_p}, but only 1 can be drawn in one pass"
     (B, V), sharpness = logits_BV.shape, 1 / (temperature or 1.0)

@@ -4,11 +4,11 @@ A row takes pages of PAGE tokens as it grows and gives them back when it ends, s
 and nothing is moved (PagedAttention, arXiv 2309.06180). The pages that a prompt fills are shared by all its
 replies. Page 0 is scratch: it absorbs the writes of rows past their limit and of rows that only pad a batch.
 
-Attention reads keys and values once: a program computes all query heads of one key/value head of one part of a
-row. Parts are merged by their log-sum-exp (Flash-Decoding). On a CPU, plain PyTorch does the same.
+Attention reads keys and values once: a program computes all query heads of a key/value head over one part of
+a row. Parts are merged by their log-sum-exp (Flash-Decoding). On a CPU, plain PyTorch does the same.
 
-Axes: B rows being decoded, H query heads, K key/value heads, Q query heads of one key/value head, E head size,
-S positions in the pages of a row, M pages of a row, Z parts of a row.
+Axes: B rows being decoded, H query heads, K key/value heads, Q query heads of one key/value head,
+E head size, S positions in the pages of a row, M pages of a row, Z parts of a row.
 """
 
 import math
@@ -30,9 +30,9 @@ MAX_PARTS, TWO_WAVES = 32, 264  # programs that a row is split over; 2 for each 
 
 
 class Cache:
-    """pool: [layer, keys or values, page, PAGE, K, E]; table_BM: the pages of the row in each slot, else page 0.
+    """pool: [layer, 2 (keys, values), page, PAGE, K, E]; table_BM: pages of the row in each slot, then page 0.
 
-    memory_gib: of the pool; None: enough for all rows. kernel: "gpu" attends in Triton, "cpu" in plain PyTorch.
+    memory_gib: of the pool, None: enough for all rows; kernel: "gpu" attends in Triton, "cpu" in PyTorch.
     `users` counts the rows and prompts that hold a page; row_pages is ordered by start, the oldest row first.
 
     A row starts if its pages are free and one more for each running row. If a running row then finds no free
@@ -66,8 +66,8 @@ class Cache:
 
     def admit(self, row, running):
         prompt, filled = row.prompt, (len(row.prompt.ids) - 1) // PAGE
-        # Without running rows this always succeeds: the prompts still cached have shared the pool with a row of
-        # this size before.
+        # If no row is running this always succeeds: the prompts still cached have shared the pool with a row
+        # of this size before.
         if running and len(self.free) < (0 if prompt in self.prompt_pages else filled) + 1 + running:
             return False
         if prompt not in self.prompt_pages:
@@ -88,24 +88,17 @@ class Cache:
             prompt.kv = None
 
     def reserve(self, rows, steps):
-        preempted, oldest_first, served = [], list(self.row_pages), 0
-        while served < len(oldest_first):
-            row = oldest_first[served]
-            needed = -(-min(row.cached() + steps, row.limit) // PAGE) - len(self.row_pages[row])
-            if needed <= len(self.free):
-                self.row_pages[row] += self.allocate(max(0, needed))
-                served += 1
-            elif len(oldest_first) > 1:
-                preempted.append(oldest_first.pop())
-                self.release(preempted[-1])
-            else:
+        for row in list(self.row_pages):
+            needed = max(0, -(-min(row.cached() + steps, row.limit) // PAGE) - len(self.row_pages[row]))
+            if needed > len(self.free) and len(self.row_pages) == 1:
                 self.drop_prompts(list(self.prompt_pages))
-        return preempted
-
-    def prepare(self, rows):
+            elif needed > len(self.free):
+                return next(reversed(self.row_pages))
+            self.row_pages[row] += self.allocate(needed)
         table_MB = torch.tensor(list(zip_longest(*(self.row_pages[row] for row in rows), fillvalue=0)))
         self.table_BM.zero_()
         self.table_BM[:len(rows), :len(table_MB)] = table_MB.T
+        return None
 
     def attend(self, position_B):
         # A CUDA graph cannot depend on a value that the host reads, and takes the table in its full width.
@@ -121,7 +114,7 @@ class Cache:
         self.give_back(self.row_pages.pop(row))
 
     def move(self, source, target):
-        """Nothing: `prepare` writes the whole table."""
+        """Nothing: `reserve` writes the table for all slots."""
 
     def close(self):
         self.pool = self.table_BM = None
@@ -130,8 +123,8 @@ class Cache:
 def decode_attention_reference(q_BHE, k_BKE, v_BKE, keys, values, table_BM, position_B):
     """Store k and v of the new tokens; return the attention of each to itself and to all before it, o_BHE.
 
-    keys, values: [pages, PAGE, K, E]; position_B: int64, tokens before the new one; table_BM: int32, the pages
-    of each row in order. Token s of row b is at keys[table_BM[b, s // PAGE], s % PAGE].
+    keys, values: [pages, PAGE, K, E]; table_BM: int32, the pages of each row in order; position_B: int64,
+    tokens before the new one. Token s of row b is at keys[table_BM[b, s // PAGE], s % PAGE].
     """
     (B, H, E), K, S = q_BHE.shape, k_BKE.shape[1], table_BM.shape[1] * PAGE
     page_B, slot_B = table_BM.gather(1, position_B[:, None] // PAGE)[:, 0], position_B % PAGE
@@ -148,7 +141,7 @@ def decode_attention_reference(q_BHE, k_BKE, v_BKE, keys, values, table_BM, posi
 def decode_attention(q_BHE, k_BKE, v_BKE, keys, values, table_BM, position_B):
     """`decode_attention_reference` in Triton: a program for each row, key/value head and part.
 
-    The Q = H/K query heads of a key/value head are rows of one product. Where B·K is small, a row is split into
+    The Q = H/K query heads of a key/value head are rows of one product. If B·K is small, a row is split into
     parts. Their number depends on shapes alone, as a CUDA graph needs it; empty parts do no harm.
     """
     (B, H, E), K = q_BHE.shape, k_BKE.shape[1]
@@ -172,8 +165,8 @@ if triton is not None:
     def attend_to_pages(q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, table_ptr, position_ptr, out_ptr, lse_ptr,
                         table_stride, SCALE: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
                         E: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr):
-        """Attention of the GROUP query heads of one key/value head to one part of a row. ROWS: GROUP, rounded up
-        to what tl.dot multiplies."""
+        """Attention of the GROUP query heads of one key/value head over one part of a row. ROWS: GROUP,
+        rounded up to a size that tl.dot multiplies."""
         row, head, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
         K, parts = tl.num_programs(1), tl.num_programs(2)
         position = tl.load(position_ptr + row)

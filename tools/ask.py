@@ -1,4 +1,4 @@
-"""Ask a model: streams its reply to a query, then prints the tool calls in it. Started as `python sample.py`."""
+"""Ask a model: stream its reply to a query, print the tool calls in it. Started by `python sample.py`."""
 
 import argparse
 import json
