@@ -43,9 +43,9 @@ def choose_kernel(kernel, device, part):
         return "gpu"
     if has_cpu_twin:
         return "cpu"
-    raise ValueError(f"kernel {kernel!r}: no fast version of {part} can run on this {device}: it needs a "
-                     "CUDA GPU and the triton package; use 'auto' or 'reference' (TRITON_INTERPRET=1, set before "
-                     "the start, runs Triton kernels on a CPU, slowly)")
+    raise ValueError(f"kernel {kernel!r}: {part} on a {device} has no fast version that can run here: it "
+                     "needs a CUDA GPU and the triton package; use 'auto' or 'reference' (TRITON_INTERPRET=1, "
+                     "set before the start, runs Triton kernels on a CPU, slowly)")
 
 
 def check_kernel(kernel, device):

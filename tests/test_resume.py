@@ -138,8 +138,8 @@ def test_killed_in_rollout_update_evaluation_and_save_a_run_ends_as_if_left_in_p
                                                                     "step_000002")]
     for number, (by, left) in enumerate(lives):
         text = killed(files, tmp_path / "run", f"--stage={stage}", by=by, log=tmp_path / "log")
-        checkpoints = sorted(path.name for path in (tmp_path / "run/checkpoints").glob("step_??????"))
-        assert checkpoints[-1:] == [left] * (left is not None), f"life {number}\n{text}"
+        saved = sorted(path.name for path in (tmp_path / "run/checkpoints").glob("step_??????"))
+        assert saved[-1:] == [left] * (left is not None), f"life {number}\n{text}"
     train.main(arguments(files, tmp_path / "run", f"--stage={stage}"))
     assert differences(tmp_path / "run", undisturbed(stage)) == []
     assert not list((tmp_path / "run").rglob("*.tmp"))

@@ -41,7 +41,7 @@ from peers import hf_generate, liger_loss, trl_step  # noqa: E402
 from data import write_jsonl  # noqa: E402
 from grpo import group_advantages, pack, token_logprobs, token_logprobs_reference  # noqa: E402
 from model import ModelConfig, Qwen2, packed_attention, shared_prefix_attention  # noqa: E402
-from sample import fold, generate, gumbel_tokens, prompt_seeds, sample_tokens, uniform  # noqa: E402
+from sample import fold, generate, prompt_seeds, sample_tokens  # noqa: E402
 from tools.synthetic import synthetic  # noqa: E402
 from train import grpo_updates, logprobs_of_pack, make_optimizer  # noqa: E402
 
@@ -273,12 +273,12 @@ def decode(rounds, shape, P, G, prompt_tokens, R):
 def sampling(rounds, B, V):
     """One token a row and its log-prob from logits [B, V]: ours, `multinomial`, sorting as for top-p."""
     logits_BV = torch.randn(B, V, device=DEVICE, dtype=DTYPE)
-    key_B, calls = prompt_seeds(0, 0, 0, B).to(DEVICE), 100
+    key_B, calls, draw_tokens = prompt_seeds(0, 0, 0, B).to(DEVICE), 100, sample_tokens
+    if DEVICE == "cuda":
+        from fast.draw import sample_tokens as draw_tokens
 
     def ours(i):
-        if DEVICE == "cuda":
-            return gumbel_tokens(logits_BV, 1.0, fold(key_B, i))
-        return sample_tokens(logits_BV, 1.0, uniform(key_B, i))
+        return draw_tokens(logits_BV, 1.0, fold(key_B, i))
 
     def multinomial(_):
         logp_BV = torch.log_softmax(logits_BV.float(), -1)
