@@ -417,9 +417,9 @@ def test_three_supervised_steps_without_a_gradient_end_with_status_3_and_their_e
 # ---- a reward of one's own
 
 
-@pytest.mark.parametrize("reward", [math.nan, math.inf, "1", None])
-def test_a_reward_that_is_no_finite_number_counts_as_one_that_raised(monkeypatch, reward):
-    monkeypatch.setattr(reward, "score", lambda *_: pay_odd_lengths("x", [], "")._replace(reward=reward))
+@pytest.mark.parametrize("paid", [math.nan, math.inf, "1", None])
+def test_a_reward_that_is_no_finite_number_counts_as_one_that_raised(monkeypatch, paid):
+    monkeypatch.setattr(reward, "score", lambda *_: pay_odd_lengths("x", [], "")._replace(reward=paid))
     verdict = reward.judge(EXAMPLE, "x", "binary")
     assert verdict.reward == 0 and verdict.error.startswith("the reward raised ") and not verdict.format_ok
 
