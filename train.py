@@ -55,7 +55,7 @@ from model import ModelConfig, load_hf, save_hf, shared_prefix_attention
 from reward import judge
 from runtime import ranks, sharding
 from runtime.checkpoints import read_moments, write_state
-from runtime.kernel import check_kernel
+from runtime.kernel import kernel_of_run
 from runtime.metrics import progress_bar, rollout_lines, rollout_metrics, sampler_stats, update_metrics
 from runtime.ranks import all_gather, gather_in_order, is_first_rank, my_share, pad_to_longest
 from runtime.run_folder import RunFolder
@@ -97,11 +97,11 @@ def take_steps(c, run, signals):
     """The training loop of both stages. Only this function, `setup` and `train` know the Config `c`."""
     s = setup(c, run)
     decoding = {"batch_size": c.rollout.batch_size, "kv_memory_gib": c.rollout.kv_memory_gib,
-                "kernel": c.model.kernel, "should_stop": signals.received}
+                "kernel": s.kernel, "should_stop": signals.received}
     sampling = {"n": c.rollout.n, "max_new_tokens": c.rollout.max_new_tokens,
                 "temperature": c.rollout.temperature, **decoding}
     updating = {"updates": c.train.updates_per_step, "vocab_size": s.chat.vocab_size, "autocast": s.autocast,
-                "kernel": c.model.kernel, "micro_batch_tokens": c.train.micro_batch_tokens,
+                "kernel": s.kernel, "micro_batch_tokens": c.train.micro_batch_tokens,
                 "grad_clip": c.train.grad_clip, "poll": signals.poll}
     losses = {"temperature": c.rollout.temperature, "kl_coef": c.grpo.kl_coef, "clip_low": c.grpo.clip_low,
               "clip_high": c.grpo.clip_high}
@@ -163,6 +163,7 @@ class Session(NamedTuple):
     reference: Any
     optimizer: torch.optim.Optimizer
     autocast: Any
+    kernel: str
 
 
 def setup(c, run):
@@ -170,7 +171,7 @@ def setup(c, run):
     world_size = ranks.rank_variable("WORLD_SIZE", 1)
     check_fits(c, ranks=world_size)
     device, bf16 = sharding.choose_device(c.model.precision)
-    check_kernel(c.model.kernel, device)
+    kernel = kernel_of_run(c.model.kernel, device)
     base = resolve(c.model.path)
     chat = Chat(base, c.data.system_prompt)
     train_set, heldout = read_examples(c.data.train, c.data.heldout, c.data.heldout_fraction, c.seed, chat,
@@ -210,7 +211,7 @@ def setup(c, run):
           f"{'bf16' if bf16 else 'fp32'}, {len(train_set)} examples, {len(heldout)} held out, {steps} steps; "
           f"{run.folder}", flush=True)
     return Session(chat, batches, heldout, steps, policy, reference, optimizer,
-                   sharding.autocast(device, bf16))
+                   sharding.autocast(device, bf16), kernel)
 
 
 def load_model(path, device, bf16, trained=True, reference_on_cpu=False, seed=None):
@@ -294,13 +295,13 @@ def grpo_updates(policy, reference, optimizer, rollouts_N, adv_PG, *, temperatur
 
     stats_U, norms, skipped = [[] for _ in parts_U], [], 0
     bar = progress_bar(sum(map(len, parts_U)))
-    for parts, tokens, stats in zip(parts_U, tokens_U, stats_U, strict=True):
+    for parts, denominator, stats in zip(parts_U, tokens_U, stats_U, strict=True):
         for part in parts:
             poll(bool(norms))
             logp_L, entropy_L = score(policy, part.pack)
             old_logp_L = logp_L.detach() if part.old_logp_L is None else part.old_logp_L
             loss, loss_stats = grpo_loss(logp_L, old_logp_L, part.ref_logp_L, part.adv_L, clip_low=clip_low,
-                                         clip_high=clip_high, kl_coef=kl_coef, denominator=tokens)
+                                         clip_high=clip_high, kl_coef=kl_coef, denominator=denominator)
             loss.backward()
             stats.append(loss_stats | sampler_stats(entropy_L, old_logp_L, part.sampled_logp_L))
             bar.update()
@@ -309,11 +310,8 @@ def grpo_updates(policy, reference, optimizer, rollouts_N, adv_PG, *, temperatur
             norms.append(norm)
             skipped += skip
     bar.close()
-    # Without a group to learn from there is no update, and the loss is 0.
-    return {"loss": 0.0, "grad_norm": sum(norms) / max(1, len(norms)), "updates": len(norms),
-            "skipped_updates": skipped,
-            "tokens": sum(len(rollout.prompt_ids) for rollout in rollouts_N[::G]) + sum(tokens_U),
-            **update_metrics(stats_U, has_reference=reference is not None)}
+    tokens = sum(len(rollout.prompt_ids) for rollout in rollouts_N[::G]) + sum(tokens_U)
+    return {"tokens": tokens, **update_metrics(stats_U, norms, skipped, reference is not None)}
 
 
 def sft_updates(policy, optimizer, prompts_P, replies_P, *, updates, vocab_size, micro_batch_tokens,

@@ -260,8 +260,8 @@ def check(config):
 
 
 def check_fits(config, *, ranks=None, examples=None, positions=None):
-    """ValueError where a Config does not fit facts that are known later: the ranks, the training examples, and
-    the positions of the model, in tokens. None: not known yet."""
+    """ValueError where a Config does not fit what is known later: the number of ranks, of training examples,
+    and of positions of the model, in tokens. None: not known yet."""
     prompts_per_step = config.train.prompts_per_step
     prompts = prompts_per_step // config.train.updates_per_step
     longest = config.data.max_prompt_tokens + max(config.rollout.max_new_tokens, config.eval.max_new_tokens)

@@ -48,7 +48,11 @@ def choose_kernel(kernel, device, part):
                      "set before the start, runs Triton kernels on a CPU, slowly)")
 
 
-def check_kernel(kernel, device):
-    """ValueError, before a run has loaded anything, where its kernel "fast" cannot run for each part."""
+def kernel_of_run(kernel, device):
+    """The kernel of a whole run. "fast" on a CPU becomes "auto", which takes the one twin that a CPU has, the
+    cache of the sampler. ValueError, before anything is loaded, where "fast" cannot run on a GPU."""
+    if kernel in ("fast", "triton") and device == "cpu":
+        return "auto"
     for part in ("sampling", "token log-probs", "attention") if kernel != "auto" else ():
         choose_kernel(kernel, device, part)
+    return kernel
