@@ -44,8 +44,8 @@ def choose_kernel(kernel, device, part):
     if has_cpu_twin:
         return "cpu"
     raise ValueError(f"kernel {kernel!r}: {part} on a {device} has no fast version that can run here: it "
-                     "needs a CUDA GPU and the triton package; use 'auto' or 'reference' (TRITON_INTERPRET=1, "
-                     "set before the start, runs Triton kernels on a CPU, slowly)")
+                     "needs a CUDA GPU and the triton package; use 'auto' or 'reference' "
+                     "(TRITON_INTERPRET=1, set before the start, runs Triton kernels on a CPU, slowly)")
 
 
 def kernel_of_run(kernel, device):
