@@ -12,8 +12,8 @@ class Graphs:
     """Graphs of a step for a few batch sizes, each captured when first needed; all share one memory pool.
 
     step(B): one step of the rows in slots 0 … B - 1, B at most `slots`. inputs: the tensors that say what a
-    step reads and where it writes. With zeros in them it must write to scratch memory only, which is page 0 of
-    fast/paged_cache.py: so do the first run of a batch size and the rows that pad a batch.
+    step reads and where it writes. With zeros in them it must write to scratch memory only, which is page 0
+    of fast/paged_cache.py: so do the first run of a batch size and the rows that pad a batch.
     """
 
     def __init__(self, step, slots, inputs):

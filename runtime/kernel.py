@@ -5,6 +5,8 @@ import importlib.util
 import os
 import sys
 
+from runtime.ranks import is_first_rank
+
 KERNELS = ("auto", "reference", "fast")
 
 
@@ -35,7 +37,7 @@ def choose_kernel(kernel, device, part):
         # The interpreter is for tests: "auto" never takes it.
         chosen = "gpu" if device == "cuda" and gpu_twin_runs(device, part) else "reference"
         chosen = "cpu" if has_cpu_twin else chosen
-        if os.environ.get("RANK", "0") == "0":
+        if is_first_rank():
             print(f"kernel of {part} on {device}: {'reference' if chosen == 'reference' else 'fast'}",
                   file=sys.stderr)
         return chosen

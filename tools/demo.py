@@ -29,6 +29,7 @@ from eval import summarize  # noqa: E402
 from model import load_hf  # noqa: E402
 from reward import score  # noqa: E402
 from runtime.files import write_json  # noqa: E402
+from runtime.run_folder import read_evaluations  # noqa: E402
 from sample import generate, prompt_seeds  # noqa: E402
 from tools.make_base import lazy  # noqa: E402
 from tools.synthetic import synthetic  # noqa: E402
@@ -40,11 +41,10 @@ T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t at 95 %, by the 
 
 def evaluations(run):
     """The evaluations of a run in order, each {category: percent}. ValueError if there are fewer than two."""
-    files = sorted(Path(run).glob("evals/step_*.json"))
-    if len(files) < 2:
-        raise ValueError(f"{run}: {len(files)} evaluations, not a first and a last; is this a finished run?")
-    return [{row["category"]: 100 * row["accuracy"] for row in json.loads(file.read_text())["rows"]}
-            for file in files]
+    reports = read_evaluations(run)
+    if len(reports) < 2:
+        raise ValueError(f"{run}: {len(reports)} evaluations, not a first and a last; is this a finished run?")
+    return [{row["category"]: 100 * row["accuracy"] for row in report["rows"]} for report in reports]
 
 
 def minutes(run):
