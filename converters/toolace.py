@@ -17,7 +17,7 @@ turns. If the tools or the role of any turn cannot be read, the record is droppe
 import json
 import re
 
-from reward import unique_keys, format_calls
+from reward import format_calls, unique_keys
 
 COLUMNS = ("system", "conversations")
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "tool": "tool",

@@ -43,7 +43,8 @@ def evaluations(run):
     """The evaluations of a run in order, each {category: percent}. ValueError if there are fewer than two."""
     reports = read_evaluations(run)
     if len(reports) < 2:
-        raise ValueError(f"{run}: {len(reports)} evaluations, not a first and a last; is this a finished run?")
+        raise ValueError(f"{run}: {len(reports)} evaluations, not a first and a last; is this a finished "
+                         "run?")
     return [{row["category"]: 100 * row["accuracy"] for row in report["rows"]} for report in reports]
 
 
