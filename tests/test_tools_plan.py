@@ -61,7 +61,7 @@ def bytes_of(tensors):
 def setup(config, **changes):
     same = {"prompt": 0, "reply": 0, "n": 1, "samplings": (), "batch_size": 256, "kv_gib": None,
             "micro_batch_tokens": 0, "checkpointed": False, "reference": "none", "ranks": 1,
-            "sharded": False, "device": "cpu", "width": 4}
+            "sharded": False, "device": "cpu", "itemsize": 4}
     return plan.Setup(config, **same | changes)
 
 
@@ -199,20 +199,20 @@ def test_keys_and_values_are_those_of_the_caches():
 
 
 def test_keys_and_values_take_what_is_free_but_the_margin():
-    s = setup(QWEN_7B, prompt=900, device="cuda", sharded=True, ranks=8, width=2)
+    s = setup(QWEN_7B, prompt=900, device="cuda", sharded=True, ranks=8, itemsize=2)
     parts = plan.sampling_memory(s, 1024, 5, 8192, free=78 * plan.GIB)
-    static = sum(parts[part] for part in (plan.SHARE, plan.WHOLE, plan.MOMENTS))
+    static = sum(parts[part] for part in (plan.SHARD, plan.WHOLE, plan.MOMENTS))
     left = 78 * plan.GIB - static - parts[plan.KV]
     assert left / plan.GIB == pytest.approx(sample.MARGIN_GIB, abs=0.01)
 
 
 def test_full_training_of_7b_holds_16_bytes_a_parameter():
-    s = setup(QWEN_7B, device="cuda", sharded=True, width=2, checkpointed=True, micro_batch_tokens=12288)
+    s = setup(QWEN_7B, device="cuda", sharded=True, itemsize=2, checkpointed=True, micro_batch_tokens=12288)
     step = plan.update_memory(s, plan.Shape.of([(4096, [8192])]))["log-prob"]
     z = plan.sizes(QWEN_7B, 1)
     assert z.total == 7_615_616_512
     head = 4 * QWEN_7B.vocab_size * QWEN_7B.hidden_size  # its gradient, on its way
-    held = step[plan.SHARE] + step[plan.GRADIENTS] - head + step[plan.MOMENTS]
+    held = step[plan.SHARD] + step[plan.GRADIENTS] - head + step[plan.MOMENTS]
     assert held == 16 * z.total and held / plan.GIB == pytest.approx(113.5, abs=0.05)
 
 
@@ -292,7 +292,7 @@ def test_what_it_says_to_change_makes_it_fit(arguments, capsys, tmp_path, gpus, 
 
 
 def test_of_two_changes_the_one_that_gains_more_is_named_first():
-    s = setup(QWEN_7B, prompt=4096, reply=8192, n=5, device="cuda", sharded=True, ranks=8, width=2,
+    s = setup(QWEN_7B, prompt=4096, reply=8192, n=5, device="cuda", sharded=True, ranks=8, itemsize=2,
               micro_batch_tokens=30720, reference="cuda")
     capacity = 80 * plan.GIB
     (first, least), *_ = plan.advice(s, capacity, 12288, 256)
@@ -346,7 +346,7 @@ def test_peaks_of_an_update_and_a_rollout_on_a_gpu(checkpointed, on_cpu, tmp_pat
         model = train.load_model(tmp_path, "cuda", True)
         reference = train.load_model(tmp_path, "cuda", True, False, on_cpu)
         model.checkpoint_blocks = checkpointed
-        s = setup(config, prompt=600, reply=200, batch_size=64, device="cuda", sharded=True, width=2,
+        s = setup(config, prompt=600, reply=200, batch_size=64, device="cuda", sharded=True, itemsize=2,
                   micro_batch_tokens=2 * 1400 * 5, reference="cpu" if on_cpu else "cuda", kv_gib=0.5,
                   checkpointed=checkpointed)
         _, update = make_update(config, 600, 200, 4, 20, s.micro_batch_tokens, model, reference)

@@ -1,8 +1,8 @@
-"""Draws the README's figure, assets/demo.svg, from the numbers of the demo in tools/results/demo.json.
+"""Draw the README's figure, assets/demo.svg, from the numbers of the demo in tools/results/demo.json.
 
-In:  the JSON file that `python tools/demo.py table RUN…` writes. Out: the text of an SVG, written by hand, so
-that no plotting package is needed. For each split: the base, the control and GRPO as bars (means over seeds),
-each seed as a dot, and pass@8 of the base as a dashed line.
+In:  the JSON file that `python tools/demo.py table RUN…` writes. Out: an SVG, written as text, so that no
+plotting package is needed. Each split has bars for the base, the control and GRPO (means over seeds), a dot
+for each seed, and a dashed line for pass@8 of the base.
 
     python tools/plot_demo.py
 """
@@ -15,15 +15,15 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS, FIGURE = ROOT / "tools" / "results" / "demo.json", ROOT / "assets" / "demo.svg"
 
 WIDTH, HEIGHT = 720, 332  # pixels
-LEFT, TOP, BOTTOM = 54, 92, 292  # of the plot; BOTTOM is 0 %, TOP is 100 %
-GROUP, BAR, GAP, SEED = 166, 36, 6, 11  # widths: a group, a bar, between bars, between the dots of two seeds
+LEFT, TOP, BOTTOM = 54, 92, 292  # edges of the plot; BOTTOM is 0 %, TOP is 100 %
+GROUP, BAR, GAP, SEED = 166, 36, 6, 11  # widths of a group, of a bar, between bars, between dots of two seeds
 
 SPLITS = {"values": "new values", "paraphrases": "new paraphrases", "tools": "new tools", "all": "all"}
 BARS = {"base": "base", "control": "control: more imitation", "grpo": "GRPO"}
 PASS = "base: at least one of 8 replies is right (pass@8)"
 
-# The card has a background of its theme, so that its text is readable on every page. An SVG in an <img> takes
-# the theme from the reader's system.
+# The card has a light and a dark background, so that its text is readable on every page. An SVG in an <img>
+# takes the theme from the reader's system.
 STYLE = """\
 <style>
   text { font: 12px -apple-system, "Segoe UI", Helvetica, Arial, sans-serif; fill: #1f2328 }
@@ -60,7 +60,7 @@ def text(x, y, words, kind=""):
 
 
 def legend():
-    """Two lines under the title: what the bars are; what the dots and the dashed line are."""
+    """Two lines below the title: the meaning of the bars; that of the dots and of the dashed line."""
     lines, x = [], 20
     for name, words in BARS.items():
         lines += [f'<rect class="{name}" x="{x}" y="41" width="12" height="12"/>', text(x + 18, 51, words)]
@@ -71,7 +71,7 @@ def legend():
 
 
 def group(x, label, row):
-    """The bars of one split, from x to the right: their seeds, and pass@8 of the base."""
+    """The bars of one split from x to the right, with their seeds and pass@8 of the base."""
     lines, end = [], x + 3 * BAR + 2 * GAP
     for i, name in enumerate(BARS):
         seeds = row[name] if isinstance(row[name], list) else [row[name]]
@@ -84,7 +84,7 @@ def group(x, label, row):
             lines += [f'<circle class="seed" cx="{first + j * SEED}" cy="{height_of(seed)}" r="3.5"/>'
                       for j, seed in enumerate(seeds)]
     y = height_of(row["pass@8"]["base"])
-    # The line comes first, so that a dot at the same height stays visible.
+    # The dashed line is drawn first, so that a dot at the same height stays visible.
     return [f'<line class="pass" x1="{x - 4}" y1="{y}" x2="{end + 4}" y2="{y}"/>', *lines,
             text(end + 8, round(y + 4, 1), f"{row['pass@8']['base']:.1f}"),
             text(x + (end - x) / 2, BOTTOM + 22, label, "middle")]
