@@ -28,7 +28,7 @@ def hf_model(model):
 
 
 def hf_generate(model, prompts, n, max_new_tokens):
-    """A function that samples n replies to each prompt with transformers. All prompts have the same length."""
+    """A function that samples n replies to each prompt with transformers. All prompts have one length."""
     twin = hf_model(model).eval()
     prompts_BT = torch.tensor(prompts, device=twin.device).repeat_interleave(n, 0)
 
@@ -42,8 +42,8 @@ def hf_generate(model, prompts, n, max_new_tokens):
 def liger_loss():
     """Liger's GRPO loss with the signature of `token_logprobs`. L is a multiple of 1,024, or less than 1,024.
 
-    It returns no log-probs: its first value is a scalar, and the second is None. The gradient of the scalar is
-    that of the sum of the log-probs, because all advantages are 1 and the old log-probs equal the new ones.
+    It returns no log-probs: its first value is a scalar, and the second is None. The gradient of the scalar
+    is that of the sum of the log-probs, since all advantages are 1 and the old log-probs equal the new ones.
     """
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
