@@ -35,6 +35,7 @@ from tools.synthetic import synthetic
 
 ROOT = Path(__file__).parent.parent
 QWEN_7B = ModelConfig(152064, 3584, 18944, 28, 28, 4, 128, tie_word_embeddings=False)
+QWEN_14B = ModelConfig(152064, 5120, 13824, 48, 40, 8, 128, tie_word_embeddings=False)
 NULL = contextlib.nullcontext()
 DEEP = ModelConfig(512, 128, 384, 4, 4, 2, 40)  # most of the memory is activations of blocks
 WIDE = ModelConfig(8192, 256, 512, 2, 4, 2, 64)  # embedding and head
@@ -339,6 +340,23 @@ def test_the_plan_in_the_docs_is_what_the_command_prints(real_data, tmp_path, mo
     shutil.copy(real_data / "qwen2.5" / "configs" / f"{folder.name}.json", folder / "config.json")
     train.main(command.split())
     assert capsys.readouterr().out == shown
+
+
+# The shape of a preset's model, and the GPUs that the preset is made for: how many, of how many GiB.
+PRESETS = {"demo.yaml": (None, 0, 24), "demo_control.yaml": (None, 0, 24), "tool_n1_7b.yaml": (QWEN_7B, 8, 80),
+           "tool_n1_14b.yaml": (QWEN_14B, 8, 80), "tool_n1_7b_1gpu.yaml": (QWEN_7B, 1, 139)}
+
+
+@pytest.mark.parametrize("preset", sorted(path.name for path in (ROOT / "configs").glob("*.yaml")))
+def test_every_preset_loads_and_fits_the_machine_it_is_made_for(preset, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    config, gpus, gib = PRESETS[preset]
+    words = [f"configs/{preset}", "--plan", f"--gpus={gpus}", f"--gpu_memory={gib}"]
+    if config:
+        (tmp_path / "config.json").write_text(json.dumps(config.to_hf()))
+        words.append(f"--model.path={tmp_path}")
+    train.main(words)
+    assert "\nfits: " in capsys.readouterr().out
 
 
 @pytest.mark.gpu
