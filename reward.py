@@ -115,8 +115,8 @@ def score(reply, answer, scheme="binary"):
 
 
 def judge(example, reply, scheme):
-    """The verdict on a reply in training and evaluation. For a reward that looks at example.tools or .messages,
-    edit this function: here alone do they call `score`. If it raises, the reply earns 0."""
+    """The verdict on a reply: all calls of `score` in training and evaluation are here. For a reward that
+    looks at example.tools or .messages, edit this function. If it raises, the reply earns 0."""
     try:
         verdict = score(reply, example.answer, scheme)
         if not math.isfinite(verdict.reward):

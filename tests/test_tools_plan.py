@@ -349,8 +349,9 @@ def test_the_plan_in_the_docs_is_what_the_command_prints(real_data, tmp_path, mo
 
 
 # The shape of a preset's model, and the GPUs that the preset is made for: how many, of how many GiB.
-PRESETS = {"demo.yaml": (None, 0, 24), "demo_control.yaml": (None, 0, 24), "tool_n1_7b.yaml": (QWEN_7B, 8, 80),
-           "tool_n1_14b.yaml": (QWEN_14B, 8, 80), "tool_n1_7b_1gpu.yaml": (QWEN_7B, 1, 139)}
+PRESETS = {"demo.yaml": (None, 0, 24), "demo_control.yaml": (None, 0, 24),
+           "tool_n1_7b.yaml": (QWEN_7B, 8, 80), "tool_n1_14b.yaml": (QWEN_14B, 8, 80),
+           "tool_n1_7b_1gpu.yaml": (QWEN_7B, 1, 139)}
 
 
 @pytest.mark.parametrize("preset", sorted(path.name for path in (ROOT / "configs").glob("*.yaml")))

@@ -25,11 +25,11 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import reward  # noqa: E402
 import train  # noqa: E402
 from data import Chat, read_jsonl, write_jsonl  # noqa: E402
 from eval import summarize  # noqa: E402
 from model import load_hf  # noqa: E402
-from reward import judge  # noqa: E402
 from runtime.files import read_json, write_json  # noqa: E402
 from runtime.run_folder import read_evaluations  # noqa: E402
 from sample import generate, prompt_seeds  # noqa: E402
@@ -94,7 +94,7 @@ def pass_at(model, chat, examples, k):
     rollouts = generate(model, [chat.encode_prompt(example) for example in examples], k, max_new_tokens=128,
                         temperature=1.0, stop_ids=chat.stop_ids, vocab_size=chat.vocab_size,
                         seeds_P=prompt_seeds(0, 0, 0, len(examples)), progress=f"pass@{k}")
-    marks = [judge(examples[i // k], chat.decode(rollout.ids), "binary").calls_ok
+    marks = [reward.judge(examples[i // k], chat.decode(rollout.ids), "binary").calls_ok
              for i, rollout in enumerate(rollouts)]
     replies = [{"category": example.source, "right": any(marks[i * k:(i + 1) * k]), "format_ok": True,
                 "names_ok": True, "finished": True} for i, example in enumerate(examples)]
