@@ -27,7 +27,8 @@ from data import write_jsonl
 from fast import aligned_cache, paged_cache
 from grpo import pack
 from model import ModelConfig, Qwen2, load_hf, save_hf
-from runtime import metrics, ranks as ranks_module, sharding
+from runtime import metrics, sharding
+from runtime import ranks as ranks_module
 from sample import Rollout, generate
 from tools import plan
 from tools.synthetic import synthetic

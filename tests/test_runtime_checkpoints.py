@@ -26,6 +26,7 @@ from short_run import (
     equal_weights,
     full_disk,
     in_child,
+    in_ranks,
     inside_generate,
     killed,
     limit_time,
@@ -42,6 +43,7 @@ import train
 from data import write_jsonl
 from runtime import checkpoints
 from runtime.files import check_seal, seal
+from runtime.ranks import join_ranks, leave_ranks
 from tools.soak import differences, rows
 from tools.synthetic import synthetic
 
@@ -150,6 +152,27 @@ def test_transformers_loads_a_checkpoint_and_its_tokenizer_with_equal_logits(und
         ids = torch.tensor(ids)
         hidden_TD = ours(ids, torch.arange(len(ids)), train.shared_prefix_attention([(len(ids), [])]))
         assert torch.allclose(theirs(ids[None]).logits[0], hidden_TD @ ours.head_weight().T, atol=1e-5)
+
+
+def test_two_ranks_read_their_rows_of_the_moments_that_one_process_wrote(undisturbed, tmp_path):
+    folder = undisturbed("grpo") / "checkpoints/step_000008"
+    saved = load_file(folder / "optimizer.state")
+
+    def action(rank):
+        join_ranks("cpu", 3)
+        policy = train.load_model(folder, "cpu", bf16=False)
+        optimizer = train.make_optimizer(policy, 0.0, 0.9)
+        checkpoints.read_moments(folder, policy, optimizer)
+        for name, parameter in policy.named_parameters():
+            for key in ("exp_avg", "exp_avg_sq"):
+                moment = optimizer.state[parameter][key]
+                assert moment.to_local().numel() < saved[f"{name}.{key}"].numel()
+                assert torch.equal(moment.full_tensor(), saved[f"{name}.{key}"]), (name, key)
+        print("equal")
+        leave_ranks(0)
+
+    statuses, texts = in_ranks(2, action, tmp_path / "log")
+    assert statuses == [0, 0] and texts == ["equal\n"] * 2, texts
 
 
 # ---- what is refused, and what may change
