@@ -1,4 +1,4 @@
-"""Plants known faults in a copy of the code, one at a time, and runs the tests that must fail: `make mutants`.
+"""Plants known faults in a copy of the code, one at a time, and runs the tests that must fail (make mutants).
 
 Most are mistakes that other GRPO code has made. Each fault is a piece of text that occurs exactly once in its
 file (change it here together with the code) and names its tests, every one of which must catch it. Prints a
@@ -265,7 +265,7 @@ def main():
         status, failed, output = run_tests(tests, file, old, new)
         missed = [test for test in tests if test not in failed]
         survived += bool(missed)
-        print(f"{'SURVIVED' if missed else 'caught':8}  {file:8}  {what}", flush=True)
+        print(f"{'SURVIVED' if missed else 'caught':8}  {file:22}  {what}", flush=True)
         for test in missed:
             print(f"          did not fail: {test}")
         # 1 is pytest's "some tests failed"; above it the fault broke more than a test can show.

@@ -3,8 +3,10 @@
 A child is a fork of the test process, so it imports nothing, and what it patches ends with it.
 """
 
+import contextlib
 import errno
 import functools
+import io
 import os
 import shutil
 import signal
@@ -73,7 +75,8 @@ def shared_runs(tmp_path_factory):
     def run_of(stage, *more):
         if (stage, more) not in SHARED:
             out = tmp_path_factory.mktemp("runs") / stage
-            train.main(arguments(shared_files(tmp_path_factory), out, f"--stage={stage}", *more))
+            with contextlib.redirect_stdout(io.StringIO()):  # a test may look at its own output only
+                train.main(arguments(shared_files(tmp_path_factory), out, f"--stage={stage}", *more))
             SHARED[stage, more] = out
         return SHARED[stage, more]
 

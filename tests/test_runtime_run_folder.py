@@ -115,6 +115,11 @@ def test_minutes_of_steps_are_summed_over_a_restart(files, undisturbed, tmp_path
     assert "tok/s" not in capsys.readouterr().out, "its minutes are over"
     train.main(arguments(files, out, f"--train.max_minutes={limit * 1000}"))
     assert newest(out) == f"step_{STEPS:06d}"
+    # Of all steps, those before the restart included.
+    state = json.loads((out / f"checkpoints/step_{STEPS:06d}/training.json").read_text())
+    logged = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    seconds = [row["time/step_s"] for row in logged if "time/step_s" in row]
+    assert len(seconds) == STEPS and state["trained_s"] == pytest.approx(sum(seconds))
 
 
 def test_replies_of_a_skipped_update_are_saved_and_three_steps_of_them_stop_the_run(
