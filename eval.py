@@ -32,7 +32,7 @@ from benchmarks.tables import BENCHES, bench_table, paper_table, read_outputs, s
 from data import Chat, Example, read_jsonl
 from model import load_hf
 from reward import SCHEMES, judge
-from runtime.files import read_json, read_text, write_json, write_text
+from runtime.files import read_json, write_json, write_text
 from runtime.kernel import KERNELS
 from runtime.sharding import choose_device
 from sample import generate
@@ -186,9 +186,9 @@ def read_replies(file, entries, settings):
         if earlier.get(key) != settings[key]:
             raise ValueError(f"{file} was made with {key} {earlier.get(key)!r}, not {settings[key]!r}; "
                              "choose another --out, or remove it")
-    text = read_text(file)
-    if not text.endswith("\n"):
-        write_text(file, text[:text.rfind("\n") + 1])
+    content = file.read_bytes()  # the incomplete line may end inside a character
+    if not content.endswith(b"\n"):
+        write_text(file, content[:content.rfind(b"\n") + 1].decode(errors="replace"))
     return {id: line["reply"] for id, line in read_outputs(file, entries, "reply").items()}
 
 

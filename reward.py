@@ -115,8 +115,8 @@ def score(reply, answer, scheme="binary"):
 
 
 def judge(example, reply, scheme):
-    """The verdict on a reply to an example: the only call of `score` in training and evaluation. For a reward
-    that looks at example.tools or .messages, edit this function. If it raises, the reply earns 0."""
+    """The verdict on a reply: all calls of `score` in training and evaluation are here. For a reward that
+    looks at example.tools or .messages, edit this function. If it raises, the reply earns 0."""
     try:
         verdict = score(reply, example.answer, scheme)
         if not math.isfinite(verdict.reward):
@@ -164,7 +164,7 @@ def _strict_calls(text):
     payload = _only_block(text, CALL, END_CALL).strip(BLANKS)
     if len(payload.encode()) > MAX_BYTES:
         raise ValueError(f"the payload has more than {MAX_BYTES} bytes")
-    hooks = {"object_pairs_hook": _unique_keys, "parse_float": _finite, "parse_constant": _finite}
+    hooks = {"object_pairs_hook": unique_keys, "parse_float": _finite, "parse_constant": _finite}
     return _check_calls(loads_within(payload, MAX_DEPTH, MAX_DIGITS, **hooks), "reply")
 
 
@@ -201,7 +201,7 @@ def loads_within(payload, max_depth, max_digits, **hooks):
     return json.loads(payload, parse_int=parse_int, **hooks)
 
 
-def _unique_keys(pairs):
+def unique_keys(pairs):
     if len(dict(pairs)) != len(pairs):
         raise ValueError(f"an object has a key twice: {_clip(', '.join(key for key, _ in pairs))}")
     return dict(pairs)

@@ -117,8 +117,8 @@ class Cache:
     admit(row, running)     Before a row starts. False: no memory beside `running` others, ask again later.
     place(row, slot)        Write `row.prompt.kv` to its slot.
     drop_prompts(prompts)   All rows of these prompts have started: free what is kept of them.
-    reserve(rows, steps)    Before every few steps of these rows, rows[i] in slot i: make room for their new
-                            tokens. Returns None, or a row to preempt before asking again.
+    reserve(rows, steps)    Before every few steps, rows[i] in slot i: make room for their new tokens. Returns
+                            None, or the last row to start, to preempt it and ask again (only paged_cache.py).
     attend(position_B)      At each step; int64, tokens before each row's new one. Returns the model's attend,
                             which stores k and v of the new tokens and attends to all tokens so far.
     release(row)            A row has ended or is preempted: free its memory.
@@ -291,13 +291,14 @@ def generate(model, prompts, n, *, max_new_tokens, temperature, stop_ids, seeds_
 
 
 def decode_all(decoder, rows, max_new_tokens, stop_ids, bar, on_token, should_stop):
-    """The scheduler: decode all rows until they end. A row waits until there are a slot and memory for it."""
+    """The scheduler: decode all rows until they end. A row waits until there are a slot and memory for it; a
+    preempted one is the next to start, and draws the same tokens again."""
     cache, steps = decoder.cache, STEPS[decoder.token_B.device.type]
     waiting, running = deque(rows), []  # running: the row in each slot
     while (waiting or running) and not should_stop():
         if waiting and len(running) <= cache.slots * (1 - REFILL_SHARE):
             start_rows(decoder, waiting, running)
-        while row := cache.reserve(running, steps):  # it is preempted and will start again
+        while row := cache.reserve(running, steps):
             free_slot(cache, running, row)
             row.rollout.ids, row.rollout.logp = [], []
             row.prompt.unstarted += 1

@@ -1,4 +1,4 @@
-"""Training: GRPO or supervised fine-tuning of a Qwen2.5 model on tool calls. One YAML file.
+"""Training: GRPO or supervised fine-tuning of a Qwen2.5 model on tool calls. One YAML file has all settings.
 
     repeat for every step:
         examples_P   the next batch of prompts                                        data.Batches
@@ -8,21 +8,23 @@
         for every optimizer update, a mini-batch of the prompts:
             logp_L   log-probs of the reply tokens under the policy                   grpo.token_logprobs
             loss     -min(ratio A, clip(ratio) A) + beta KL              (eq. 3)      grpo.grpo_loss
-            AdamW    on the gradient, clipped to a norm                               apply_update
+            AdamW    a step on the gradient, whose norm is limited first              apply_update
 
 In:  a config (configs/schema.py), a model folder, examples as JSON lines. Out: a run folder with metrics,
 rollouts, evaluations and checkpoints (runtime/run_folder.py). Equations: arXiv 2505.00024.
 
 Under torchrun the ranks share the work. Weights, gradients and moments are sharded by rows (FSDP2; also on a
 single GPU). Each mini-batch is divided over the ranks by whole groups; rollouts and verdicts are
-all-gathered, so all ranks see the same batch, denominators and metrics. A rollout runs on gathered weights
-without collectives. Seeds come from a prompt's index in the global batch, so replies and gradients do not
-depend on the number of ranks. State exists at step boundaries only; data order and noise are functions of the
-step, so a killed run resumes bit for bit (on another number of ranks: up to rounding).
+all-gathered, so all ranks see the same batch, denominators and metrics. Before a rollout each rank gathers
+all weights; during it the ranks do not communicate. Seeds come from a prompt's index in the global batch, so
+replies and gradients do not depend on the number of ranks. State is saved only between steps. The order of
+the data and the random numbers of sampling are functions of the step, so a killed run resumes bit for bit (on
+another number of ranks: up to rounding).
 
-Where this differs from the paper's code: see grpo.py for the denominator. The old log-probs of the first
-mini-batch are its own, detached, since nothing has been updated yet. Without a KL term, a group whose rewards
-are all equal has a gradient of exactly zero, so it is left out of the passes; it stays in the denominator.
+Where this differs from the paper's code: see grpo.py for the denominator. For the first mini-batch the
+current log-probs, detached, serve as the old ones, because nothing has been updated yet. Without a KL term, a
+group whose rewards are all equal has a gradient of exactly zero: it is not computed, but its tokens stay in
+the denominator.
 
 Axes: P prompts, G rollouts a prompt, N = P·G rollouts, U optimizer updates of a step, T packed tokens,
 L reply tokens, D width.
@@ -55,7 +57,7 @@ from model import ModelConfig, load_hf, save_hf, shared_prefix_attention
 from reward import judge
 from runtime import ranks, sharding
 from runtime.checkpoints import read_moments, write_state
-from runtime.kernel import check_kernel
+from runtime.kernel import kernel_of_run
 from runtime.metrics import progress_bar, rollout_lines, rollout_metrics, sampler_stats, update_metrics
 from runtime.ranks import all_gather, gather_in_order, is_first_rank, my_share, pad_to_longest
 from runtime.run_folder import RunFolder
@@ -97,14 +99,14 @@ def take_steps(c, run, signals):
     """The training loop of both stages. Only this function, `setup` and `train` know the Config `c`."""
     s = setup(c, run)
     decoding = {"batch_size": c.rollout.batch_size, "kv_memory_gib": c.rollout.kv_memory_gib,
-                "kernel": c.model.kernel, "should_stop": signals.received}
+                "kernel": s.kernel, "should_stop": signals.received}
     sampling = {"n": c.rollout.n, "max_new_tokens": c.rollout.max_new_tokens,
                 "temperature": c.rollout.temperature, **decoding}
-    updating = {"updates": c.train.updates_per_step, "vocab_size": s.chat.vocab_size, "autocast": s.autocast,
-                "kernel": c.model.kernel, "micro_batch_tokens": c.train.micro_batch_tokens,
-                "grad_clip": c.train.grad_clip, "poll": signals.poll}
-    losses = {"temperature": c.rollout.temperature, "kl_coef": c.grpo.kl_coef, "clip_low": c.grpo.clip_low,
-              "clip_high": c.grpo.clip_high}
+    update_settings = {"updates": c.train.updates_per_step, "vocab_size": s.chat.vocab_size,
+                       "autocast": s.autocast, "kernel": s.kernel, "grad_clip": c.train.grad_clip,
+                       "micro_batch_tokens": c.train.micro_batch_tokens, "poll": signals.poll}
+    loss_settings = {"temperature": c.rollout.temperature, "kl_coef": c.grpo.kl_coef,
+                     "clip_low": c.grpo.clip_low, "clip_high": c.grpo.clip_high}
     signals.catch()
     for step in range(run.step, s.steps + 1):
         is_last = step == s.steps or run.trained_s >= 60 * (c.train.max_minutes or math.inf)
@@ -131,15 +133,15 @@ def take_steps(c, run, signals):
             adv_PG = group_advantages(rewards_PG, c.grpo.normalize)
             with run.phase(f"update of step {step + 1}"):
                 metrics = grpo_updates(s.policy, s.reference, s.optimizer, rollouts_N, adv_PG,
-                                       **losses, **updating)
+                                       **loss_settings, **update_settings)
             metrics |= rollout_metrics(rollouts_N, verdicts_N, rewards_PG)
-            is_odd = metrics["skipped_updates"] or metrics["reward/raised"]
-            if (step + 1) % c.log.rollouts_every == 0 or step == 0 or is_odd:
+            has_problem = metrics["skipped_updates"] or metrics["reward/raised"]
+            if (step + 1) % c.log.rollouts_every == 0 or step == 0 or has_problem:
                 run.save_lines(step + 1, rollout_lines(s.chat, examples_P, rollouts_N, verdicts_N, adv_PG))
         else:
             replies_P = [s.chat.encode_reply(example) for example in examples_P]
             with run.phase(f"update of step {step + 1}"):
-                metrics = sft_updates(s.policy, s.optimizer, prompts_P, replies_P, **updating)
+                metrics = sft_updates(s.policy, s.optimizer, prompts_P, replies_P, **update_settings)
             if metrics["skipped_updates"]:
                 run.save_lines(step + 1, map(vars, examples_P))
         run.log_step(step + 1, s.steps, metrics | {"lr": lr, "epoch": s.batches.epoch})
@@ -153,7 +155,7 @@ def take_steps(c, run, signals):
 
 
 class Session(NamedTuple):
-    """What a run works with. policy, reference: Qwen2, sharded where there are ranks; None: no reference."""
+    """What a run works with. policy, reference: Qwen2, sharded over ranks; reference may be None."""
 
     chat: Chat
     batches: Batches
@@ -163,21 +165,23 @@ class Session(NamedTuple):
     reference: Any
     optimizer: torch.optim.Optimizer
     autocast: Any
+    kernel: str
 
 
 def setup(c, run):
-    """Read the data, meet the other ranks, load the models, resume: a Session. `run` is then at its step."""
+    """Read the data, join the other ranks, load the models, resume: a Session. Then `run.step` is the step of
+    the checkpoint, or 0."""
     world_size = ranks.rank_variable("WORLD_SIZE", 1)
     check_fits(c, ranks=world_size)
     device, bf16 = sharding.choose_device(c.model.precision)
-    check_kernel(c.model.kernel, device)
+    kernel = kernel_of_run(c.model.kernel, device)
     base = resolve(c.model.path)
     chat = Chat(base, c.data.system_prompt)
     train_set, heldout = read_examples(c.data.train, c.data.heldout, c.data.heldout_fraction, c.seed, chat,
                                        c.data.max_prompt_tokens, c.data.max_dropped_share)
     check_fits(c, examples=len(train_set), positions=ModelConfig.from_hf(base).max_position_embeddings)
     batches, steps = Batches(train_set, c.train.prompts_per_step, c.seed), number_of_steps(c, len(train_set))
-    # One prompt represents the tokenizer and the system prompt.
+    # The hash of one encoded prompt detects a change of the system prompt and most changes of the tokenizer.
     fingerprint = {"data.train": batches.fingerprint, "data.heldout": Batches(heldout, 1, c.seed).fingerprint,
                    "data.system_prompt": sha256(str(chat.encode_prompt(train_set[0])).encode()).hexdigest()}
 
@@ -196,7 +200,7 @@ def setup(c, run):
     policy.checkpoint_blocks = c.train.activation_checkpointing
     reference = None
     if c.stage == "grpo" and c.grpo.kl_coef > 0:
-        reference = load_model(base, device, bf16, False, c.grpo.reference_on_cpu, seed)
+        reference = load_model(base, device, bf16, trained=False, on_cpu=c.grpo.reference_on_cpu, seed=seed)
     optimizer = make_optimizer(policy, c.train.weight_decay, c.train.beta2)
     if checkpoint:
         read_moments(checkpoint, policy, optimizer)
@@ -210,19 +214,19 @@ def setup(c, run):
           f"{'bf16' if bf16 else 'fp32'}, {len(train_set)} examples, {len(heldout)} held out, {steps} steps; "
           f"{run.folder}", flush=True)
     return Session(chat, batches, heldout, steps, policy, reference, optimizer,
-                   sharding.autocast(device, bf16))
+                   sharding.autocast(device, bf16), kernel)
 
 
-def load_model(path, device, bf16, trained=True, reference_on_cpu=False, seed=None):
+def load_model(path, device, bf16, trained=True, on_cpu=False, seed=None):
     """Load a model and shard it by rows with FSDP2 (a single process on a CPU does not shard).
 
-    reference_on_cpu: keep the shards in host memory; seed: draw random weights instead of reading them.
+    on_cpu: keep the shards in host memory; seed: draw random weights instead of reading them.
     """
-    device, dtype, shard = sharding.sharder(device, bf16, trained, reference_on_cpu)
+    device, dtype, shard = sharding.sharder(device, bf16, trained, on_cpu)
     return load_hf(path, device, dtype, shard, seed).requires_grad_(trained)
 
 
-# One step: evaluation, rollouts, updates. All functions with ranks in them are collective.
+# One step: evaluation, rollouts, updates. All ranks must call these functions together.
 
 
 def mini_batches(P, updates):
@@ -231,7 +235,7 @@ def mini_batches(P, updates):
 
 
 def evaluate_heldout(s, max_new_tokens, scheme, poll, decoding):
-    """Greedy replies to the held-out examples, each rank its share: what `eval.evaluate` returns of each."""
+    """The `replies` of `eval.evaluate` to all held-out examples; each rank generates its share."""
     with sharding.unsharded(s.policy) as policy, s.autocast:
         _, replies = evaluate(policy, s.chat, my_share(s.heldout), max_new_tokens=max_new_tokens,
                               scheme=scheme, progress=is_first_rank() and "evaluation", **decoding)
@@ -241,7 +245,7 @@ def evaluate_heldout(s, max_new_tokens, scheme, poll, decoding):
 
 def roll_out(s, examples_P, prompts_P, seeds_P, updates, scheme, poll, sampling):
     """Sample replies to the prompts and judge them: (rollouts_N, verdicts_N). Each rank takes its share of
-    each mini-batch, on which it then trains."""
+    each mini-batch; it will train on the same share."""
     mine_P = [p for part in mini_batches(len(prompts_P), updates) for p in my_share(part)]
     with sharding.unsharded(s.policy) as policy, s.autocast:
         rollouts = generate(policy, [prompts_P[p] for p in mine_P], seeds_P=seeds_P[mine_P],
@@ -272,61 +276,59 @@ def grpo_updates(policy, reference, optimizer, rollouts_N, adv_PG, *, temperatur
 
     Each loss is a sum over its tokens divided by the reply tokens of its whole mini-batch, so neither
     micro-batches nor ranks change the gradient. Every rank gets the whole batch and trains on its share.
-    poll(whether weights have changed) is called before every pass, by all ranks; it may raise.
+    poll(mid_update) is called before every pass, True after the first update, by all ranks; it may raise.
     """
     (P, G), device = adv_PG.shape, policy.embed_tokens.weight.device
-    parts_U, tokens_U = [], []
+    batches_U, tokens_U = [], []  # the micro-batches of each update, its reply tokens
     for prompts in mini_batches(P, updates):
-        live_P = [p for p in my_share(prompts) if kl_coef or adv_PG[p].any()]
-        parts_U.append(make_micro_batches(rollouts_N, adv_PG, live_P, micro_batch_tokens, device))
+        live_P = [p for p in my_share(prompts) if kl_coef or adv_PG[p].any()]  # others have no gradient
+        batches_U.append(make_micro_batches(rollouts_N, adv_PG, live_P, micro_batch_tokens, device))
         tokens_U.append(sum(len(rollouts_N[i].ids) for i in range(prompts.start * G, prompts.stop * G)))
-    parts_U = pad_to_longest(parts_U, MicroBatch.empty(device))
-    score = functools.partial(logprobs_of_pack, temperature=temperature, vocab_size=vocab_size,
-                              autocast=autocast, kernel=kernel)
+    batches_U = pad_to_longest(batches_U, MicroBatch.empty(device))
+    logprobs = functools.partial(logprobs_of_pack, temperature=temperature, vocab_size=vocab_size,
+                                 autocast=autocast, kernel=kernel)
     with torch.no_grad():
-        for u, parts in enumerate(parts_U):
-            for part in parts:
+        for u, batches in enumerate(batches_U):
+            for batch in batches:
                 poll(False)
                 if u > 0:
-                    part.old_logp_L, _ = score(policy, part.pack)
+                    batch.old_logp_L, _ = logprobs(policy, batch.pack)
                 if reference is not None:
-                    part.ref_logp_L, _ = score(reference, part.pack)
+                    batch.ref_logp_L, _ = logprobs(reference, batch.pack)
 
-    stats_U, norms, skipped = [[] for _ in parts_U], [], 0
-    bar = progress_bar(sum(map(len, parts_U)))
-    for parts, tokens, stats in zip(parts_U, tokens_U, stats_U, strict=True):
-        for part in parts:
+    stats_U, norms, skipped = [[] for _ in batches_U], [], 0
+    bar = progress_bar(sum(map(len, batches_U)))
+    for batches, denominator, stats in zip(batches_U, tokens_U, stats_U, strict=True):
+        for batch in batches:
             poll(bool(norms))
-            logp_L, entropy_L = score(policy, part.pack)
-            old_logp_L = logp_L.detach() if part.old_logp_L is None else part.old_logp_L
-            loss, loss_stats = grpo_loss(logp_L, old_logp_L, part.ref_logp_L, part.adv_L, clip_low=clip_low,
-                                         clip_high=clip_high, kl_coef=kl_coef, denominator=tokens)
+            logp_L, entropy_L = logprobs(policy, batch.pack)
+            old_logp_L = logp_L.detach() if batch.old_logp_L is None else batch.old_logp_L
+            loss, loss_stats = grpo_loss(logp_L, old_logp_L, batch.ref_logp_L, batch.adv_L, clip_low=clip_low,
+                                         clip_high=clip_high, kl_coef=kl_coef, denominator=denominator)
             loss.backward()
-            stats.append(loss_stats | sampler_stats(entropy_L, old_logp_L, part.sampled_logp_L))
+            stats.append(loss_stats | sampler_stats(entropy_L, old_logp_L, batch.sampled_logp_L))
             bar.update()
-        if parts:
+        if batches:
             norm, skip = apply_update(optimizer, grad_clip, sum(float(each["loss"]) for each in stats))
             norms.append(norm)
             skipped += skip
     bar.close()
-    # Without a group to learn from there is no update, and the loss is 0.
-    return {"loss": 0.0, "grad_norm": sum(norms) / max(1, len(norms)), "updates": len(norms),
-            "skipped_updates": skipped,
-            "tokens": sum(len(rollout.prompt_ids) for rollout in rollouts_N[::G]) + sum(tokens_U),
-            **update_metrics(stats_U, has_reference=reference is not None)}
+    tokens = sum(len(rollout.prompt_ids) for rollout in rollouts_N[::G]) + sum(tokens_U)
+    return {"tokens": tokens, **update_metrics(stats_U, norms, skipped, reference is not None)}
 
 
 def sft_updates(policy, optimizer, prompts_P, replies_P, *, updates, vocab_size, micro_batch_tokens,
                 grad_clip, autocast, kernel="auto", poll=lambda _: None):
-    """Supervised updates on the reply tokens, one for each mini-batch, in order; else as `grpo_updates`."""
+    """Supervised updates on the reply tokens, one for each mini-batch. Otherwise like `grpo_updates`."""
     device = policy.embed_tokens.weight.device
     packs_U, losses, norms, skipped = [], [], [], 0
-    for part in mini_batches(len(prompts_P), updates):
-        prompts, replies = [prompts_P[p] for p in my_share(part)], [[replies_P[p]] for p in my_share(part)]
-        packs_U.append(pack_micro_batches(prompts, replies, micro_batch_tokens))
+    for prompt_range in mini_batches(len(prompts_P), updates):
+        mine = my_share(prompt_range)
+        packs_U.append(pack_micro_batches([prompts_P[p] for p in mine], [[replies_P[p]] for p in mine],
+                                          micro_batch_tokens))
     packs_U = pad_to_longest(packs_U, pack([], []))
-    for part, packs in zip(mini_batches(len(prompts_P), updates), packs_U, strict=True):
-        tokens = sum(len(replies_P[p]) for p in part)
+    for prompt_range, packs in zip(mini_batches(len(prompts_P), updates), packs_U, strict=True):
+        tokens = sum(len(replies_P[p]) for p in prompt_range)
         losses.append(0.0)
         for micro_batch in packs:
             poll(bool(norms))
@@ -355,7 +357,7 @@ def make_optimizer(model, weight_decay, beta2):
 
 
 def learning_rate(step, steps, peak, schedule, warmup):
-    """The rate of step `step` of `steps`: linear warm-up, then constant, or a cosine to a tenth of `peak`."""
+    """The rate of step `step` of `steps`: linear warm-up, then constant, or cosine decay to 0.1 · `peak`."""
     warmup_steps = int(warmup * steps)
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
@@ -373,11 +375,11 @@ def set_learning_rate(optimizer, lr):
 def apply_update(optimizer, grad_clip, loss):
     """Clip the gradient's norm over all ranks and step. Returns (norm, 1 if the update was skipped, else 0).
 
-    All ranks skip it if the norm, or the share of the loss of any rank, is not finite.
+    All ranks skip it if the norm, or any rank's part of the loss, is not finite.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip)
-    norm = getattr(norm, "full_tensor", norm.detach)().item()
+    norm = getattr(norm, "full_tensor", norm.detach)().item()  # full_tensor: of sharded parameters
     skipped = max(all_gather(int(not math.isfinite(norm) or not math.isfinite(loss))))
     if not skipped:
         optimizer.step()

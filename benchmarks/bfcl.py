@@ -43,6 +43,7 @@ from typing import NamedTuple
 from benchmarks import json_lines
 from benchmarks.bfcl_languages import LISTS, TYPES, from_java, from_javascript, hinted, language_of
 from reward import CALL, END_CALL, OFFICIAL_DEPTH, OFFICIAL_DIGITS, loads_within
+from runtime.files import write_text
 
 # Categories and how many entries each has.
 V3 = {"simple": 400, "java": 100, "javascript": 50, "multiple": 200, "parallel": 200,
@@ -391,7 +392,7 @@ def export_official(results_by_category, folder):
 
     They have the paths in `folder` and the names, of v4 or v3, of results of OFFICIAL_MODEL, so that
         bfcl evaluate --model Qwen/Qwen3-8B-FC --test-category single_turn --result-dir FOLDER
-    scores them. ValueError: an unknown category.
+    scores them. ValueError: an unknown category, a file that cannot be written.
     """
     version = _version(results_by_category)
     model_folder = Path(folder) / OFFICIAL_MODEL.replace("/", "_")
@@ -402,11 +403,11 @@ def export_official(results_by_category, folder):
         # v4 expects the files in two folders, v3 directly in the folder of the model.
         group = {"v3": ".", "v4": "live" if category.startswith("live") else "non_live"}[version]
         path = model_folder / group / f"BFCL_{version}_{category}_result.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "w", encoding="utf-8") as file:
-            for id, calls in outputs.items():
-                calls = calls if _are_calls(calls) else []
-                result = "\n".join(f"{CALL}\n{json.dumps(call)}\n{END_CALL}" for call in calls)
-                file.write(json.dumps({"id": id, "result": result}) + "\n")
+        lines = []
+        for id, calls in outputs.items():
+            calls = calls if _are_calls(calls) else []
+            result = "\n".join(f"{CALL}\n{json.dumps(call)}\n{END_CALL}" for call in calls)
+            lines.append(json.dumps({"id": id, "result": result}) + "\n")
+        write_text(path, "".join(lines))
         paths.append(path)
     return paths

@@ -1,4 +1,4 @@
-"""Every knob of train.py with its unit and source, and a strict loader.
+"""Every setting of train.py with its unit and source, and a strict loader.
 
 In:  a command line; a YAML file overrides the defaults, --section.key=value overrides both.
 Out: a frozen Config. An unknown key, a value of another type or an impossible value is a ValueError of one
@@ -180,7 +180,7 @@ def parse_yaml(text, where):
 
 
 def leaves(cls, prefix=""):
-    """Yield (dotted key, type) of every knob."""
+    """Yield (dotted key, type) of every setting."""
     for name, kind in typing.get_type_hints(cls).items():
         if dataclasses.is_dataclass(kind):
             yield from leaves(kind, f"{prefix}{name}.")
@@ -215,7 +215,7 @@ def build(cls, prefix, values):
 
 
 def flat(config):
-    """{dotted key: value} of every knob."""
+    """{dotted key: value} of every setting."""
     return {key: functools.reduce(getattr, key.split("."), config) for key, _ in leaves(Config)}
 
 
@@ -260,8 +260,8 @@ def check(config):
 
 
 def check_fits(config, *, ranks=None, examples=None, positions=None):
-    """ValueError where a Config does not fit facts that are known later: the ranks, the training examples, and
-    the positions of the model, in tokens. None: not known yet."""
+    """ValueError where a Config does not fit what is known later: the number of ranks, of training examples,
+    and of positions of the model, in tokens. None: not known yet."""
     prompts_per_step = config.train.prompts_per_step
     prompts = prompts_per_step // config.train.updates_per_step
     longest = config.data.max_prompt_tokens + max(config.rollout.max_new_tokens, config.eval.max_new_tokens)

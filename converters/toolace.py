@@ -17,7 +17,7 @@ turns. If the tools or the role of any turn cannot be read, the record is droppe
 import json
 import re
 
-from reward import _unique_keys, format_calls
+from reward import format_calls, unique_keys
 
 COLUMNS = ("system", "conversations")
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "tool": "tool",
@@ -115,7 +115,7 @@ def parse_calls(text):
         if not parameter:
             depth += bool(name) + (mark in ("[", "(", "{")) - (mark in ("]", ")", "}"))
     try:
-        calls = json.loads("".join(parts), object_pairs_hook=_unique_keys, strict=False)
+        calls = json.loads("".join(parts), object_pairs_hook=unique_keys, strict=False)
         json.dumps(calls, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError):
         raise ValueError("a value is no literal, a key stands twice or a bracket is open") from None

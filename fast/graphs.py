@@ -1,8 +1,8 @@
 """Equals sample.Decoder.step: the same step, replayed as a CUDA graph.
 
 A GPU decodes a token faster than the host can launch the kernels for it; a graph launches them all at once.
-It repeats them with the addresses and shapes of its capture. So the inputs of a step must keep their addresses,
-a step must not depend on values that the host reads, and each batch size needs a graph.
+It repeats them with the addresses and shapes of its capture. So the inputs of a step must keep their
+addresses, a step must not depend on values that the host reads, and each batch size needs a graph.
 """
 
 import torch
@@ -11,9 +11,9 @@ import torch
 class Graphs:
     """Graphs of a step for a few batch sizes, each captured when first needed; all share one memory pool.
 
-    step(B): one step of the rows in slots 0 … B - 1, with B at most `slots`. inputs: the tensors that say what
-    a step reads and where it writes. With zeros in them it must write to scratch memory only, page 0 of
-    fast/paged_cache.py: so do the step before a capture and the rows that pad a batch.
+    step(B): one step of the rows in slots 0 … B - 1, B at most `slots`. inputs: the tensors that say what a
+    step reads and where it writes. With zeros in them it must write to scratch memory only, which is page 0
+    of fast/paged_cache.py: so do the first run of a batch size and the rows that pad a batch.
     """
 
     def __init__(self, step, slots, inputs):

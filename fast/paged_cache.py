@@ -30,7 +30,7 @@ MAX_PARTS, TWO_WAVES = 32, 264  # programs that a row is split over; 2 for each 
 
 
 class Cache:
-    """pool: [layer, 2 (keys, values), page, PAGE, K, E]; table_BM: pages of the row in each slot, then page 0.
+    """pool: [layer, 2, page, PAGE, K, E], keys and values; table_BM: the pages of each slot's row, else 0.
 
     memory_gib: of the pool, None: enough for all rows; kernel: "gpu" attends in Triton, "cpu" in PyTorch.
     `users` counts the rows and prompts that hold a page; row_pages is ordered by start, the oldest row first.

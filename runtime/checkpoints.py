@@ -1,4 +1,4 @@
-"""Checkpoints of a run folder: written aside and renamed, verified before use, chosen on resume.
+"""Checkpoints of a run folder: written under a temporary name, verified before use, chosen on resume.
 
 checkpoints/step_000010/ is a Hugging Face folder with the tokenizer, plus
 

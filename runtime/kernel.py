@@ -5,6 +5,8 @@ import importlib.util
 import os
 import sys
 
+from runtime.ranks import is_first_rank
+
 KERNELS = ("auto", "reference", "fast")
 
 
@@ -35,7 +37,7 @@ def choose_kernel(kernel, device, part):
         # The interpreter is for tests: "auto" never takes it.
         chosen = "gpu" if device == "cuda" and gpu_twin_runs(device, part) else "reference"
         chosen = "cpu" if has_cpu_twin else chosen
-        if os.environ.get("RANK", "0") == "0":
+        if is_first_rank():
             print(f"kernel of {part} on {device}: {'reference' if chosen == 'reference' else 'fast'}",
                   file=sys.stderr)
         return chosen
@@ -44,11 +46,15 @@ def choose_kernel(kernel, device, part):
     if has_cpu_twin:
         return "cpu"
     raise ValueError(f"kernel {kernel!r}: {part} on a {device} has no fast version that can run here: it "
-                     "needs a CUDA GPU and the triton package; use 'auto' or 'reference' (TRITON_INTERPRET=1, "
-                     "set before the start, runs Triton kernels on a CPU, slowly)")
+                     "needs a CUDA GPU and the triton package; use 'auto' or 'reference' "
+                     "(TRITON_INTERPRET=1, set before the start, runs Triton kernels on a CPU, slowly)")
 
 
-def check_kernel(kernel, device):
-    """ValueError, before a run has loaded anything, where its kernel "fast" cannot run for each part."""
+def kernel_of_run(kernel, device):
+    """The kernel of a whole run. "fast" on a CPU becomes "auto", which takes the one twin that a CPU has, the
+    cache of the sampler. ValueError, before anything is loaded, where "fast" cannot run on a GPU."""
+    if kernel in ("fast", "triton") and device == "cpu":
+        return "auto"
     for part in ("sampling", "token log-probs", "attention") if kernel != "auto" else ():
         choose_kernel(kernel, device, part)
+    return kernel

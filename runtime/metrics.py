@@ -28,20 +28,20 @@ def merge_over_ranks(parts):
     return {name: float(value) for name, value in merge_stats(all_gather(mine)).items()}
 
 
-def update_metrics(stats_U, has_reference):
-    """Collective: metrics of a step from the statistics of each micro-batch of each optimizer update U.
-
-    An update without a micro-batch has an empty list; where all are empty there are no metrics.
-    """
+def update_metrics(stats_U, norms, skipped, has_reference):
+    """Collective: metrics of a GRPO step. stats_U: for each optimizer update the statistics of each of its
+    micro-batches, none where no group had spread; norms: of the gradient, one for each update that was made;
+    skipped: updates without a finite gradient."""
+    counts = {"updates": len(norms), "skipped_updates": skipped}
     parts = [stats for update in stats_U for stats in update]
-    if not parts:
-        return {}
+    if not parts:  # no group had spread: there was no update
+        return {"loss": 0.0, "grad_norm": 0.0, **counts}
     total = merge_over_ranks(parts)
     mean = {name: total[name + "_sum"] / total["tokens"]
             for name in ("ratio", "clip_low", "clip_high", "kl", "entropy", "diff")}
     metrics = {
-        "loss": total["loss"] / len(stats_U), **({"kl": mean["kl"]} if has_reference else {}),
-        "entropy": mean["entropy"],
+        "loss": total["loss"] / len(stats_U), "grad_norm": sum(norms) / len(norms), **counts,
+        **({"kl": mean["kl"]} if has_reference else {}), "entropy": mean["entropy"],
         "ratio/mean": mean["ratio"], "ratio/max": total["ratio_max"], "ratio/min": total["ratio_min"],
         "ratio/log_abs_max": total["log_ratio_abs_max"],
         "ratio/clip_low": mean["clip_low"], "ratio/clip_high": mean["clip_high"],

@@ -21,7 +21,7 @@ from pathlib import Path
 import yaml
 
 from runtime import checkpoints
-from runtime.files import fsync, git_revision, lock, write_json, write_text, writing
+from runtime.files import fsync, git_revision, lock, read_json, write_json, write_text, writing
 from runtime.metrics import console_line, diagnose, open_tracker
 from runtime.ranks import RankError, all_gather, is_first_rank, on_first_rank, rank_variable
 from runtime.sharding import peak_memory, reset_peak_memory
@@ -220,6 +220,10 @@ class RunFolder:
 
     def first_and_last_evaluation(self):
         """{"step 0": rows, "step 100": rows}"""
-        files = sorted(self.folder.glob("evals/step_*.json"))
-        reports = [json.loads(file.read_text(encoding="utf-8")) for file in (files[0], files[-1])]
-        return {f"step {report['step']}": report["rows"] for report in reports}
+        reports = read_evaluations(self.folder)
+        return {f"step {report['step']}": report["rows"] for report in (reports[0], reports[-1])}
+
+
+def read_evaluations(folder):
+    """The reports of a run folder's evaluations, in order: {"step", "rows", "replies"} each."""
+    return [read_json(file) for file in sorted(Path(folder).glob("evals/step_*.json"))]

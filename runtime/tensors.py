@@ -54,7 +54,7 @@ def open_tensors(file):
 
 
 def is_writer():
-    """Whether this process writes: rank 0 of a process group, and any process without one, whatever its RANK."""
+    """Whether this process writes: rank 0 of a process group, or any process without one."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 

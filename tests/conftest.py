@@ -1,4 +1,4 @@
-"""What the test files share: the path to the code, the real data, the threads, and which tests need a GPU."""
+"""For all test files: the import path, the real data, the number of threads, the tests that need a GPU."""
 
 import os
 import sys
@@ -11,18 +11,18 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-# The toy models are so small that a second thread costs more than it brings, and one thread adds up in the
-# same order on every machine.
+# The toy models are so small that a second thread costs more time than it saves. And one thread adds numbers
+# in the same order on every machine.
 torch.set_num_threads(1)
 
-# Without a GPU the kernels run in Triton's interpreter, which must be said before triton is first imported.
+# Without a GPU the kernels run in Triton's interpreter. The variable must be set before triton is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """The folder REAL_DATA names, with public data sets, the tokenizer and golden files; skips without."""
+    """The folder that REAL_DATA names: public data sets, tokenizer, golden files. Skips if it is not set."""
     folder = os.environ.get("REAL_DATA")
     if not folder:
         pytest.skip("REAL_DATA is not set: it names the folder with the real data sets and golden files")

@@ -185,6 +185,8 @@ def test_a_twin_names_its_definition_and_takes_the_same_arguments(name):
     the kernel is the definition's alone."""
     match = re.match(r'"""Equals (\w+)\.([\w.]+)[ :]', source(name))
     assert match, f"{name}: line 1 does not begin with: Equals <module>.<definition>"
+    if name == "fast/draw.py":
+        pytest.importorskip("triton")
     definition = importlib.import_module(match[1])
     for part in match[2].split("."):
         definition = getattr(definition, part)

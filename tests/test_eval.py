@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import types
 
 import pytest
 import torch
@@ -307,3 +308,15 @@ def test_the_checkers_can_be_imported_from_eval():
     assert evaluation.check_bfcl is bfcl.check_bfcl
     assert evaluation.check_acebench is acebench.check_acebench
     assert evaluation.check_api_bank is api_bank.check_api_bank
+
+
+def test_a_reply_that_was_cut_inside_a_character_is_generated_again(tmp_path):
+    entries = [types.SimpleNamespace(id=id, category="c") for id in "ab"]
+    file, settings = tmp_path / "replies.jsonl", {"model": "m"}
+    assert evaluation.read_replies(file, entries, settings) == {}
+    lines = [json.dumps({"id": id, "category": "c", "reply": "Malmö"}, ensure_ascii=False) for id in "ab"]
+    content = "\n".join(lines).encode()
+    cut = content.rindex("ö".encode()) + 1
+    file.write_bytes(content[:cut])
+    assert evaluation.read_replies(file, entries, settings) == {"a": "Malmö"}
+    assert file.read_text(encoding="utf-8") == lines[0] + "\n"

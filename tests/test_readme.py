@@ -96,6 +96,12 @@ def demo():
     return json.loads(text_of(RESULTS / "demo.json"))["rows"]
 
 
+@pytest.fixture(scope="module")
+def curves():
+    """{"steps": [...], split: [[percent at each step] of each seed]}"""
+    return json.loads(text_of(RESULTS / "demo.json"))["curves"]
+
+
 def test_tables_of_the_demo_are_those_of_the_measured_numbers(demo):
     rows = {}
     for name, row in demo.items():
@@ -145,21 +151,24 @@ def test_step_is_as_many_times_as_fast_as_the_readme_says():
     assert times == f"{rows['TRL fp32']['x']:.2f}"
 
 
-def test_committed_figure_is_what_the_script_draws_from_the_committed_numbers(demo):
-    assert text_of(plot_demo.FIGURE) == plot_demo.draw(demo)
+def test_committed_figure_is_what_the_script_draws_from_the_committed_numbers(demo, curves):
+    assert text_of(plot_demo.FIGURE) == plot_demo.draw(demo, curves)
 
 
-def test_figure_shows_every_seed_and_the_means_of_the_table(demo):
-    figure = plot_demo.draw(demo)
-    for split in plot_demo.SPLITS:
-        for name in plot_demo.BARS:
-            seeds = demo[split][name]
-            seeds = seeds if isinstance(seeds, list) else [seeds]
-            assert f">{statistics.mean(seeds):.1f}</text>" in figure
-            for seed in seeds if len(seeds) > 1 else []:
-                assert f'cy="{plot_demo.height_of(seed)}"' in figure
-        assert f">{demo[split]['pass@8']['base']:.1f}</text>" in figure
-    assert plot_demo.height_of(0) == plot_demo.BOTTOM and plot_demo.height_of(100) == plot_demo.TOP
+def test_figure_shows_every_seed_the_last_means_and_the_control(demo, curves):
+    figure = plot_demo.draw(demo, curves)
+    assert curves["steps"][0] == 0 and plot_demo.y_of(100) == plot_demo.TOP
+    for split, label in plot_demo.SPLITS.items():
+        assert len(curves[split]) == len(demo[split]["control"]) == 3
+        assert f"{label} {statistics.mean(seed[-1] for seed in curves[split]):.1f}</text>" in figure
+        assert f"control {statistics.mean(demo[split]['control']):.1f}</text>" in figure
+        for seed in curves[split]:
+            assert len(seed) == len(curves["steps"]) and f",{plot_demo.y_of(seed[-1])}\"" in figure
+
+
+def test_labels_of_the_figure_keep_their_distance():
+    placed = sorted(plot_demo.apart({"a": 100.0, "b": 101.0, "c": 90.0, "d": 300.0}).values())
+    assert placed == [90.0, 105.0, 120.0, 300.0]
 
 
 def anchors(page):

@@ -6,7 +6,7 @@ import types
 
 import pytest
 
-from runtime.kernel import KERNELS, choose_kernel
+from runtime.kernel import KERNELS, choose_kernel, kernel_of_run
 
 PARTS = ("sampling", "token log-probs", "attention")
 
@@ -105,3 +105,15 @@ def test_of_several_ranks_only_the_first_prints(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     assert choose_kernel("auto", "cpu", "sampling") == "cpu"
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_run_with_fast_takes_the_twin_that_a_cpu_has_and_is_refused_on_a_gpu_without_triton(machine):
+    assert kernel_of_run("fast", "cpu") == kernel_of_run("triton", "cpu") == "auto"
+    assert [kernel_of_run(kernel, "cpu") for kernel in ("auto", "reference")] == ["auto", "reference"]
+    assert kernel_of_run("fast", "cuda") == "fast"
+    machine(triton=False)
+    assert kernel_of_run("auto", "cuda") == "auto"
+    with pytest.raises(ValueError, match="the triton package"):
+        kernel_of_run("fast", "cuda")
+    with pytest.raises(ValueError, match="choose one of"):
+        kernel_of_run("quick", "cuda")

@@ -1,57 +1,39 @@
-"""sample.py: what is drawn, from which distribution, and that nothing else in the batch has a say in it."""
+"""sample.py: what is drawn and from which distribution; that nothing else in the batch matters, with each
+cache and schedule; what a rollout phase leaves behind."""
 
-import json
-import subprocess
+import importlib.util
+import inspect
+import random
 import sys
-from pathlib import Path
 
 import pytest
+import sampling
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from sampling import (
+    TOKEN_BYTES,
+    VOCAB,
+    assert_same,
+    chi_square,
+    draw,
+    forward,
+    full_forward_logp,
+    gib,
+    ids_of,
+    ragged_prompts,
+    replies_before_and_after_an_update,
+    toy_model,
+    watch,
+)
 from transformers import Qwen2ForCausalLM
 
 import sample
-from data import Chat, Example
-from grpo import token_logprobs_reference
-from model import ModelConfig, Qwen2, packed_attention, save_hf
-from sample import Rollout, fold, generate, prompt_seeds, sample_tokens, uniform
+from fast import aligned_cache, paged_cache
+from model import save_hf
+from runtime.kernel import choose_kernel
+from sample import fold, prompt_seeds, sample_tokens, uniform
 
-VOCAB = 48
-
-
-def toy_model(seed=0, **changes):
-    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-             "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "tie_word_embeddings": False,
-             "initializer_range": 0.25}
-    return Qwen2(ModelConfig(**sizes | changes)).init_weights(seed)
-
-
-def ragged_prompts(count, longest, seed=0, vocab=VOCAB):
-    generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(1, longest + 1, (count,), generator=generator).tolist()
-    return [torch.randint(0, vocab, (length,), generator=generator).tolist() for length in lengths]
-
-
-def draw(model, prompts, n=1, **changes):
-    settings = {"max_new_tokens": 12, "temperature": 1.0, "stop_ids": (), "seeds_P": range(len(prompts))}
-    return generate(model, prompts, n, **settings | changes)
-
-
-def ids_of(rollouts):
-    return [rollout.ids for rollout in rollouts]
-
-
-def forward(model, ids):
-    """hidden_TD of one sequence by the model's plain packed forward."""
-    return model(torch.tensor(ids), torch.arange(len(ids)), packed_attention([0, len(ids)]))
-
-
-def full_forward_logp(model, rollout, temperature=1.0, vocab_size=None):
-    """Log-probs of a rollout's ids by a forward over prompt and reply, as training computes them."""
-    with torch.no_grad():
-        hidden = forward(model, rollout.prompt_ids + rollout.ids)[len(rollout.prompt_ids) - 1:-1]
-        targets = torch.tensor(rollout.ids)
-        return token_logprobs_reference(hidden, model.head_weight(), targets, temperature, vocab_size)[0]
+sampled, crowd, small_pages, caches = sampling.sampled, sampling.crowd, sampling.small_pages, sampling.caches
+CACHES = {"plain": {"kernel": "reference"}, "aligned": {}, "paged": {"kv_memory_gib": 1.0}}
 
 
 def next_probabilities(model, ids, temperature):
@@ -59,22 +41,14 @@ def next_probabilities(model, ids, temperature):
         return torch.softmax(forward(model, ids)[-1] @ model.head_weight().T / temperature, -1).double()
 
 
-def chi_square(counts, probabilities):
-    """(statistic, bound): under the right probabilities the bound is passed once in about 10^7 draws. Bins
-    that expect fewer than 5 are taken together."""
-    expected = probabilities * counts.sum()
-    rare = expected < 5
-    counts = torch.cat((counts[~rare], counts[rare].sum()[None])).double()
-    expected = torch.cat((expected[~rare], expected[rare].sum()[None])).clamp_min(1e-9)
-    freedom = len(counts) - 1
-    # Wilson and Hilferty's normal approximation of the quantile
-    bound = freedom * (1 - 2 / (9 * freedom) + 5.2 * (2 / (9 * freedom)) ** 0.5) ** 3
-    return ((counts - expected) ** 2 / expected).sum().item(), bound
-
-
 def is_drawn_from(counts, probabilities):
     statistic, bound = chi_square(counts, probabilities)
     return statistic < bound
+
+
+def key_of(u_B):
+    """The keys whose `uniform` is u_B, float64 in [0, 1)."""
+    return (u_B * 2**53).long() << 11
 
 
 # Noise.
@@ -84,7 +58,7 @@ def is_drawn_from(counts, probabilities):
 def test_noise_is_uniform_and_uncorrelated_along_each_axis(axis):
     numbers = dict.fromkeys(("seed", "sample", "position"), torch.zeros(40_000, dtype=torch.int64))
     numbers[axis] = torch.arange(40_000)
-    u = uniform(fold(numbers["seed"], numbers["sample"]), numbers["position"])
+    u = uniform(fold(fold(numbers["seed"], numbers["sample"]), numbers["position"]))
     assert u.dtype == torch.float64 and 0 <= u.min() and u.max() < 1
     assert is_drawn_from(torch.bincount((u * 32).long(), minlength=32), torch.full((32,), 1 / 32))
     # Low bits as well: the distribution within a bin
@@ -102,8 +76,13 @@ def test_noise_is_the_published_hash():
 
 def test_noise_differs_for_every_seed_sample_and_position():
     seeds, samples, positions = torch.arange(-20, 20), torch.arange(16), torch.arange(64)
-    u = uniform(fold(seeds[:, None, None], samples[:, None]), positions)
+    u = uniform(fold(fold(seeds[:, None, None], samples[:, None]), positions))
     assert u.shape == (40, 16, 64) and u.unique().numel() == u.numel()
+
+
+def test_u_takes_the_upper_53_bits_of_a_key():
+    u = torch.tensor([0.0, 2**-53, 0.25, 0.5, 1 - 2**-53], dtype=torch.float64)
+    assert torch.equal(uniform(key_of(u)), u) and torch.equal(uniform(key_of(u) + 2**11 - 1), u)
 
 
 def test_prompt_seeds_are_a_pure_function_and_distinct():
@@ -121,8 +100,7 @@ def test_prompt_seeds_are_a_pure_function_and_distinct():
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
 def test_tokens_follow_the_tempered_softmax(temperature):
     logits = 2 * torch.randn(20, generator=torch.Generator().manual_seed(0))
-    u = uniform(fold(5, torch.arange(30_000)), 0)
-    ids, logp = sample_tokens(logits.expand(30_000, -1), temperature, u)
+    ids, logp = sample_tokens(logits.expand(30_000, -1), temperature, fold(5, torch.arange(30_000)))
     counts = torch.bincount(ids, minlength=20)
     probabilities = torch.softmax(logits.double() / temperature, -1)
     assert is_drawn_from(counts, probabilities)
@@ -133,14 +111,14 @@ def test_tokens_follow_the_tempered_softmax(temperature):
 def test_a_token_of_probability_zero_is_never_drawn():
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, -torch.inf, 0.0, -torch.inf]])
     u = torch.tensor([0.0, 0.25, 0.5, 1 - 2**-53], dtype=torch.float64)
-    ids, logp = sample_tokens(logits.expand(4, -1), 1.0, u)
+    ids, logp = sample_tokens(logits.expand(4, -1), 1.0, key_of(u))
     assert ids.tolist() == [1, 1, 4, 4]
     torch.testing.assert_close(logp, torch.full((4,), 0.5).log())
 
 
 def test_temperature_zero_takes_the_most_likely_token():
     logits = torch.randn(6, 20, generator=torch.Generator().manual_seed(0))
-    ids, logp = sample_tokens(logits, 0, torch.linspace(0, 0.99, 6, dtype=torch.float64))
+    ids, logp = sample_tokens(logits, 0, fold(0, torch.arange(6)))
     assert torch.equal(ids, logits.argmax(-1))
     torch.testing.assert_close(logp, torch.log_softmax(logits, -1).max(-1).values)
 
@@ -150,7 +128,7 @@ def test_top_p_draws_from_the_smallest_set_that_reaches_the_mass(top_p):
     logits = 2 * torch.randn(5, 30, generator=torch.Generator().manual_seed(0))
     grid = torch.arange(0, 1, 2**-14, dtype=torch.float64)
     for row in logits:
-        ids, logp = sample_tokens(row.expand(len(grid), -1), 1.0, grid, top_p)
+        ids, logp = sample_tokens(row.expand(len(grid), -1), 1.0, key_of(grid), top_p)
         probabilities = torch.softmax(row.double(), -1)
         wanted, mass = set(), 0.0
         for token in probabilities.argsort(descending=True).tolist():
@@ -166,18 +144,60 @@ def test_top_p_draws_from_the_smallest_set_that_reaches_the_mass(top_p):
 
 
 def test_top_p_takes_no_more_than_it_needs_among_equals():
-    ids, _ = sample_tokens(torch.zeros(64, 4), 1.0, torch.linspace(0, 0.99, 64, dtype=torch.float64), 0.5)
+    key = key_of(torch.linspace(0, 0.99, 64, dtype=torch.float64))
+    ids, _ = sample_tokens(torch.zeros(64, 4), 1.0, key, 0.5)
     assert set(ids.tolist()) == {0, 1}
 
 
 def test_top_p_keeps_the_proportions_of_what_it_keeps():
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
-    ids, _ = sample_tokens(logits.expand(20_000, -1), 1.0, uniform(fold(1, torch.arange(20_000)), 0), 0.9)
+    ids, _ = sample_tokens(logits.expand(20_000, -1), 1.0, fold(1, torch.arange(20_000)), 0.9)
     kept = torch.tensor([0.5, 0.3, 0.15, 0.0], dtype=torch.float64) / 0.95
     assert is_drawn_from(torch.bincount(ids, minlength=4), kept)
 
 
-# generate: the distribution.
+def test_ids_without_a_token_are_neither_drawn_nor_counted():
+    logits, key = torch.randn(50, 20, generator=torch.Generator().manual_seed(0)), fold(0, torch.arange(50))
+    phantoms = torch.cat((logits, torch.full((50, 3), 100.0)), 1)
+    for wanted, drawn in zip(sample_tokens(logits, 1.0, key),
+                             sample_tokens(phantoms, 1.0, key, vocab_size=20), strict=True):
+        assert torch.equal(wanted, drawn)
+
+
+# generate: the distribution, with each cache.
+
+
+@pytest.fixture(params=CACHES)
+def cache(request):
+    """Settings of `generate` that choose one of the three caches."""
+    return CACHES[request.param]
+
+
+def test_each_setting_chooses_its_cache(monkeypatch):
+    made = []
+    for module in (sample, aligned_cache, paged_cache):
+        watch(monkeypatch, module.Cache, "admit", lambda cache, *_: made.append(type(cache)))
+    for settings in CACHES.values():
+        draw(toy_model(), [[1, 2]], **settings)
+    assert made == [sample.Cache, aligned_cache.Cache, paged_cache.Cache]
+
+
+def test_all_caches_have_the_same_methods():
+    def methods(cache):
+        return {name: str(inspect.signature(value)) for name, value in vars(cache).items()
+                if inspect.isfunction(value) and (name == "__init__" or name in sample.Cache.__doc__)}
+
+    wanted = methods(sample.Cache)
+    assert len(wanted) == 9 and methods(aligned_cache.Cache) == methods(paged_cache.Cache) == wanted
+
+
+def test_the_reference_kernel_needs_nothing_of_fast(monkeypatch):
+    for name in [name for name in sys.modules if name.split(".")[0] in ("fast", "triton")]:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ImportError):
+        draw(toy_model(), [[1, 2]])
+    for memory in (None, 0.01):
+        assert draw(toy_model(), [[1, 2]], 2, kernel="reference", kv_memory_gib=memory)
 
 
 def test_replies_follow_the_model_at_the_temperature_asked_for():
@@ -195,9 +215,10 @@ def test_replies_follow_the_model_at_the_temperature_asked_for():
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_sampled_log_probs_equal_a_full_forward(temperature):
+def test_sampled_log_probs_equal_a_full_forward(temperature, cache):
     model, prompts = toy_model(), ragged_prompts(9, 30)
-    rollouts = draw(model, prompts, 3, temperature=temperature, max_new_tokens=20, stop_ids={1, 2, 3})
+    settings = {"temperature": temperature, "max_new_tokens": 20, "stop_ids": {1, 2, 3}}
+    rollouts = draw(model, prompts, 3, **settings, **cache)
     assert len({len(rollout.ids) for rollout in rollouts}) > 3
     for rollout in rollouts:
         wanted = full_forward_logp(model, rollout, temperature)
@@ -227,31 +248,15 @@ def test_top_p_reaches_generate():
     assert ids_of(draw(model, prompts, 2, top_p=0.5)) != ids_of(draw(model, prompts, 2))
 
 
-# generate: what shares the batch has no say.
-
-
-def assert_same(rollouts, wanted):
-    """The same replies: equal ids, log-probs to 1e-5."""
-    assert ids_of(rollouts) == ids_of(wanted)
-    for rollout, other in zip(rollouts, wanted, strict=True):
-        assert rollout.prompt_ids == other.prompt_ids and rollout.finished == other.finished
-        torch.testing.assert_close(torch.tensor(rollout.logp), torch.tensor(other.logp), atol=1e-5, rtol=0)
-
-
-@pytest.fixture(scope="module")
-def sampled():
-    """(model, prompts, settings, rollouts): 13 ragged prompts of 5 replies that end at different times."""
-    model, prompts = toy_model(), ragged_prompts(13, 25)
-    settings = {"max_new_tokens": 24, "stop_ids": {1, 2, 3}, "seeds_P": prompt_seeds(0, 0, 0, 13)}
-    rollouts = draw(model, prompts, 5, **settings)
-    assert {rollout.finished for rollout in rollouts} == {True, False}
-    return model, prompts, settings, rollouts
+# generate: what shares the batch does not matter.
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
-def test_replies_do_not_depend_on_the_batch_size(sampled, batch_size):
+def test_replies_do_not_depend_on_the_batch_size(sampled, batch_size, cache):
     model, prompts, settings, wanted = sampled
-    assert_same(draw(model, prompts, 5, **settings, batch_size=batch_size), wanted)
+    if batch_size == 1:
+        prompts, settings, wanted = prompts[:3], settings | {"seeds_P": settings["seeds_P"][:3]}, wanted[:15]
+    assert_same(draw(model, prompts, 5, **settings, **cache, batch_size=batch_size), wanted)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -269,30 +274,21 @@ def test_more_replies_leave_the_first_ones_as_they_are(sampled):
     assert_same(fewer, [wanted[5 * i + j] for i in range(13) for j in range(2)])
 
 
-def test_padding_changes_nothing():
+def test_padding_changes_nothing(cache):
     model = toy_model()
     short, long = [5, 6], ragged_prompts(1, 1)[0] * 90
-    together = draw(model, [long, short, long], 1, seeds_P=[1, 2, 3])
-    assert_same([together[1]], draw(model, [short], 1, seeds_P=[2]))
+    together = draw(model, [long, short, long], 1, seeds_P=[1, 2, 3], **cache)
+    assert_same([together[1]], draw(model, [short], 1, seeds_P=[2], **cache))
 
 
-def test_a_row_that_moves_to_a_free_slot_stays_right(sampled, monkeypatch):
-    model, prompts, settings, wanted = sampled
-    moves, move = [], sample.Cache.move
-
-    def counting_move(cache, source, target):
-        moves.append((source, target))
-        move(cache, source, target)
-
-    monkeypatch.setattr(sample.Cache, "move", counting_move)
-    assert_same(draw(model, prompts, 5, **settings), wanted)
+@pytest.mark.parametrize("cache_class, settings", [
+    (sample.Cache, CACHES["plain"]), (aligned_cache.Cache, CACHES["aligned"])], ids=["plain", "aligned"])
+def test_a_row_that_moves_to_a_free_slot_stays_right(sampled, monkeypatch, cache_class, settings):
+    model, prompts, deciding, wanted = sampled
+    moves = []
+    watch(monkeypatch, cache_class, "move", lambda cache, source, target: moves.append((source, target)))
+    assert_same(draw(model, prompts, 5, **deciding, **settings), wanted)
     assert len(moves) > 10 and all(source > target for source, target in moves)
-
-
-def test_a_cache_that_has_to_grow_gives_the_same_replies(sampled, monkeypatch):
-    model, prompts, settings, wanted = sampled
-    monkeypatch.setattr(sample, "FIRST_ROOM", 0)
-    assert_same(draw(model, prompts, 5, **settings), wanted)
 
 
 @pytest.fixture
@@ -304,25 +300,24 @@ def forward_sizes(sampled):
     hook.remove()
 
 
-def test_each_prompt_is_computed_once_for_its_replies(sampled, forward_sizes):
+def test_each_prompt_is_computed_once_for_its_replies(sampled, forward_sizes, cache):
     model, prompts, settings, _ = sampled
-    draw(model, prompts, 5, **settings)
+    draw(model, prompts, 5, **settings, **cache)
     # All but its last token, which is the first input of each of them
     assert forward_sizes[0] == sum(len(prompt) - 1 for prompt in prompts) and forward_sizes[1] == 65
 
 
-@pytest.mark.parametrize("memory", [{}, {"kv_memory_gib": 1.0}], ids=["side by side", "in pages"])
-def test_replies_that_start_later_find_their_prompt_computed(sampled, forward_sizes, memory):
+def test_replies_that_start_later_find_their_prompt_computed(sampled, forward_sizes, cache):
     model, prompts, settings, wanted = sampled
-    assert_same(draw(model, prompts, 5, **settings, batch_size=4, **memory), wanted)
+    assert_same(draw(model, prompts, 5, **settings, batch_size=4, **cache), wanted)
     # Every other forward is a step: a token in for each token of a reply.
     assert sum(forward_sizes) == sum(len(prompt) - 1 for prompt in prompts) + sum(map(len, ids_of(wanted)))
 
 
-def test_prompts_computed_in_parts_give_the_same_replies(sampled, forward_sizes, monkeypatch):
+def test_prompts_computed_in_parts_give_the_same_replies(sampled, forward_sizes, monkeypatch, cache):
     model, prompts, settings, wanted = sampled
     monkeypatch.setattr(sample, "PREFILL_TOKENS", 60)
-    assert_same(draw(model, prompts, 5, **settings), wanted)
+    assert_same(draw(model, prompts, 5, **settings, **cache), wanted)
     prefilled = sum(len(prompt) - 1 for prompt in prompts)
     parts = [sum(forward_sizes[:i]) for i in range(len(forward_sizes))].index(prefilled)
     assert parts >= 3 and max(forward_sizes[:parts]) <= 60
@@ -332,7 +327,7 @@ def test_prompts_computed_in_parts_give_the_same_replies(sampled, forward_sizes,
 
 
 @pytest.mark.parametrize("stops", [False, True], ids=["to the limit", "with stop ids"])
-def test_greedy_decoding_is_token_identical_to_transformers(tmp_path, stops):
+def test_greedy_decoding_is_token_identical_to_transformers(tmp_path, stops, cache):
     model, prompts = toy_model(num_key_value_heads=1), ragged_prompts(16, 40)
     save_hf(model, tmp_path)
     peer = Qwen2ForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
@@ -346,7 +341,7 @@ def test_greedy_decoding_is_token_identical_to_transformers(tmp_path, stops):
     for reply in out[:, longest:].tolist():
         ends = [i + 1 for i, token in enumerate(reply) if token in stop_ids]
         wanted.append(reply[:ends[0]] if ends else reply)
-    rollouts = draw(model, prompts, max_new_tokens=64, temperature=0.0, stop_ids=stop_ids)
+    rollouts = draw(model, prompts, max_new_tokens=64, temperature=0.0, stop_ids=stop_ids, **cache)
     assert ids_of(rollouts) == wanted
     lengths = {len(rollout.ids) for rollout in rollouts}
     assert len(lengths) > 4 if stops else lengths == {64}
@@ -395,10 +390,10 @@ def test_on_token_sees_exactly_the_ids(sampled):
     assert seen == ids_of(wanted)
 
 
-def test_sampling_under_bf16_autocast_stays_near_fp32(sampled):
+def test_sampling_under_bf16_autocast_stays_near_fp32(sampled, cache):
     model, prompts, settings, _ = sampled
     with torch.autocast("cpu", torch.bfloat16):
-        rollouts = draw(model, prompts, 5, **settings)
+        rollouts = draw(model, prompts, 5, **settings, **cache)
     for rollout in rollouts[::7]:
         assert (torch.tensor(rollout.logp) - full_forward_logp(model, rollout)).abs().mean() < 0.05
 
@@ -423,83 +418,130 @@ def test_the_longest_prompt_that_leaves_room_is_taken():
     assert len(rollout.ids) == 12
 
 
-# The command line.
+def test_an_unknown_kernel_is_refused_in_one_line():
+    with pytest.raises(ValueError, match="kernel is 'cuda'") as caught:
+        draw(toy_model(), [[1]], kernel="cuda")
+    assert "\n" not in str(caught.value)
 
 
-TOOLS = [{"name": "get_weather", "description": "Weather of a city.",
-          "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}]
+def test_a_kernel_that_cannot_run_is_refused_in_one_line(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    choose_kernel.cache_clear()
+    with pytest.raises(ValueError, match="'triton': sampling on a cuda .* GPU needs the triton") as caught:
+        choose_kernel("triton", "cuda", "sampling")
+    assert "\n" not in str(caught.value)
+    assert draw(toy_model(), [[1]], kernel="auto")
+    choose_kernel.cache_clear()
 
 
-@pytest.fixture(scope="module")
-def toy_folder(tmp_path_factory):
-    """A random model with a tokenizer of single bytes and Qwen's markers, in the Hugging Face layout."""
-    folder = tmp_path_factory.mktemp("toy")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)
-                                  for token in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    save_hf(toy_model(vocab_size=264), folder)
-    (folder / "tools.json").write_text(json.dumps(TOOLS))
-    return folder
+def test_auto_says_once_what_it_chose(capsys):
+    choose_kernel.cache_clear()
+    draw(toy_model(), [[1]])
+    draw(toy_model(), [[1]])
+    assert capsys.readouterr().err.count("kernel of sampling on cpu: fast") == 1
 
 
-def test_the_command_line_streams_a_reply_and_says_why_it_holds_no_calls(toy_folder, capsys):
-    sample.main([str(toy_folder), "--tools", str(toy_folder / "tools.json"), "--max_new_tokens", "8",
-                 "--temperature", "1", "--seed", "3", "Weather in Bern?"])
-    out = capsys.readouterr().out
-    chat = Chat(toy_folder)
-    prompt = chat.encode_prompt(Example("", "", TOOLS, [{"role": "user", "content": "Weather in Bern?"}], []))
-    rollout, = generate(sample.load_hf(toy_folder), [prompt], 1, max_new_tokens=8, temperature=1.0,
-                        stop_ids=chat.stop_ids, vocab_size=chat.vocab_size, seeds_P=prompt_seeds(3, 0, 0, 1))
-    shown = chat.decode([token for token in rollout.ids if token not in chat.stop_ids]).rstrip("\ufffd")
-    assert out.startswith(shown)
-    assert "(cut off after 8 tokens)\n" in out
-    assert out.splitlines()[-1].startswith("no calls: ")
+# The scheduler: the same replies, whatever the schedule.
 
 
-def test_the_command_line_prints_the_calls_of_a_reply(toy_folder, capsys, monkeypatch):
-    calls = [{"name": "get_weather", "arguments": {"city": "Zürich 東京"}}, {"name": "now", "arguments": {}}]
-    reply_ids = Chat(toy_folder).encode_reply(Example("", "", TOOLS, [], calls, "Zwei, ça va."))
+def test_a_pass_of_prefill_is_placed_before_the_next_one(sampled, monkeypatch, cache):
+    held, seen = [], set()
 
-    def generate_these(model, prompts, n, *, on_token, **settings):
-        for token in reply_ids:
-            on_token(0, token)
-        return [Rollout(prompts[0], reply_ids, [0.0] * len(reply_ids), True)]
+    def watching(model, prompts, kernel):
+        held.append([prompt for prompt in prompts if prompt.kv is not None])
+        seen.update(prompts)
+        assert not [prompt for prompt in seen if prompt.kv is not None and not prompt.unstarted]
 
-    monkeypatch.setattr(sample, "generate", generate_these)
-    sample.main([str(toy_folder), "--tools", str(toy_folder / "tools.json"), "Weather?"])
-    out = capsys.readouterr().out
-    assert "Zwei, ça va." in out and "\ufffd" not in out and "<|im_end|>" not in out
-    assert out.splitlines()[-2:] == ['get_weather({"city": "Zürich 東京"})', "now({})"]
+    watch(monkeypatch, sample, "prefill", watching)
+    monkeypatch.setattr(sample, "PREFILL_TOKENS", 8)
+    draw(sampled[0], ragged_prompts(6, 13, 0), 2, max_new_tokens=2, seeds_P=prompt_seeds(0, 0, 0, 6), **cache)
+    assert len(held) > 2 and not any(held)
 
 
-@pytest.mark.parametrize("content", [None, "[", '{"name": "f"}', '["f"]', '[{"title": "f"}]'])
-def test_a_bad_tools_file_is_one_line_and_exit_status_2(toy_folder, tmp_path, capsys, content):
-    tools = tmp_path / "tools.json"
-    if content is not None:
-        tools.write_text(content)
-    with pytest.raises(SystemExit) as caught:
-        sample.main([str(toy_folder), "--tools", str(tools), "query"])
-    assert caught.value.code == 2
-    err = capsys.readouterr().err
-    assert err.startswith(f"error: {tools}: ") and err.count("\n") == 1
+def random_schedule(seed):
+    """(prompts, n, settings that decide the replies, settings that must not, steps between two looks)"""
+    rng = random.Random(seed)
+    P, n = rng.randint(1, 8), rng.randint(1, 5)
+    prompts = ragged_prompts(P, rng.choice([1, 5, 13, 25]), seed)
+    most = rng.choice([1, 3, 20])
+    deciding = {"max_new_tokens": most, "stop_ids": set(rng.sample(range(VOCAB), rng.choice([0, 2, 4]))),
+                "seeds_P": prompt_seeds(seed, 0, 0, P), "temperature": rng.choice([0.7, 1.0])}
+    longest = -(-(max(map(len, prompts)) + most + 7) // paged_cache.PAGE) * paged_cache.PAGE
+    memory = rng.choice([None, *(longest + pages * paged_cache.PAGE for pages in (0, 0, 1, 3, 10, 30))])
+    schedule = {"batch_size": rng.choice([1, 2, 3, 7, 64]), "kv_memory_gib": memory and gib(memory),
+                "kernel": rng.choice(["reference", "auto", "auto"])}
+    return prompts, n, deciding, schedule, rng.choice([1, 1, 2, 3, 8])
 
 
-@pytest.mark.parametrize("setting", ["--top_p=0", "--temperature=-1", "--max_new_tokens=32768"])
-def test_a_setting_out_of_range_is_one_line_and_exit_status_2(toy_folder, capsys, setting):
-    with pytest.raises(SystemExit) as caught:
-        sample.main([str(toy_folder), "--tools", str(toy_folder / "tools.json"), setting, "query"])
-    assert caught.value.code == 2
-    err = capsys.readouterr().err
-    assert err.startswith("error: ") and err.count("\n") == 1
+@pytest.mark.parametrize("seeds", [range(0, 15), range(15, 30), range(30, 45)], ids=str)
+def test_replies_do_not_depend_on_the_schedule(sampled, small_pages, monkeypatch, caches, seeds):
+    for seed in seeds:
+        prompts, n, deciding, schedule, steps = random_schedule(seed)
+        monkeypatch.setitem(sample.STEPS, "cpu", 1)
+        wanted = draw(sampled[0], prompts, n, **deciding)
+        monkeypatch.setitem(sample.STEPS, "cpu", steps)
+        seen = [[] for _ in wanted]
+        rollouts = draw(sampled[0], prompts, n, **deciding, **schedule,
+                        on_token=lambda i, token, seen=seen: seen[i].append(token))
+        assert ids_of(rollouts) == seen == ids_of(wanted), seed
+        for rollout, other in zip(rollouts, wanted, strict=True):
+            assert rollout.finished == other.finished
+            logp, wanted_logp = torch.tensor(rollout.logp), torch.tensor(other.logp)
+            torch.testing.assert_close(logp, wanted_logp, atol=3e-5, rtol=0)
+    assert any(cache.preempted for cache in caches)
 
 
-def test_the_command_ends_with_status_2_and_without_a_traceback(tmp_path):
-    script = Path(sample.__file__)
-    run = subprocess.run([sys.executable, script, tmp_path, "--tools", tmp_path / "none.json", "query"],
-                         capture_output=True, text=True)
-    assert run.returncode == 2
-    assert run.stderr.startswith(f"error: {tmp_path / 'none.json'}: ") and run.stderr.count("\n") == 1
+def test_preempted_rows_draw_the_same_tokens_again(small_pages, caches, crowd):
+    model, prompts, settings, wanted = crowd
+    assert_same(draw(model, prompts, 4, **settings, kv_memory_gib=gib(90)), wanted)
+    assert len(caches[0].preempted) > 5
+
+
+@pytest.mark.parametrize("cache", [CACHES["plain"], {}], ids=["plain", "paged"])
+def test_memory_below_one_reply_is_refused_and_the_number_it_names_is_enough(crowd, cache):
+    model, prompts, settings, wanted = crowd
+    message = "kv_memory_gib: 1e-06 GiB .* of 52 tokens; give it 0.001"
+    with pytest.raises(ValueError, match=message) as caught:
+        draw(model, prompts, 4, **settings, **cache, kv_memory_gib=1e-6)
+    assert "\n" not in str(caught.value)
+    assert_same(draw(model, prompts, 4, **settings, **cache, kv_memory_gib=0.001), wanted)
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_the_plain_cache_bounds_its_memory_by_fewer_slots(crowd, forward_sizes, monkeypatch, rows):
+    model, prompts, settings, wanted = crowd
+    made, close = [], sample.Cache.close
+    monkeypatch.setattr(sample.Cache, "close", lambda cache: (made.append(cache.kv.nbytes), close(cache)))
+    bound = rows * 52 * TOKEN_BYTES
+    rollouts = draw(model, prompts, 4, **settings, **CACHES["plain"], kv_memory_gib=(bound + 1000) / 2**30)
+    assert_same(rollouts, wanted)
+    assert made == [bound] and max(forward_sizes[1:]) <= max(rows, max(map(len, prompts)) * rows)
+
+
+# What a rollout phase leaves behind.
+
+
+def bytes_of(thing):
+    """Bytes of the tensors among the attributes of an object."""
+    return sum(value.nbytes for value in vars(thing).values() if isinstance(value, torch.Tensor))
+
+
+def test_an_interruption_leaves_no_keys_and_values(sampled, monkeypatch, cache):
+    kept = []
+    watch(monkeypatch, sample, "decode_all", lambda decoder, *_: kept.extend((decoder, decoder.cache)))
+
+    def interrupt(number, token):
+        assert bytes_of(kept[1]) > 0
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        draw(sampled[0], [[1, 2, 3]], 4, on_token=interrupt, **cache)
+    decoder, cache = kept
+    assert bytes_of(cache) == 0 and decoder.head_DV is None and decoder.graphs is None
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
+def test_a_second_phase_samples_from_the_updated_weights(autocast, cache):
+    before, after, wanted = replies_before_and_after_an_update(
+        toy_model(), ragged_prompts(4, 12), autocast, **cache)
+    assert after == wanted != before

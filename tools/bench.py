@@ -1,17 +1,21 @@
-"""Speed and accuracy, measured side by side with peers: `python tools/bench.py [NAME ...]`, default all.
+"""Measure speed and accuracy side by side with peers: `python tools/bench.py [NAME ...]`, default all.
 
-In:  the names of benchmarks; shapes are those of Qwen2.5 where there is a GPU, toys on a CPU. Out: a
-JSON file for each, with hardware and versions, written after each setting so that a run cut short keeps
-what it has; a table of all rows last.
+In:  the names of benchmarks. On a GPU the shapes are those of Qwen2.5, on a CPU those of toy models. Out: a
+JSON file for each benchmark, with hardware and versions, and a table of all rows at the end. The JSON file is
+written after each setting, so an interrupted run keeps its results.
 
-Contenders take turns in one process, after a first round that warms up and is thrown away. What counts
-is the ratio within a round, so that a machine that slows down slows all: `x` is how many times as fast
-ours is, the median of the rounds, with the lowest and the highest, and the bar is what it has to reach.
-Seconds are those of the wall on a GPU, and on a CPU, where one thread works, those of the processor.
-A peer that is not installed, or fails, has a row that says so. Peers: peers.py and the extra `peers`.
+The contenders take turns in one process. The first round warms up and is discarded. Times are compared
+within a round, so a machine that becomes slower affects all contenders. `x` says how many times as fast ours
+is: the median over the rounds, with the lowest and the highest. The bar is the value that `x` must reach.
+Seconds are wall-clock time on a GPU. On a CPU one thread computes, and seconds are processor time. A peer
+that is not installed or that fails has a row that says so. The peers are in peers.py; the extra `peers`
+installs them.
 
-A benchmark is a function (rounds, *setting) -> rows; its docstring says what it measures. Axes: those of
-grpo.py and sample.py.
+A benchmark is a function (rounds, *setting) -> rows; its docstring says what it measures.
+
+Axes: P prompts, G rollouts a prompt, N = P·G, T packed tokens, L reply tokens, B sequences being decoded,
+D width, F width inside the MLP, H query heads, K key/value heads, E head size, V vocabulary rows,
+C a chunk of L.
 """
 
 import argparse
@@ -46,31 +50,31 @@ from tools.synthetic import synthetic  # noqa: E402
 from train import grpo_updates, logprobs_of_pack, make_optimizer  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32  # of weights that are not trained
-# On a CPU, with one thread, what the process took: other work on the machine does not count.
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32  # of weights that no optimizer updates
+# On a CPU, with one thread, processor time, so that other work on the machine does not count.
 CLOCK = time.process_time if DEVICE == "cpu" else time.perf_counter
-BANDWIDTH, FLOPS = 4.3e12, 989e12  # of an H200: bytes/s as measured, bf16 FLOP/s as its data sheet says
-# width, width of the MLP, layers, heads, key/value heads, head size, rows of the vocabulary, tied
+BANDWIDTH, FLOPS = 4.3e12, 989e12  # of an H200: measured bytes/s, bf16 FLOP/s of its data sheet
+# D, F, layers, H, K, E, V, whether the head is tied to the embedding
 SHAPES = {"tiny": (128, 384, 4, 4, 2, 32, 2048, True), "0.5B": (896, 4864, 24, 14, 2, 64, 151936, True),
           "1.5B": (1536, 8960, 28, 12, 2, 128, 151936, True),
           "7B": (3584, 18944, 28, 28, 4, 128, 152064, False)}
-SETTINGS = {  # what each benchmark is called with
-    "logprob": {"cpu": [("tiny", 2048)],  # shape, N reply tokens
+SETTINGS = {  # the arguments of each benchmark after `rounds`
+    "logprob": {"cpu": [("tiny", 2048)],  # shape, L
                 "cuda": [("1.5B", 32768), ("7B", 32768), ("0.5B", 32768)]},
-    "decode": {"cpu": [("tiny", 8, 8, 128, 128)],  # shape, P, G, tokens of a prompt, of a reply
+    "decode": {"cpu": [("tiny", 8, 8, 128, 128)],  # shape, P, G, tokens of a prompt, tokens of a reply
                "cuda": [(shape, P, 8, 960, 128) for shape in ("1.5B", "0.5B", "7B") for P in (8, 32)]},
     "sampling": {"cpu": [(64, 2048)], "cuda": [(64, 151936), (256, 151936)]},  # B, V
-    "step": {"cpu": [("tiny", 8, 8, 64, 64)],  # as decode
+    "step": {"cpu": [("tiny", 8, 8, 64, 64)],  # as in decode
              "cuda": [("0.5B", 8, 8, 896, 128), ("1.5B", 8, 8, 896, 128)]},
-    "prefix": {"cpu": [("tiny", 1, 8, 900, 120)], "cuda": [("1.5B", 4, 8, 900, 120)]},  # as decode
-    "run": {"cpu": [("tiny", 4, 4, 16)],  # shape, P, tools in a prompt (4 or more), tokens of a reply
+    "prefix": {"cpu": [("tiny", 1, 8, 900, 120)], "cuda": [("1.5B", 4, 8, 900, 120)]},  # as in decode
+    "run": {"cpu": [("tiny", 4, 4, 16)],  # shape, P, tools in a prompt (at least 4), tokens of a reply
             "cuda": [("7B", 32, 16, 120), ("1.5B", 64, 16, 120), ("0.5B", 64, 16, 120)]},
 }
 
 
 @dataclass
 class Times:
-    """What a contender took: seconds of each round, GPU memory above what was held; or why nothing."""
+    """One contender: seconds of each round, peak GPU memory beyond what was held; or why there is none."""
 
     seconds: list = field(default_factory=list)
     peak_gib: float | None = None
@@ -78,10 +82,11 @@ class Times:
 
 
 def take_turns(contenders, rounds):
-    """{name: Times} of contenders called in turns. Each is a function, or a text: why there is none.
+    """Call the contenders in turns: {name: Times}. A contender is a function, or a text that says why it is
+    missing.
 
-    A function may return its own seconds, where something comes before that does not count. A peer that
-    raises a RuntimeError, as when memory is out, is left out from then on; ours is not forgiven.
+    A function whose first part does not count returns its seconds. A peer that raises a RuntimeError, for
+    example when memory is exhausted, is skipped in later rounds. An error of ours is raised.
     """
     times = {name: Times(outcome=run if isinstance(run, str) else None)
              for name, run in contenders.items()}
@@ -99,44 +104,44 @@ def take_turns(contenders, rounds):
 
 
 def timed(run):
-    """(seconds of one call, on a GPU the peak of its memory in GiB above what was held before)"""
+    """Call run(): (seconds, peak GPU memory in GiB beyond what was held before the call; None on a CPU)."""
     if DEVICE == "cpu":
         began = CLOCK()
-        own = run()
-        return own or CLOCK() - began, None
+        counted_s = run()
+        return counted_s or CLOCK() - began, None
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     held, began = torch.cuda.memory_allocated(), CLOCK()
-    own = run()
+    counted_s = run()
     torch.cuda.synchronize()
-    seconds = own or CLOCK() - began
+    seconds = counted_s or CLOCK() - began
     return seconds, (torch.cuda.max_memory_allocated() - held) / 2**30
 
 
 def rows(setting, times, work, unit, bars=(), notes=()):
-    """A row a contender: median seconds, work a second, how many times as fast "ours" is, its notes."""
+    """One row a contender: median seconds, work a second, how many times as fast "ours" is, its notes."""
     bars, notes = dict(bars), dict(notes)
-    for name, found in times.items():
+    for name, measured in times.items():
         row = {"setting": setting, "who": name}
-        if found.outcome:
-            yield row | {"outcome": found.outcome}
+        if measured.outcome:
+            yield row | {"outcome": measured.outcome}
             continue
-        row |= {"seconds": median(found.seconds), "rounds": found.seconds,
-                "speed": work / median(found.seconds), "unit": unit}
-        row |= ratio(found.seconds, times["ours"].seconds, bars.get(name)) if name != "ours" else {}
-        row |= {"peak_gib": found.peak_gib} if DEVICE == "cuda" else {}
+        row |= {"seconds": median(measured.seconds), "rounds": measured.seconds,
+                "speed": work / median(measured.seconds), "unit": unit}
+        row |= ratio(measured.seconds, times["ours"].seconds, bars.get(name)) if name != "ours" else {}
+        row |= {"peak_gib": measured.peak_gib} if DEVICE == "cuda" else {}
         yield row | notes.get(name, {})
 
 
 def ratio(theirs, ours, bar=None):
-    """`x`, how many times as fast ours is: median, lowest and highest of the rounds."""
+    """`x`, how many times as fast ours is: the median, lowest and highest of the rounds."""
     ratios = [a / b for a, b in zip(theirs, ours, strict=True)]
     row = {"x": median(ratios), "x_low": min(ratios), "x_high": max(ratios)}
     return row | ({"bar": bar, "passes": row["x"] >= bar} if bar else {})
 
 
 def peer(package, make, *arguments):
-    """make(*arguments), a contender; where its package is missing "not installed", said on stderr too."""
+    """make(*arguments), a contender. If its package is missing: "not installed", with a line on stderr."""
     try:
         return make(*arguments)
     except ImportError as error:
@@ -145,12 +150,12 @@ def peer(package, make, *arguments):
 
 
 def config_of(shape):
-    D, width, layers, H, K, E, V, tied = SHAPES[shape]
-    return ModelConfig(V, D, width, layers, H, K, E, tie_word_embeddings=tied, max_position_embeddings=32768)
+    D, F, layers, H, K, E, V, tied = SHAPES[shape]
+    return ModelConfig(V, D, F, layers, H, K, E, tie_word_embeddings=tied, max_position_embeddings=32768)
 
 
 def make_model(shape, dtype):
-    """Qwen2 of a shape with random weights, made on the device."""
+    """A Qwen2 of a shape with random weights, created on the device."""
     torch.manual_seed(0)
     with torch.device(DEVICE):
         model = Qwen2(config_of(shape)).to(dtype)
@@ -161,7 +166,7 @@ def make_model(shape, dtype):
 
 
 def random_ids(count, length, vocab_size):
-    """`count` lists of `length` ids above 0, the same each time."""
+    """`count` lists of `length` ids above 0, the same at each call."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(1, vocab_size, (count, length), generator=generator).tolist()
 
@@ -178,19 +183,19 @@ def disagreement(model, rollouts, n):
     return {"logp_diff_mean": diff_L.mean().item(), "logp_diff_max": diff_L.max().item()}
 
 
-def logprob(rounds, shape, N):
-    """Token log-probs, forward and backward, T = 0.7, with entropy, for the head of a shape.
+def logprob(rounds, shape, L):
+    """Token log-probs and entropy, forward and backward, at temperature 0.7, for the head of a shape.
 
-    TFLOP/s count 8NDV for all: what is done where the logits are made again in backward. `extra_gib`:
-    peak memory beyond the gradients of hidden states and, in fp32, of the weight. Errors are against
-    fp64 over 2,048 tokens: the mean of |Δ log p|, and |Δ| / |.| of both gradients. "naive" holds all
-    logits.
+    TFLOP/s count 8LDV operations for all contenders: the number if the logits are computed again in backward.
+    `extra_gib`: peak memory beyond the gradients of the hidden states and, in fp32, of the weight. Errors are
+    relative to fp64 over 2,048 tokens: the mean of |Δ log p|, and |Δ| / |.| of both gradients. "naive" holds
+    all logits.
     """
     D, V = SHAPES[shape][0], SHAPES[shape][6]
     torch.manual_seed(0)
-    hidden_LD = torch.randn(N, D, device=DEVICE, dtype=DTYPE).requires_grad_()
+    hidden_LD = torch.randn(L, D, device=DEVICE, dtype=DTYPE).requires_grad_()
     weight_VD = (torch.randn(V, D, device=DEVICE) * 0.02).to(DTYPE).requires_grad_()
-    targets_L = torch.randint(V, (N,), device=DEVICE)
+    targets_L = torch.randint(V, (L,), device=DEVICE)
 
     def run(function, hidden_LD, weight_VD, targets_L):
         logp_L, _ = function(hidden_LD, weight_VD, targets_L, 0.7)
@@ -200,8 +205,8 @@ def logprob(rounds, shape, N):
     functions = {"ours": token_logprobs, "reference": token_logprobs_reference,
                  "torch.compile": compiled_logprobs(), "naive": naive_logprobs,
                  "Liger": peer("liger-kernel", liger_loss)}
-    whole = (hidden_LD, weight_VD, targets_L)
-    times = take_turns({name: f if isinstance(f, str) else lambda f=f: run(f, *whole) and None
+    arguments = (hidden_LD, weight_VD, targets_L)
+    times = take_turns({name: f if isinstance(f, str) else lambda f=f: run(f, *arguments) and None
                         for name, f in functions.items()}, rounds)
 
     few, notes = (hidden_LD[:2048].detach().requires_grad_(), weight_VD, targets_L[:2048]), {}
@@ -210,14 +215,14 @@ def logprob(rounds, shape, N):
     for name in [name for name in functions if not times[name].outcome]:
         logp_L, *gradients = run(functions[name], *few)
         errors = [((x - y).norm() / y.norm()).item() for x, y in zip(gradients, exact[1:], strict=True)]
-        notes[name] = {"tflops": 8 * N * D * V / median(times[name].seconds) / 1e12,
+        notes[name] = {"tflops": 8 * L * D * V / median(times[name].seconds) / 1e12,
                        "dhidden_error": errors[0], "dweight_error": errors[1]}
         if logp_L.dim():
             notes[name]["logp_error"] = (logp_L - exact[0]).abs().mean().item()
         if DEVICE == "cuda":
             notes[name]["extra_gib"] = times[name].peak_gib - (hidden_LD.nbytes + 4 * V * D) / 2**30
     bars = {"naive": 0.87, "torch.compile": 1.0, "Liger": 2.0} if DEVICE == "cuda" else {}
-    return rows(f"{shape}, N {N}", times, N, "tokens/s", bars, notes)
+    return rows(f"{shape}, L {L}", times, L, "tokens/s", bars, notes)
 
 
 def naive_logprobs(hidden_LD, weight_VD, targets_L, temperature):
@@ -228,7 +233,7 @@ def naive_logprobs(hidden_LD, weight_VD, targets_L, temperature):
 
 
 def compiled_logprobs():
-    """What torch.compile makes of the naive version over 4,096 tokens, chunk by chunk, as in the kernels."""
+    """The naive version by torch.compile, in chunks of 4,096 tokens, as in the kernels."""
     compiled = torch.compile(naive_logprobs, dynamic=False)
 
     def function(hidden_LD, weight_VD, targets_L, temperature):
@@ -240,38 +245,38 @@ def compiled_logprobs():
     return function
 
 
-def decode(rounds, shape, P, G, prompt_tokens, R):
-    """Rollouts: `generate` against that of transformers, all replies of full length, temperature 1.
+def decode(rounds, shape, P, G, prompt_tokens, reply_tokens):
+    """Rollouts: our `generate` against that of transformers, all replies of full length, temperature 1.
 
-    Seconds are those of the whole call, with prefill and the capture of graphs. `decode_share`: what
-    decoding alone, as the difference to a short call, reaches of the memory roofline on a GPU: the bytes
-    of weights, keys and values that each step has to read, at 4.3 TB/s.
+    Seconds are those of the whole call, prefill and graph capture included. `decode_share`, on a GPU: the
+    share of the memory roofline that decoding alone reaches. Its time is the difference to a short call; the
+    roofline is the bytes of weights, keys and values that each step has to read, at 4.3 TB/s.
     """
     model, last = make_model(shape, DTYPE), []
     prompts, B = random_ids(P, prompt_tokens, model.config.vocab_size), P * G
 
-    def ours(tokens=R):
+    def ours(tokens=reply_tokens):
         last[:] = generate(model, prompts, G, max_new_tokens=tokens, temperature=1.0, stop_ids=(),
                            seeds_P=prompt_seeds(0, 0, 0, P))
 
-    theirs = peer("transformers", hf_generate, model, prompts, G, R)
+    theirs = peer("transformers", hf_generate, model, prompts, G, reply_tokens)
     times = take_turns({"ours": ours, "transformers": theirs}, rounds)
     notes = disagreement(model, last, G)
     if DEVICE == "cuda":
-        brief = min(timed(lambda: ours(8))[0] for _ in range(2))
-        seconds = (median(times["ours"].seconds) - brief) / (R - 8)
+        short_s = min(timed(lambda: ours(8))[0] for _ in range(2))
+        seconds = (median(times["ours"].seconds) - short_s) / (reply_tokens - 8)
         c = model.config
         read = sum(p.numel() for p in (*model.layers.parameters(), model.head_weight()))
         kv = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
-        read += kv * B * (prompt_tokens + R / 2)
+        read += kv * B * (prompt_tokens + reply_tokens / 2)
         notes |= {"decode_tokens_s": B / seconds, "decode_share": 2 * read / BANDWIDTH / seconds}
     bar = {"tiny": 1.7, "7B": 3.0}.get(shape, 8.0)
-    return rows(f"{shape}, B {B}, {prompt_tokens} + {R} tokens", times, B * R, "tokens/s",
-                {"transformers": bar}, {"ours": notes})
+    return rows(f"{shape}, B {B}, {prompt_tokens} + {reply_tokens} tokens", times, B * reply_tokens,
+                "tokens/s", {"transformers": bar}, {"ours": notes})
 
 
 def sampling(rounds, B, V):
-    """One token a row and its log-prob from logits [B, V]: ours, `multinomial`, sorting as for top-p."""
+    """One token a row and its log-prob from logits [B, V]: ours, `multinomial`, and sorting as for top-p."""
     logits_BV = torch.randn(B, V, device=DEVICE, dtype=DTYPE)
     key_B, calls, draw_tokens = prompt_seeds(0, 0, 0, B).to(DEVICE), 100, sample_tokens
     if DEVICE == "cuda":
@@ -298,28 +303,30 @@ def sampling(rounds, B, V):
     return rows(f"B {B}, V {V}, {calls} calls", times, B * calls, "tokens/s", notes=notes)
 
 
-def step(rounds, shape, P, G, prompt_tokens, R):
+def step(rounds, shape, P, G, prompt_tokens, reply_tokens):
     """A whole GRPO step: rollouts, reward, log-probs, backward, AdamW; ours against TRL's trainer.
 
-    TRL generates with transformers; its log-probs come from a fused head of its own, which has replaced
-    Liger's loss. Ours without the shared prefix makes a group of every reply, in rollouts and update.
-    Replies reach their limit but for a stop token by chance. `mfu`, of the update on a GPU: 6 FLOPs for
-    each parameter and token of the trees, the head on reply tokens only, no attention, over 989 TFLOP/s.
+    TRL generates with transformers and computes log-probs with its built-in fused head, which has replaced
+    Liger's loss. "no shared prefix" is ours with a group for each reply, in rollouts and in the update.
+    Replies reach their limit unless a stop token is drawn by chance. `mfu`, of the update on a GPU: 6 FLOPs
+    for each parameter and token of the trees, the head on reply tokens only, attention not counted, over
+    989 TFLOP/s.
     """
     prompts, contenders, notes = random_ids(P, prompt_tokens, SHAPES[shape][6]), {}, {}
     for precision in ("bf16",) if DEVICE == "cuda" else ("fp32", "bf16"):
         model = make_model(shape, torch.float32)
         optimizer = make_optimizer(model, 0.0, 0.999)
         ours = f"ours {precision}" if contenders else "ours"
-        for name, share in ((ours, True), (f"{ours}, no shared prefix", False)):
+        for name, is_shared in ((ours, True), (f"{ours}, no shared prefix", False)):
             notes[name] = {"precision": precision}
-            contenders[name] = our_step(model, optimizer, prompts, G, R, precision, share, notes[name])
+            contenders[name] = our_step(model, optimizer, prompts, G, reply_tokens, precision, is_shared,
+                                        notes[name])
         contenders[f"TRL {precision}"] = peer(
-            "trl", trl_step, make_model(shape, torch.float32), prompts, G, R, precision, reward_of,
+            "trl", trl_step, make_model(shape, torch.float32), prompts, G, reply_tokens, precision, reward_of,
             P * G if DEVICE == "cpu" else 8, CLOCK)
     times = take_turns(contenders, rounds)
-    setting = f"{shape}, {P} x {G} replies, {prompt_tokens} + {R} tokens"
-    yield from rows(setting, times, P * G * R, "tokens/s",
+    setting = f"{shape}, {P} x {G} replies, {prompt_tokens} + {reply_tokens} tokens"
+    yield from rows(setting, times, P * G * reply_tokens, "tokens/s",
                     {"TRL fp32": 1.6} if DEVICE == "cpu" else {"TRL bf16": 3.0}, notes)
     ours, theirs = (min((times[name].seconds for name in times if who in name and times[name].seconds),
                         key=median, default=None) for who in ("ours", "TRL"))
@@ -328,19 +335,19 @@ def step(rounds, shape, P, G, prompt_tokens, R):
 
 
 def reward_of(ids):
-    """A reward that about half of all replies earn."""
+    """A reward of 1 for about half of all replies, 0 for the others."""
     return float(sum(ids) % 2)
 
 
-def our_step(model, optimizer, prompts, G, R, precision, share, notes):
-    """A step as in train.py, timed whole; `notes` gets what it measured of itself."""
-    asked, n = (prompts, G) if share else ([prompt for prompt in prompts for _ in range(G)], 1)
+def our_step(model, optimizer, prompts, G, reply_tokens, precision, is_shared, notes):
+    """A function that makes one step as train.py does and writes its measurements to `notes`."""
+    group_prompts, n = (prompts, G) if is_shared else ([prompt for prompt in prompts for _ in range(G)], 1)
     autocast = torch.autocast(DEVICE, torch.bfloat16, enabled=precision == "bf16")
 
-    def one():
+    def take_step():
         with autocast:
-            rollouts = generate(model, asked, n, max_new_tokens=R, temperature=1.0, stop_ids=(0,),
-                                seeds_P=prompt_seeds(0, 0, 0, len(asked)))
+            rollouts = generate(model, group_prompts, n, max_new_tokens=reply_tokens, temperature=1.0,
+                                stop_ids=(0,), seeds_P=prompt_seeds(0, 0, 0, len(group_prompts)))
         rewards_N = torch.tensor([reward_of(rollout.ids) for rollout in rollouts])
         adv_PG = group_advantages(rewards_N.view(-1, G)).view(-1, n)
         began = CLOCK()
@@ -355,38 +362,39 @@ def our_step(model, optimizer, prompts, G, R, precision, share, notes):
             head = model.head_weight().numel() * sum(len(rollout.ids) for rollout in rollouts)
             notes["mfu"] = 6 * (body + head) / notes["update_s"] / FLOPS
 
-    return one
+    return take_step
 
 
-def prefix(rounds, shape, P, G, prompt_tokens, R):
-    """Log-probs and backward of groups as trees, each prompt once, against one prompt for each reply."""
+def prefix(rounds, shape, P, G, prompt_tokens, reply_tokens):
+    """Log-probs and backward: groups packed as trees (each prompt once) against one prompt for each reply."""
     model = make_model(shape, DTYPE)
     prompts, replies = (random_ids(count, length, model.config.vocab_size)
-                        for count, length in ((P, prompt_tokens), (P * G, R)))
+                        for count, length in ((P, prompt_tokens), (P * G, reply_tokens)))
     tree = pack(prompts, [replies[p * G:(p + 1) * G] for p in range(P)]).to(DEVICE)
     plain = pack([prompts[i // G] for i in range(P * G)], [[reply] for reply in replies]).to(DEVICE)
-    ends = range(0, len(plain.tokens_T) + 1, prompt_tokens + R)
+    ends = range(0, len(plain.tokens_T) + 1, prompt_tokens + reply_tokens)
 
-    def one(packed, attend):
+    def differentiate(packed, attend):
         model.zero_grad()
         hidden_TD = model(packed.tokens_T, packed.positions_T, attend)
         hidden_LD = hidden_TD[packed.predictor_L]
         logp_L, _ = token_logprobs(hidden_LD, model.head_weight(), packed.targets_L, 1.0)
         logp_L.sum().backward()
 
-    times = take_turns({"ours": lambda: one(tree, shared_prefix_attention(tree.groups)),
-                        "plain packed": lambda: one(plain, packed_attention(ends))}, rounds)
-    setting = f"{shape}, {P} x {G} replies, {prompt_tokens} + {R} tokens"
+    times = take_turns({"ours": lambda: differentiate(tree, shared_prefix_attention(tree.groups)),
+                        "plain packed": lambda: differentiate(plain, packed_attention(ends))}, rounds)
+    setting = f"{shape}, {P} x {G} replies, {prompt_tokens} + {reply_tokens} tokens"
     notes = {"plain packed": {"ceiling": len(plain.tokens_T) / len(tree.tokens_T)}}
-    return rows(setting, times, P * G * R, "tokens/s", {"plain packed": 3.3}, notes)
+    return rows(setting, times, P * G * reply_tokens, "tokens/s", {"plain packed": 3.3}, notes)
 
 
-def run(rounds, shape, P, tools, R):
-    """Whole steps of train.py by configs/tool_n1_7b_1gpu.yaml, on random weights of a shape.
+def run(rounds, shape, P, tools, reply_tokens):
+    """Whole steps of train.py with configs/tool_n1_7b_1gpu.yaml, on random weights of a shape.
 
-    P prompts a step with so many tools each (16: about 900 tokens), 5 replies of R tokens, one update; with
-    the KL reference. Rows are the phases of a step, without the first step: tokens of replies that a rollout
-    draws, tokens of the trees that an update takes, a second; on a GPU the peak of its memory, all told.
+    A step has P prompts with `tools` tools each (16: about 900 tokens), 5 replies of at most `reply_tokens`
+    tokens, one update and the KL reference. Each phase of a step has a row; the first step does not count.
+    Speed: reply tokens a second in a rollout, tokens of the trees a second in an update. `peak_gib`, on a
+    GPU: the peak of all its memory.
     """
     pool = synthetic(8 * tools, 1, "train")
     with tempfile.TemporaryDirectory() as folder:
@@ -395,16 +403,16 @@ def run(rounds, shape, P, tools, R):
         (base / "config.json").write_text(json.dumps(config_of(shape).to_hf()), encoding="utf-8")
         examples = []
         for example in synthetic(P + 8, 0, "train"):
-            offered = {tool["name"]: tool for other in (example, *pool) for tool in other.tools}
-            examples.append(replace(example, tools=list(offered.values())[:tools]))
+            by_name = {tool["name"]: tool for other in (example, *pool) for tool in other.tools}
+            examples.append(replace(example, tools=list(by_name.values())[:tools]))
         write_jsonl(f"{folder}/train.jsonl", examples[:P])
         write_jsonl(f"{folder}/heldout.jsonl", examples[P:])
         settings = [f"--model.path={base}", "--model.init=random", f"--out={out}",
                     f"--data.train={folder}/train.jsonl", f"--data.heldout={folder}/heldout.jsonl",
                     "--data.system_prompt=configs/demo_prompt.txt", f"--train.steps={rounds + 1}",
                     f"--train.prompts_per_step={P}", "--train.updates_per_step=1",
-                    f"--rollout.max_new_tokens={R}", f"--eval.max_new_tokens={R}"]
-        # Nothing is saved: weights and moments of a 7B are 91 GB.
+                    f"--rollout.max_new_tokens={reply_tokens}", f"--eval.max_new_tokens={reply_tokens}"]
+        # Nothing is saved, because weights and moments of a 7B model are 91 GB.
         code = "import train; train.RunFolder.save_checkpoint = lambda run: None; train.main()"
         subprocess.run([sys.executable, "-c", code, "configs/tool_n1_7b_1gpu.yaml", *settings], cwd=ROOT,
                        check=True, stdout=sys.stderr)
@@ -413,8 +421,8 @@ def run(rounds, shape, P, tools, R):
     for phase in ("rollout", "update"):
         seconds = [line[f"time/{phase}_s"] for line in steps]
         work = [5 * P * line["length/mean"] if phase == "rollout" else line["tokens"] for line in steps]
-        row = {"setting": f"{shape}, {P} x 5 replies, {tools} tools + {R} tokens", "who": f"ours, {phase}",
-               "seconds": median(seconds), "rounds": seconds, "unit": "tokens/s",
+        row = {"setting": f"{shape}, {P} x 5 replies, {tools} tools + {reply_tokens} tokens",
+               "who": f"ours, {phase}", "seconds": median(seconds), "rounds": seconds, "unit": "tokens/s",
                "speed": median(n / s for n, s in zip(work, seconds, strict=True))}
         peak = max(line.get(f"memory/{phase}_gib", 0) for line in steps)
         yield row | ({"peak_gib": peak} if peak else {})
@@ -424,27 +432,27 @@ BENCHMARKS = {function.__name__: function for function in (logprob, decode, samp
 
 
 def machine():
-    """Hardware and versions, as they go into the results."""
+    """Hardware and versions, for the results."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    found = {"processor": (names or [platform.machine()])[0], "cores": os.cpu_count(),
+    details = {"processor": (names or [platform.machine()])[0], "cores": os.cpu_count(),
              "threads": torch.get_num_threads(), "python": platform.python_version()}
-    found |= {"gpu": torch.cuda.get_device_name()} if DEVICE == "cuda" else {}
+    details |= {"gpu": torch.cuda.get_device_name()} if DEVICE == "cuda" else {}
     for package in ("torch", "triton", "transformers", "trl", "liger-kernel"):
         try:
-            found[package] = version(package)
+            details[package] = version(package)
         except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+            details[package] = "not installed"
+    return details
 
 
-def table(found):
-    """All rows as text, in columns."""
+def table(all_rows):
+    """The rows as text, in columns."""
     lines = [["", "setting", "", "median", "speed", "ours is x times as fast", "bar", ""]]
     columns = ("benchmark", "setting", "who", "outcome", "seconds", "rounds", "speed", "unit", "x", "x_low",
                "x_high", "bar", "passes")
-    for row in found:
+    for row in all_rows:
         notes = [f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
                  for key, value in row.items() if key not in columns]
         lines.append([
@@ -475,10 +483,10 @@ def main(argv=None):
                   "command": f"python tools/bench.py {name} --rounds={args.rounds}",
                   "machine": machine(), "rows": []}
         for setting in SETTINGS[name][DEVICE]:
-            found = BENCHMARKS[name](args.rounds, *setting)
-            result["rows"] += [{"benchmark": name, **row} for row in found]
+            setting_rows = BENCHMARKS[name](args.rounds, *setting)
+            result["rows"] += [{"benchmark": name, **row} for row in setting_rows]
             (args.out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-            gc.collect()  # trainers and their models hold each other
+            gc.collect()  # a trainer and its model refer to each other
     files = [file for name in names if (file := args.out / f"{name}.json").exists()]
     results = [json.loads(file.read_text(encoding="utf-8")) for file in files]
     machines = [", ".join(f"{key} {value}" for key, value in r["machine"].items()) for r in results]

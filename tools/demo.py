@@ -5,10 +5,12 @@ In:  run folders of configs/demo.yaml, made by `make demo`. Out: verdicts, table
     python tools/demo.py judge RUN      compare the gains of RUN with the bars below; status 1 if one fails
     python tools/demo.py control RUN    train the base on replies of the lazy teacher, as long as RUN took
     python tools/demo.py table RUN...   base, control and GRPO by split and kind, over the seeds of the RUNs
+    python tools/demo.py curves RUN...  accuracy over the steps, of RUNs with evaluations at the same steps
 
 Accuracies are greedy, in percent of the held-out queries of a category, which is named split/kind. pass@8 is
 the percentage of queries for which one of 8 replies at temperature 1 is right: what GRPO can amplify.
-Confidence intervals are over seeds: mean ± t · s / √n, with Student's t at 95 %.
+Confidence intervals are over seeds: mean ± t · s / √n, with Student's t at 95 %. `table` and `curves` write
+to tools/results/demo.json.
 """
 
 import argparse
@@ -23,16 +25,18 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import reward  # noqa: E402
 import train  # noqa: E402
 from data import Chat, read_jsonl, write_jsonl  # noqa: E402
 from eval import summarize  # noqa: E402
 from model import load_hf  # noqa: E402
-from reward import score  # noqa: E402
-from runtime.files import write_json  # noqa: E402
+from runtime.files import read_json, write_json  # noqa: E402
+from runtime.run_folder import read_evaluations  # noqa: E402
 from sample import generate, prompt_seeds  # noqa: E402
 from tools.make_base import lazy  # noqa: E402
 from tools.synthetic import synthetic  # noqa: E402
 
+RESULTS = "tools/results/demo.json"
 GAINS = {"values": 25, "paraphrases": 15, "tools": 15}  # points that each split must gain
 LEAST = 50  # percent that every kind of query must reach on new values
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t at 95 %, by the number of seeds
@@ -40,11 +44,11 @@ T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t at 95 %, by the 
 
 def evaluations(run):
     """The evaluations of a run in order, each {category: percent}. ValueError if there are fewer than two."""
-    files = sorted(Path(run).glob("evals/step_*.json"))
-    if len(files) < 2:
-        raise ValueError(f"{run}: {len(files)} evaluations, not a first and a last; is this a finished run?")
-    return [{row["category"]: 100 * row["accuracy"] for row in json.loads(file.read_text())["rows"]}
-            for file in files]
+    reports = read_evaluations(run)
+    if len(reports) < 2:
+        raise ValueError(f"{run}: {len(reports)} evaluations, not a first and a last; is this a finished "
+                         "run?")
+    return [{row["category"]: 100 * row["accuracy"] for row in report["rows"]} for report in reports]
 
 
 def minutes(run):
@@ -90,7 +94,7 @@ def pass_at(model, chat, examples, k):
     rollouts = generate(model, [chat.encode_prompt(example) for example in examples], k, max_new_tokens=128,
                         temperature=1.0, stop_ids=chat.stop_ids, vocab_size=chat.vocab_size,
                         seeds_P=prompt_seeds(0, 0, 0, len(examples)), progress=f"pass@{k}")
-    marks = [score(chat.decode(rollout.ids), examples[i // k].answer).calls_ok
+    marks = [reward.judge(examples[i // k], chat.decode(rollout.ids), "binary").calls_ok
              for i, rollout in enumerate(rollouts)]
     replies = [{"category": example.source, "right": any(marks[i * k:(i + 1) * k]), "format_ok": True,
                 "names_ok": True, "finished": True} for i, example in enumerate(examples)]
@@ -128,6 +132,16 @@ def compare(runs):
     return "\n".join(lines), {"rows": rows, "minutes": spent, "seeds": len(runs)}
 
 
+def curves(runs):
+    """{"steps": [step of each evaluation], split: [[percent at each step] of each run]}"""
+    steps = [[report["step"] for report in read_evaluations(run)] for run in runs]
+    if any(each != steps[0] for each in steps):
+        raise ValueError(f"{', '.join(map(str, runs))}: evaluated at different steps; use one --eval.every")
+    found = [evaluations(run) for run in runs]
+    return {"steps": steps[0], **{split: [[round(each[split], 2) for each in run] for run in found]
+                                  for split in (*GAINS, "all")}}
+
+
 def newest_checkpoint(run):
     return sorted(Path(run).glob("checkpoints/step_??????"))[-1]
 
@@ -137,7 +151,8 @@ def main(argv=None):
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("judge", "control"):
         commands.add_parser(name).add_argument("run", type=Path)
-    commands.add_parser("table").add_argument("runs", type=Path, nargs="+")
+    for name in ("table", "curves"):
+        commands.add_parser(name).add_argument("runs", type=Path, nargs="+")
     args, extra = parser.parse_known_args(argv)
     try:
         if args.command == "judge":
@@ -148,10 +163,12 @@ def main(argv=None):
             sys.exit(not all(passes for _, _, passes in verdicts))
         elif args.command == "control":
             control(args.run, extra)
-        else:
+        elif args.command == "table":
             text, numbers = compare(args.runs)
             print(text)
-            write_json("tools/results/demo.json", numbers)
+            write_json(RESULTS, {**read_json(RESULTS), **numbers})
+        else:
+            write_json(RESULTS, {**read_json(RESULTS), "curves": curves(args.runs)})
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one call and under eight minutes: the tests marked `gpu`, then the benchmarks.
+# All checks that need a GPU, in one call of less than eight minutes: the tests marked `gpu`, then the benchmarks.
 #
 #     OUT=folder PYTHON=python3 tools/gpu_check.sh
 #
-# In:  a machine with a CUDA GPU, and what is installed there or lies in PYTHONPATH, such as TRL and Liger; nothing
-# is downloaded. Out: in $OUT, by default tools/results/gpu, a JSON file of each benchmark, log.txt and table.txt;
-# on the screen that table, last. Each part has a time limit, so that one that fails or hangs costs the others
-# nothing. What did not come to its end stands in the table with the reason, and the status is 1.
+# In:  a machine with a CUDA GPU. The script uses the packages that are installed or in PYTHONPATH, such as TRL and
+# Liger; it downloads nothing. Out: in $OUT (default: tools/results/gpu) one JSON file a benchmark, log.txt and
+# table.txt; the table is also printed at the end. Each part has a time limit, so a part that fails or hangs does
+# not stop the others. If a part did not finish, the table gives the reason and the exit status is 1.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 out="${OUT:-tools/results/gpu}"
@@ -14,29 +14,29 @@ python="${PYTHON:-$(if [ -x .venv/bin/python ]; then echo .venv/bin/python; else
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
 mkdir -p "$out"
 : >"$out/log.txt"
-said="$(mktemp)"
-trap 'rm -f "$said"' EXIT
+output="$(mktemp)"
+trap 'rm -f "$output"' EXIT
 status=0
 parts=()
 
-# part NAME SECONDS COMMAND...: run it, log what it says, add a line to `parts`.
+# part NAME SECONDS COMMAND...: run the command with a time limit, log its output, add a line to `parts`.
 part() {
     local name=$1 limit=$2 began=$SECONDS outcome=done
     shift 2
     rm -f "$out/$name.json"
-    timeout --kill-after=5 "$limit" "$@" >"$said" 2>&1
+    timeout --kill-after=5 "$limit" "$@" >"$output" 2>&1
     case $? in
         0) ;;
         124 | 137) outcome="STOPPED at its limit of $limit s" ;;
         *) outcome="FAILED" ;;
     esac
     [ "$outcome" = done ] || status=1
-    # The last line of a test run counts them; that of a failure tells the error.
+    # The last line of a test run has the counts; the last line of a failure has the error.
     if [ "$name" = tests ] || [ "$outcome" = FAILED ]; then
-        outcome="$outcome: $(grep -v '^ *$' "$said" | tail -n 1 | cut -c1-100)"
+        outcome="$outcome: $(grep -v '^ *$' "$output" | tail -n 1 | cut -c1-100)"
     fi
     parts+=("$(printf '%-9s %4d s  %s' "$name" $((SECONDS - began)) "$outcome")")
-    { echo "===== $*"; cat "$said"; } >>"$out/log.txt"
+    { echo "===== $*"; cat "$output"; } >>"$out/log.txt"
     echo "${parts[-1]}"
 }
 

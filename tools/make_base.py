@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train  # noqa: E402
 from data import Chat  # noqa: E402
-from eval import evaluate, table  # noqa: E402
+from eval import accuracy_table, evaluate  # noqa: E402
 from model import ModelConfig, Qwen2, save_hf  # noqa: E402
 from reward import CALL, END_CALL, IM_END, IM_START, format_reply  # noqa: E402
 from runtime.files import write_json  # noqa: E402
@@ -198,7 +198,7 @@ def main(argv=None):
         pairs = [pair for both in zip(pairs, copying, strict=True) for pair in both]
         learn(model, pairs, args.steps, 2e-3, chat.vocab_size, "imitation")
         rows, _ = evaluate(model, chat, synthetic(300, 1, "heldout"), max_new_tokens=128)
-        print(table({"greedy": rows}))
+        print(accuracy_table({"greedy": rows}))
         save_hf(model.to(torch.bfloat16), args.out)
         for file in sorted(Path(folder).iterdir()):
             shutil.copyfile(file, args.out / file.name)

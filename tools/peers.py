@@ -1,7 +1,8 @@
-"""The peers of tools/bench.py, ready to be timed: transformers, TRL, Liger.
+"""The peers of tools/bench.py: transformers, TRL, Liger.
 
-In:  a model of ours, whose tensors they take as they are, and ids. Out: a function to be called. A peer is
-imported only where it is used, so that an ImportError tells which one is missing.
+In:  a model of ours and ids. The peers use the model's tensors without a copy. Out: a function that
+tools/bench.py calls and times. A peer is imported inside the function that needs it, so an ImportError names
+the one that is missing.
 """
 
 import contextlib
@@ -12,7 +13,7 @@ import torch
 
 
 def hf_model(model):
-    """The Qwen2 of transformers with the tensors of `model` as its own; no token ends its replies."""
+    """The Qwen2 of transformers, which shares the tensors of `model`. It has no stop token."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     config = Qwen2Config(**model.config.to_hf(), eos_token_id=None, bos_token_id=None)
@@ -20,14 +21,14 @@ def hf_model(model):
         twin = Qwen2ForCausalLM(config)
     weights = {name if name.startswith("lm_head") else f"model.{name}": weight.detach()
                for name, weight in model.named_parameters()}
-    told = twin.load_state_dict(weights, strict=False, assign=True)
+    result = twin.load_state_dict(weights, strict=False, assign=True)
     twin.tie_weights()
-    assert not told.unexpected_keys and set(told.missing_keys) <= {"lm_head.weight"}, told
+    assert not result.unexpected_keys and set(result.missing_keys) <= {"lm_head.weight"}, result
     return twin.requires_grad_()
 
 
 def hf_generate(model, prompts, n, max_new_tokens):
-    """Sampling of n replies to each prompt, all prompts of one length, by transformers."""
+    """A function that samples n replies to each prompt with transformers. All prompts have one length."""
     twin = hf_model(model).eval()
     prompts_BT = torch.tensor(prompts, device=twin.device).repeat_interleave(n, 0)
 
@@ -39,10 +40,10 @@ def hf_generate(model, prompts, n, max_new_tokens):
 
 
 def liger_loss():
-    """Liger's GRPO loss under the signature of `token_logprobs`, N a multiple of 1,024 or less than that.
+    """Liger's GRPO loss with the signature of `token_logprobs`. L is a multiple of 1,024, or less than 1,024.
 
-    It gives no log-probs. Its first value, times one, has the gradient of their sum: advantages are 1, old
-    log-probs its own.
+    It returns no log-probs: its first value is a scalar, and the second is None. The gradient of the scalar
+    is that of the sum of the log-probs, since all advantages are 1 and the old log-probs equal the new ones.
     """
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
@@ -59,10 +60,11 @@ def liger_loss():
 
 
 def trl_step(model, prompts, n, max_new_tokens, precision, reward_of, at_once, clock):
-    """One step of TRL's GRPOTrainer, `at_once` replies a micro-batch; returns its seconds by clock().
+    """A function that makes one step with TRL's GRPOTrainer and returns its seconds by clock().
 
-    Counted from the step's beginning, rollouts included, to the end of the optimizer's step; not what the
-    trainer sets up before, once for each run. reward_of(ids) -> number; id 0 ends a reply.
+    The seconds run from the beginning of the step to the end of the optimizer's step, rollouts included. The
+    trainer's setup, once at each call, does not count. at_once: replies of a micro-batch; reward_of(ids) ->
+    number; id 0 ends a reply.
     """
     from datasets import Dataset
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -81,16 +83,16 @@ def trl_step(model, prompts, n, max_new_tokens, precision, reward_of, at_once, c
         gradient_accumulation_steps=len(prompts) * n // at_once, max_completion_length=max_new_tokens,
         temperature=1.0, top_k=0, bf16=precision == "bf16", use_cpu=on_cpu, gradient_checkpointing=False,
         report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True)
-    began, seconds = [], []
+    starts, seconds = [], []
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *_, **__):
-            began.append(clock())
+            starts.append(clock())
 
         def on_step_end(self, *_, **__):
             if not on_cpu:
                 torch.cuda.synchronize()
-            seconds.append(clock() - began[-1])
+            seconds.append(clock() - starts[-1])
 
     def rewards(completion_ids, **_):
         return [reward_of(ids) for ids in completion_ids]

@@ -1,52 +1,59 @@
-"""The memory and the length of a run, told before it starts: `python train.py CONFIG --plan`.
+"""Memory and length of a run, before it starts: `python train.py CONFIG --plan`.
 
-In:  a config, the model's config.json and, where they are there, its tokenizer and the examples. Out:
-what each rank holds at each moment that can be the worst, the steps and tokens of the run, whether it
-fits, and what to change if not. No weight is read or allocated: shapes are those of a model on the meta
-device.
+In:  a config, the model's config.json and, if they exist, its tokenizer and the examples. Out: what each rank
+holds at each moment that can be the peak, the steps and tokens of the run, whether it fits, and what to
+change if it does not. No weight is read or allocated: the shapes are those of a model on the meta device.
 
-    moment                what is held then, beside this rank's share of weights and moments
-    rollout, evaluation   whole weights; keys and values; prompts being computed, or logits being sampled
+    moment                what is held then, besides this rank's shards of weights and moments
+    rollout, evaluation   whole weights; keys and values; activations of the prompts, or logits to sample from
     log-prob              gradients; all that autograd saved; logits and the gradient of the head
-    backward              gradients; all that autograd saved; a block in its backward
-    step                  gradients; sums over ranks of those of embedding and head, or AdamW's scratch
+    backward              gradients; all that autograd saved; one block in its backward
+    step                  gradients; the reduce-scatter of embedding and head, or AdamW's temporary tensors
 
-Bytes on each of R ranks, for N parameters and w bytes a number in matrix products (2 in bf16, 4 in
+Bytes on each rank. `parameters` is their number; matrix products have w bytes a number (2 in bf16, 4 in
 fp32):
 
-weights     4 N/R in fp32, by rows. A rollout has w N more, the whole copy that `unsharded` makes. In an
-            update FSDP has the root whole (embedding, norm and head, from forward until backward has
-            passed), the block that computes and, of many ranks, the next one on its way. One CPU: 4 N,
-            used as it is
-gradients   4 N/R at every moment of an update: they are there from its second micro-batch on. On their
-            way: the head's, 4 V D summed over chunks of logits, then w V D until the root's are summed
-            at the end of backward; a block's own; the fp32 input of its sum over ranks, which waits for
-            the next block's. A sum holds w + 4 bytes a number, then 4 and its output, and at R = 1,
-            where FSDP divides by 1, a copy. One CPU: a new gradient beside the one it is added to
-moments     8 N/R, and 8 bytes a number of the largest share as AdamW steps, a parameter at a time
-reference   as the weights, in w bytes on a GPU, nothing there where grpo.reference_on_cpu is set. Its
-            own pass saves nothing for a backward, so it is never the worst moment
-activations of a token, numbers. The input of each block, D. Of each block, with activation_checkpointing
-            of one at a time: 3 D (outputs of both norms, x after attention), on a CPU 5 D (a norm is two
-            steps there); 4 F (gate, its silu, up, their product); 3 H E (queries; the output of
-            attention, in its own order and in the pack's); keys and values as the queries read them, so
-            a prompt again for each reply, 2 K E with FlashAttention (bf16 on a GPU), else 2 H E and a
-            mask of R (P + R) fp32 numbers a reply. Backward of an MLP takes 2 F + D more
-logits      a chunk of CHUNK_TOKENS rows in w bytes or, if larger, the bf16 copy of the head's gradient;
-            on a CPU 4 fp32 copies of a chunk of CHUNK_LOGITS. Sampling: a row for each reply that runs,
-            in w bytes, on a CPU 20 (logits, log-probs, probabilities, sums in fp64)
-keys and    pages of PAGE tokens: rollout.kv_memory_gib of them, else what is free but MARGIN_GIB, and no
-values      more than all rows can fill. On a CPU every row has room for the longest, which grows by half
-prompts     (among activations) one pass of PREFILL_TOKENS is computed and placed before the next: its keys
-            and values, and then a second copy of them, stacked, or 3 F + 3 D a token in an MLP
+weights     4·parameters/ranks in fp32, sharded by rows. A rollout also holds the whole copy that `unsharded`
+            makes, w·parameters. In an update FSDP holds three things whole: the root (embedding, norm and
+            head, from forward until the end of its backward), the block that computes and, on more than one
+            rank, the next block, which is already being gathered. A single CPU process does not shard:
+            4·parameters, without a copy
+gradients   4·parameters/ranks at every moment of an update, because they exist from its second micro-batch
+            on. In transit: the gradient of the head, 4·V·D while it is summed over chunks of logits, then
+            w·V·D until the root is reduce-scattered at the end of backward; the gradients of one block; the
+            fp32 input of that block's reduce-scatter, which is held until the next block's. A reduce-scatter
+            holds w + 4 bytes a number, then 4 and its output. On one rank it also holds a copy, because FSDP
+            divides by 1. A single CPU process holds a new gradient and the one that it is added to
+moments     8·parameters/ranks. AdamW steps one parameter at a time and then holds 8 more bytes a number of
+            this parameter's shard
+reference   as the weights, but w bytes a number on a GPU; nothing there if grpo.reference_on_cpu is set. Its
+            forward saves nothing for a backward, so it is never the peak
+activations numbers a token. For each block its input, D. Inside each block (with activation_checkpointing:
+            inside one block at a time) these:
+            3·D: the outputs of both norms, and x after attention; on a CPU 5·D, because a norm is two steps
+            4·F: the gate, its silu, up, their product
+            3·H·E: the queries, and the output of attention in two orders, its own and that of the pack
+            keys and values as the queries read them, so those of a prompt once more for each reply. With
+            FlashAttention (bf16 on a GPU) they are 2·K·E, otherwise 2·H·E, and each reply has a mask of
+            reply·(prompt + reply) fp32 numbers, where prompt and reply are their tokens
+            The backward of an MLP holds 2·F + D more
+logits      the larger of a chunk of CHUNK_TOKENS rows in w bytes and the bf16 copy of the head's gradient; on
+            a CPU 4 fp32 copies of a chunk of CHUNK_LOGITS. Sampling: one row for each running reply, in w
+            bytes a number, on a CPU in 20 (logits, log-probs, probabilities, cumulative sums in fp64)
+keys and    pages of PAGE tokens: rollout.kv_memory_gib or, on a GPU without it, all free memory but
+values      MARGIN_GIB; never more than all rows can fill. On a CPU without it each row has room for the
+            longest row, and this room grows by half
+prompts     (part of the activations) one pass of PREFILL_TOKENS is computed and placed in the cache before
+            the next. It holds its keys and values, and also either a stacked copy of them or 3·F + 3·D
+            numbers a token in an MLP
 
-What is not known before is taken as the worst: every prompt has data.max_prompt_tokens, or the tokens of
-the longest one where data and tokenizer are there; every sampled reply its limit; micro-batches are
-full, of replies of the length that costs most. Beside tensors a GPU needs CONTEXT_GIB for CUDA, NCCL and
-fragments.
+What is unknown before the run is planned at its maximum. Every prompt has data.max_prompt_tokens or, if data
+and tokenizer exist, the tokens of the longest prompt. Every sampled reply reaches its limit. Micro-batches
+are full, of replies whose length costs most. A GPU also needs CONTEXT_GIB for CUDA, NCCL and fragmentation.
+The formulas are those of the kernels that model.kernel=auto chooses.
 
 Axes: T packed tokens, L reply tokens, D width, F width inside the MLP, H query heads, K key/value heads,
-E head size, V vocabulary rows, P and R tokens of a prompt and of a reply.
+E head size, V vocabulary rows.
 """
 
 import argparse
@@ -69,18 +76,18 @@ from model import ModelConfig, Qwen2
 from runtime.tensors import resolve
 
 GIB = 2**30
-CONTEXT_GIB = 2  # of a GPU, beside tensors
-DEFAULT_GIB = 80  # of a GPU, where none is here to be asked
+CONTEXT_GIB = 2  # of a GPU, besides tensors
+DEFAULT_GIB = 80  # of a GPU, if this machine has none
 WITHOUT_WEIGHTS = ("config.json", "generation_config.json", "tokenizer*", "vocab.json", "merges.txt",
                    "*.jinja")
 PARTS = ("weights, own share", "weights, whole", "gradients", "moments", "reference", "activations",
          "logits", "keys and values", "CUDA and fragments")
-SHARE, WHOLE, GRADIENTS, MOMENTS, REFERENCE, ACTIVATIONS, LOGITS, KV, CONTEXT = PARTS
+SHARD, WHOLE, GRADIENTS, MOMENTS, REFERENCE, ACTIVATIONS, LOGITS, KV, CONTEXT = PARTS
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What the memory of one rank follows from. Lengths in tokens."""
+    """What the memory of one rank depends on. Lengths in tokens."""
 
     model: ModelConfig
     prompt: int  # the longest
@@ -95,37 +102,37 @@ class Setup:
     ranks: int
     sharded: bool
     device: str  # cpu | cuda
-    width: int  # bytes of a number in matrix products
+    itemsize: int  # bytes of a number in matrix products
 
 
 class Sizes(NamedTuple):
-    """Numbers in: all parameters, this rank's rows of them; the root; a block; the largest rows."""
+    """Counts of numbers: all parameters; this rank's shards; the root; a block; the largest shard."""
 
     total: int
-    share: int
+    shard: int
     root: int
     block: int
-    largest_share: int
+    largest_shard: int
 
 
 @functools.cache
 def sizes(config, ranks):
-    """The Sizes of a model over ranks; those of the first rank, which has the most rows."""
+    """The Sizes of a model on rank 0, which has the most rows."""
     with torch.device("meta"):
         named = [(name, list(parameter.shape)) for name, parameter in Qwen2(config).named_parameters()]
     root = [shape for name, shape in named if not name.startswith("layers.")]
     block = [shape for name, shape in named if name.startswith("layers.0.")]
     shapes = [shape for _, shape in named]
 
-    def share(shape):
+    def shard(shape):
         return math.prod([-(-shape[0] // ranks), *shape[1:]])
 
-    return Sizes(sum(map(math.prod, shapes)), sum(map(share, shapes)), sum(map(math.prod, root)),
-                 sum(map(math.prod, block)), max(map(share, shapes)))
+    return Sizes(sum(map(math.prod, shapes)), sum(map(shard, shapes)), sum(map(math.prod, root)),
+                 sum(map(math.prod, block)), max(map(shard, shapes)))
 
 
 class Shape(NamedTuple):
-    """What costs in a micro-batch: packed tokens, reply tokens, keys read, numbers in replies' masks."""
+    """What a micro-batch costs: packed tokens, reply tokens, keys that are read, numbers in the masks."""
 
     T: float
     L: float
@@ -134,46 +141,47 @@ class Shape(NamedTuple):
 
     @classmethod
     def of(cls, groups):
-        """groups: for each (prompt length, [reply lengths]), as `shared_prefix_attention` takes them."""
-        pairs = [(P, R) for P, replies in groups for R in replies]
-        P, L = sum(P for P, _ in groups), sum(R for _, R in pairs)
-        return cls(P + L, L, P + sum(P + R for P, R in pairs), sum(R * (P + R) for P, R in pairs))
+        """groups: for each (prompt length, [reply lengths]), the argument of `shared_prefix_attention`."""
+        pairs = [(prompt, reply) for prompt, replies in groups for reply in replies]
+        prompt_tokens, L = sum(prompt for prompt, _ in groups), sum(reply for _, reply in pairs)
+        return cls(prompt_tokens + L, L, prompt_tokens + sum(prompt + reply for prompt, reply in pairs),
+                   sum(reply * (prompt + reply) for prompt, reply in pairs))
 
     @classmethod
     def full(cls, s, reply):
-        """A full micro-batch of groups of the longest prompt with replies of `reply` tokens."""
+        """A full micro-batch: groups of the longest prompt with replies of `reply` tokens."""
         n = min(s.n, (s.micro_batch_tokens - s.prompt) // reply)
-        one = cls.of([(s.prompt, [reply] * n)])
-        return cls(*(x * s.micro_batch_tokens / one.T for x in one))
+        group = cls.of([(s.prompt, [reply] * n)])
+        return cls(*(x * s.micro_batch_tokens / group.T for x in group))
 
 
 def saved_by_block(s, x):
-    """Bytes that autograd saves in one block for a micro-batch of Shape x, without the block's input."""
+    """Bytes that autograd saves in one block for a micro-batch of Shape x, the block's input not included."""
     c, is_cuda = s.model, s.device == "cuda"
-    is_flash = is_cuda and s.width == 2
+    is_flash = is_cuda and s.itemsize == 2
     D, F, H, K, E = (c.hidden_size, c.intermediate_size, c.num_attention_heads, c.num_key_value_heads,
                      c.head_dim)
     numbers = x.T * ((3 if is_cuda else 5) * D + 4 * F + 3 * H * E + (E if is_flash else 0))
     numbers += 2 * x.keys * (K if is_flash else H) * E
-    in_fp32 = x.T * (H + 2)  # each head's log-sum-exp, and two norms' scales
-    return s.width * numbers + 4 * in_fp32 + (0 if is_flash else 4 * x.mask)
+    in_fp32 = x.T * (H + 2)  # the log-sum-exp of each head, and the scales of two norms
+    return s.itemsize * numbers + 4 * in_fp32 + (0 if is_flash else 4 * x.mask)
 
 
 def update_memory(s, x):
-    """{moment: {part: bytes}} of an update from micro-batches of Shape x, from its second one on."""
-    n, c, w, is_cuda = sizes(s.model, s.ranks), s.model, s.width, s.device == "cuda"
+    """{moment: {part: bytes}} of an update with micro-batches of Shape x, from its second micro-batch on."""
+    n, c, w, is_cuda = sizes(s.model, s.ranks), s.model, s.itemsize, s.device == "cuda"
     D, F, V, layers = c.hidden_size, c.intermediate_size, c.vocab_size, c.num_hidden_layers
-    always = {SHARE: 4 * n.share, GRADIENTS: 4 * n.share, MOMENTS: 8 * n.share,
-              REFERENCE: reference(s, n)}
-    line, saved = x.T * D * w, saved_by_block(s, x)
-    block = line + (0 if s.checkpointed else saved)
+    always = {SHARD: 4 * n.shard, GRADIENTS: 4 * n.shard, MOMENTS: 8 * n.shard,
+              REFERENCE: reference_bytes(s, n)}
+    hidden, saved = x.T * D * w, saved_by_block(s, x)
+    block = hidden + (0 if s.checkpointed else saved)
 
     def whole(blocks):
-        """Of the root, of blocks and of the next one, which a rank alone copies when it needs it."""
+        """Whole weights of the root, of `blocks` blocks and, on more than one rank, of the next block."""
         return w * (n.root + n.block * (blocks + (s.ranks > 1))) if s.sharded else 0
 
-    def summed(numbers):
-        """While gradients are summed over ranks."""
+    def reduce_scatter(numbers):
+        """Bytes while so many gradients are reduce-scattered."""
         copies = 1 + (s.ranks == 1) + 1 / s.ranks
         return numbers * max(w + 4, 4 * copies) if s.sharded else 0
 
@@ -185,51 +193,51 @@ def update_memory(s, x):
         logits, sums = 4 * V * max(4 * chunk, 2 * chunk + 2 * D), 0
     head = w * V * D if s.sharded else 0
     waiting = 4 * n.block if s.sharded else 0
-    own = w * n.block if s.sharded else w * D * F
+    in_block = w * n.block if s.sharded else w * D * F
     return {
         "log-prob": plus(always, {
             WHOLE: whole(0), GRADIENTS: sums, LOGITS: logits,
-            ACTIVATIONS: layers * block + line * (2 if is_cuda else 3) + x.L * D * w}),
+            ACTIVATIONS: layers * block + hidden * (2 if is_cuda else 3) + x.L * D * w}),
         "backward": largest(
-            plus(always, {  # the last block's MLP
+            plus(always, {  # the MLP of the last block
                 WHOLE: whole(1), GRADIENTS: head + w * D * F + (waiting if s.checkpointed else 0),
                 ACTIVATIONS: layers * block + (saved if s.checkpointed else 0) + x.T * (2 * F + D) * w}),
-            plus(always, {  # the end of the block before
-                WHOLE: whole(1), GRADIENTS: head + waiting + own,
-                ACTIVATIONS: max(0, layers - 2) * block + 3 * line}),
-            plus(always, {  # the sums of the last block's gradients
-                WHOLE: whole(0), GRADIENTS: head + summed(n.block),
-                ACTIVATIONS: (layers - 1) * block + line})),
+            plus(always, {  # the end of the last block but one
+                WHOLE: whole(1), GRADIENTS: head + waiting + in_block,
+                ACTIVATIONS: max(0, layers - 2) * block + 3 * hidden}),
+            plus(always, {  # the reduce-scatter of the last block's gradients
+                WHOLE: whole(0), GRADIENTS: head + reduce_scatter(n.block),
+                ACTIVATIONS: (layers - 1) * block + hidden})),
         "step": largest(
-            plus(always, {GRADIENTS: summed(n.root) if s.sharded else 4 * V * D}),
-            plus(always, {MOMENTS: 8 * n.largest_share})),
+            plus(always, {GRADIENTS: reduce_scatter(n.root) if s.sharded else 4 * V * D}),
+            plus(always, {MOMENTS: 8 * n.largest_shard})),
     }
 
 
-def reference(s, n):
-    """Bytes of the KL reference among the tensors of the device."""
+def reference_bytes(s, n):
+    """Bytes of the KL reference on the device."""
     if s.reference == "none" or s.device == "cuda" and s.reference == "cpu":
         return 0
-    return (s.width if s.device == "cuda" else 4) * n.share
+    return (s.itemsize if s.device == "cuda" else 4) * n.shard
 
 
 def sampling_memory(s, prompts, n, reply, free=math.inf):
-    """{part: bytes} of sampling n replies to each of `prompts` prompts, dealt to all ranks.
+    """{part: bytes} of sampling n replies to each of `prompts` prompts, which are divided over the ranks.
 
-    free: bytes for all of it, which bounds the pages where kv_gib is None.
+    free: bytes for all parts, which bounds the pages if kv_gib is None.
     """
-    z, c, w, token = sizes(s.model, s.ranks), s.model, s.width, kv_bytes(s)
+    z, c, w, token = sizes(s.model, s.ranks), s.model, s.itemsize, kv_bytes(s)
     rows = math.ceil(prompts / s.ranks) * n
     slots = min(s.batch_size, rows)
-    parts = {SHARE: 4 * z.share, WHOLE: w * z.total if s.sharded else 0, MOMENTS: 8 * z.share,
-             REFERENCE: reference(s, z)}
+    parts = {SHARD: 4 * z.shard, WHOLE: w * z.total if s.sharded else 0, MOMENTS: 8 * z.shard,
+             REFERENCE: reference_bytes(s, z)}
     if s.device == "cpu" and s.kv_gib is None:
         first = slots * token * (s.prompt + min(reply, aligned_cache.FIRST_ROOM))
         most = slots * token * grown_cache(s.prompt, reply, math.ceil(rows / slots) * reply)
     else:
         page, pages = paged_cache.PAGE * token, -(-(s.prompt + reply - 1) // paged_cache.PAGE)
         given = free - total(parts) - sample.MARGIN_GIB * GIB if s.kv_gib is None else s.kv_gib * GIB
-        # One reply must have room, or sampling refuses to start.
+        # Sampling raises an error if the pool cannot hold one row.
         first = most = page * max(pages + 1, min(slots * pages + 1, given // page))
     at_once = min(math.ceil(slots / n) * (s.prompt - 1), max(sample.PREFILL_TOKENS, s.prompt - 1))
     mlp = 3 * (c.intermediate_size + c.hidden_size) * w + 4 * c.head_dim
@@ -239,25 +247,26 @@ def sampling_memory(s, prompts, n, reply, free=math.inf):
 
 
 def kv_bytes(s):
-    """Bytes of one token's keys and values."""
+    """Bytes of the keys and values of one token."""
     c = s.model
-    return 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * s.width
+    return 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * s.itemsize
 
 
 def grown_cache(prompt, reply, steps):
-    """Tokens a row that `sample.Cache` holds at most in so many steps, with its copies as it grows."""
+    """The most tokens a row that fast/aligned_cache.py holds within `steps` steps, its copies while it grows
+    included."""
     size = most = prompt + min(reply, aligned_cache.FIRST_ROOM)
     done = size - prompt
     while done < steps:
         kept = min(size, prompt + reply - 1)
         done += size // 2 + 1
         size, old = kept + size // 2 + 1, size
-        most = max(most, size + old / 2)  # the keys have grown, the values are there twice
+        most = max(most, size + old / 2)  # the keys have grown, the values exist twice
     return most
 
 
 def plus(*parts):
-    """The sum of {part: bytes}, with every part."""
+    """The sum of several {part: bytes}, with every part."""
     return {name: sum(each.get(name, 0) for each in parts) for name in PARTS}
 
 
@@ -270,9 +279,9 @@ def largest(*moments):
 
 
 def memory(s, capacity=math.inf):
-    """{moment: {part: bytes}} of a run, with replies of the length that costs an update the most.
+    """{moment: {part: bytes}} of a run, for the reply length that costs an update most.
 
-    capacity: bytes of the device, which bounds keys and values where `kv_gib` is None.
+    capacity: bytes of the device, which bounds keys and values if `kv_gib` is None.
     """
     context = {CONTEXT: CONTEXT_GIB * GIB if s.device == "cuda" else 0}
     moments = {name: sampling_memory(s, *settings, free=capacity - context[CONTEXT])
@@ -291,11 +300,11 @@ def peak(s, capacity):
 
 
 def changes(s, capacity, least_micro_batch, most_ranks):
-    """(setting and value, Setup with it) of whatever may save memory, the cheapest first."""
-    for share in range(63, 0, -1):
-        gib = float(f"{capacity / GIB * share / 64:.2g}")
+    """(setting and value, Setup with it) of each change that may save memory, the cheapest first."""
+    for numerator in range(63, 0, -1):
+        gib = float(f"{capacity / GIB * numerator / 64:.2g}")
         smaller = replace(s, kv_gib=gib)
-        if share == 1 or sampling_fits(smaller, capacity):
+        if numerator == 1 or sampling_fits(smaller, capacity):
             yield f"rollout.kv_memory_gib={gib:g}", smaller
             break
     if s.reference == "cuda":
@@ -323,39 +332,39 @@ def sampling_fits(s, capacity):
 
 
 def advice(s, capacity, least_micro_batch, most_ranks):
-    """[(setting and value, peak with it and those before)]: what gains most first, until it fits."""
-    said, least = [], peak(s, capacity)
+    """[(setting and value, peak with it and the changes before)]: the largest gain first, until it fits."""
+    chosen, least = [], peak(s, capacity)
     while least > capacity:
-        # What is left over gains nothing: of two that make it fit, the cheaper one.
-        options = [(max(peak(changed, capacity), capacity), words, changed)
-                   for words, changed in changes(s, capacity, least_micro_batch, most_ranks)]
-        _, words, changed = min(options, key=lambda option: option[0])
+        # Memory below the capacity is no gain: of two changes that make it fit, the cheaper one is chosen.
+        options = [(max(peak(changed, capacity), capacity), change, changed)
+                   for change, changed in changes(s, capacity, least_micro_batch, most_ranks)]
+        _, change, changed = min(options, key=lambda option: option[0])
         if peak(changed, capacity) >= least:
             break
         s, least = changed, peak(changed, capacity)
-        said.append((words, least))
-    return said
+        chosen.append((change, least))
+    return chosen
 
 
 # The command line.
 
 
 def main(argv):
-    """`train.py --plan`: print the plan, or one line on stderr and exit with status 2."""
+    """`train.py --plan`: print the plan. On an error print one line on stderr and exit with status 2."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--plan", action="store_true")
     parser.add_argument("--gpus", type=int, default=torch.cuda.device_count() or 1)
     parser.add_argument("--gpu_memory", type=float)
     try:
-        args, words = parser.parse_known_args(argv)
-        print("\n".join(plan(load_config(words), args.gpus, args.gpu_memory)))
+        args, config_args = parser.parse_known_args(argv)
+        print("\n".join(plan(load_config(config_args), args.gpus, args.gpu_memory)))
     except (ValueError, OSError, argparse.ArgumentError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
 
 def plan(c, gpus, gib):
-    """The lines of the plan of a Config on `gpus` GPUs of `gib` GiB; 0 GPUs: on this machine's CPU."""
+    """The lines of the plan of a Config on `gpus` GPUs of `gib` GiB; 0 GPUs: on the CPU of this machine."""
     updating = c.train.prompts_per_step // c.train.updates_per_step
     if gpus < 0 or gib is not None and not 0 < gib < math.inf:
         raise ValueError(f"--gpus {gpus} --gpu_memory {gib}: expected a number of GPUs, 0 for a run on "
@@ -368,7 +377,7 @@ def plan(c, gpus, gib):
     folder = resolve(c.model.path, WITHOUT_WEIGHTS)
     config = ModelConfig.from_hf(folder)
     check_fits(c, positions=config.max_position_embeddings)
-    examples, heldout, longest, told = read_lengths(c, folder)
+    examples, heldout, longest, note = read_lengths(c, folder)
     is_grpo = c.stage == "grpo"
     evaluated = min(c.eval.examples, heldout or c.eval.examples)
     samplings = [("rollout", c.train.prompts_per_step, c.rollout.n, c.rollout.max_new_tokens),
@@ -381,18 +390,18 @@ def plan(c, gpus, gib):
               micro_batch_tokens=c.train.micro_batch_tokens,
               checkpointed=c.train.activation_checkpointing,
               reference="none" if not with_reference else "cpu" if c.grpo.reference_on_cpu else "cuda",
-              ranks=gpus or 1, sharded=gpus > 0, device=device, width=2 if bf16 else 4)
+              ranks=gpus or 1, sharded=gpus > 0, device=device, itemsize=2 if bf16 else 4)
     if gib is None:
         gib = memory_of(device)
     where = f"{gpus} GPU{'s' if gpus > 1 else ''}" if gpus else "the CPU"
     precision = "bf16" if bf16 else "fp32"
     return [f"{c.stage} of {c.model.path} in {precision} on {where} of {gib:.4g} GiB", "",
-            *length_lines(c, config, examples, told), "",
+            *length_lines(c, config, examples, note), "",
             *memory_lines(s, gib, c.data.max_prompt_tokens + c.rollout.max_new_tokens, updating)]
 
 
 def memory_of(device):
-    """GiB of this machine's GPU, or of the machine; of a common GPU where none is here."""
+    """GiB of this machine's GPU, or of its main memory; of a common GPU if the machine has none."""
     if device == "cpu":
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
     if torch.cuda.is_available():
@@ -401,7 +410,7 @@ def memory_of(device):
 
 
 def read_lengths(c, folder):
-    """(training examples, held-out ones, tokens of the longest prompt, what to say); None: unknown."""
+    """(training examples, held-out examples, tokens of the longest prompt, note to print); None: unknown."""
     for file in (c.data.train, c.data.heldout):
         if file and not Path(file).exists():
             return None, None, None, f"unknown, {file} is not there"
@@ -420,14 +429,14 @@ def read_lengths(c, folder):
     return len(lengths), len(heldout), longest, f"prompts of at most {longest} tokens"
 
 
-def length_lines(c, config, examples, told):
-    """Parameters, steps, rollouts and tokens, a line each."""
+def length_lines(c, config, examples, note):
+    """One line each for parameters, examples, steps, rollouts and tokens."""
     z, P = sizes(config, 1), c.train.prompts_per_step
     embedding = config.vocab_size * config.hidden_size
     head = "the head is tied to it" if config.tie_word_embeddings else "the head is not tied to it"
     check_fits(c, examples=examples)
     lines = [f"parameters  {z.total:,}, of them {embedding:,} in the embedding; {head}",
-             "examples    " + (told if examples is None else f"{examples:,} for training, {told}")]
+             "examples    " + (note if examples is None else f"{examples:,} for training, {note}")]
     steps = number_of_steps(c, examples or 0)
     epoch = f"{examples / P:.1f} an epoch, " if examples else ""
     lines.append(f"steps       {epoch}{f'{steps:,}' if steps else 'unknown'} in all; in each {P:,} "
@@ -444,7 +453,7 @@ def length_lines(c, config, examples, told):
 
 
 def memory_lines(s, gib, least_micro_batch, most_ranks):
-    """The table, whether it fits, what to change, what was assumed."""
+    """The table, then lines: does it fit, what to change, what was assumed."""
     capacity = gib * GIB
     moments = memory(s, capacity)
     unit = "GiB on each GPU" if s.device == "cuda" else "GiB"
@@ -455,17 +464,17 @@ def memory_lines(s, gib, least_micro_batch, most_ranks):
         if set(cells) != {f"{'-':>12}"}:
             lines.append(f"{name:20}" + "".join(cells))
     most = max(moments, key=lambda name: total(moments[name]))
-    reached = total(moments[most])
-    fits = "fits" if reached <= capacity else "does not fit"
-    lines += ["", f"{fits}: {reached / GIB:.1f} of {gib:.4g} GiB ({most})"]
-    said = advice(s, capacity, least_micro_batch, most_ranks)
-    for word, (change, after) in zip(("take", *["and"] * len(said)), said, strict=False):
+    highest = total(moments[most])
+    fits = "fits" if highest <= capacity else "does not fit"
+    lines += ["", f"{fits}: {highest / GIB:.1f} of {gib:.4g} GiB ({most})"]
+    chosen = advice(s, capacity, least_micro_batch, most_ranks)
+    for word, (change, after) in zip(("take", *["and"] * len(chosen)), chosen, strict=False):
         lines.append(f"  {word} {change}: {after / GIB:.1f} GiB")
-    if reached > capacity and (not said or said[-1][1] > capacity):
+    if highest > capacity and (not chosen or chosen[-1][1] > capacity):
         lines.append("  no setting here makes it fit: take a smaller model or shorter limits")
     lines.append(f"assumed: prompts of {s.prompt} tokens, replies as long as allowed, micro-batches "
                  "full of what costs most")
     if s.reference == "cpu" and s.device == "cuda":
-        held = s.width * sizes(s.model, s.ranks).share / GIB
+        held = s.itemsize * sizes(s.model, s.ranks).shard / GIB
         lines.append(f"in the host's memory, for each GPU: the reference, {held:.2f} GiB")
     return lines

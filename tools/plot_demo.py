@@ -1,8 +1,8 @@
 """Draws the README's figure, assets/demo.svg, from the numbers of the demo in tools/results/demo.json.
 
-In:  the JSON file that `python tools/demo.py table RUN…` writes. Out: the text of an SVG, written by hand, so
-that no plotting package is needed. For each split: the base, the control and GRPO as bars (means over seeds),
-each seed as a dot, and pass@8 of the base as a dashed line.
+In:  the JSON file that `python tools/demo.py table RUN…` and `curves RUN…` write. Out: the text of an SVG,
+written by hand, so that no plotting package is needed. For each held-out split the accuracy of GRPO over the
+steps, the mean of the seeds as a thick line and each seed as a thin one, and the control's as a dashed line.
 
     python tools/plot_demo.py
 """
@@ -14,13 +14,12 @@ from statistics import mean
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, FIGURE = ROOT / "tools" / "results" / "demo.json", ROOT / "assets" / "demo.svg"
 
-WIDTH, HEIGHT = 720, 332  # pixels
-LEFT, TOP, BOTTOM = 54, 92, 292  # of the plot; BOTTOM is 0 %, TOP is 100 %
-GROUP, BAR, GAP, SEED = 166, 36, 6, 11  # widths: a group, a bar, between bars, between the dots of two seeds
+WIDTH, HEIGHT = 720, 372  # pixels
+LEFT, RIGHT, TOP, BOTTOM = 52, 560, 82, 322  # of the plot; BOTTOM is LOWEST %, TOP is 100 %
+LOWEST = 20
+LABEL_GAP = 15  # least pixels between two labels on the right
 
-SPLITS = {"values": "new values", "paraphrases": "new paraphrases", "tools": "new tools", "all": "all"}
-BARS = {"base": "base", "control": "control: more imitation", "grpo": "GRPO"}
-PASS = "base: at least one of 8 replies is right (pass@8)"
+SPLITS = {"tools": "new tools", "values": "new values", "paraphrases": "new paraphrases"}
 
 # The card has a background of its theme, so that its text is readable on every page. An SVG in an <img> takes
 # the theme from the reader's system.
@@ -28,30 +27,39 @@ STYLE = """\
 <style>
   text { font: 12px -apple-system, "Segoe UI", Helvetica, Arial, sans-serif; fill: #1f2328 }
   .title { font-size: 15px; font-weight: 600 }
-  .value { font-weight: 600; fill: #ffffff; text-anchor: middle }
   .middle { text-anchor: middle }
   .end { text-anchor: end }
   .card { fill: #ffffff; stroke: #d0d7de }
   .grid { stroke: #d0d7de }
-  .pass { stroke: #1f2328; stroke-width: 1.5; stroke-dasharray: 5 3 }
-  .seed { fill: #ffffff; stroke: #1f2328; stroke-width: 1.5 }
-  .base { fill: #6e7781 }
-  .control { fill: #bc4c00 }
-  .grpo { fill: #0969da }
+  .key { stroke: #1f2328 }
+  polyline, line { fill: none }
+  .mean { stroke-width: 2.5 }
+  .seed { stroke-width: 1; opacity: 0.55 }
+  .control { stroke-width: 1.5; stroke-dasharray: 5 4 }
+  .values { stroke: #0969da }
+  .paraphrases { stroke: #bc4c00 }
+  .tools { stroke: #1a7f37 }
+  text.values { fill: #0969da; stroke: none }
+  text.paraphrases { fill: #bc4c00; stroke: none }
+  text.tools { fill: #1a7f37; stroke: none }
   @media (prefers-color-scheme: dark) {
     text { fill: #e6edf3 }
-    .value { fill: #ffffff }
     .card { fill: #0d1117; stroke: #30363d }
     .grid { stroke: #30363d }
-    .pass { stroke: #e6edf3 }
-    .seed { fill: #0d1117; stroke: #e6edf3 }
+    .key { stroke: #e6edf3 }
+    .values { stroke: #58a6ff }
+    .paraphrases { stroke: #f0883e }
+    .tools { stroke: #3fb950 }
+    text.values { fill: #58a6ff }
+    text.paraphrases { fill: #f0883e }
+    text.tools { fill: #3fb950 }
   }
 </style>"""
 
 
-def height_of(percent):
+def y_of(percent):
     """The y coordinate of an accuracy in percent."""
-    return round(BOTTOM - (BOTTOM - TOP) * percent / 100, 1)
+    return round(BOTTOM - (BOTTOM - TOP) * (percent - LOWEST) / (100 - LOWEST), 1)
 
 
 def text(x, y, words, kind=""):
@@ -59,57 +67,66 @@ def text(x, y, words, kind=""):
     return f'<text x="{x}" y="{y}"{kind}>{words}</text>'
 
 
-def legend():
-    """Two lines under the title: what the bars are; what the dots and the dashed line are."""
-    lines, x = [], 20
-    for name, words in BARS.items():
-        lines += [f'<rect class="{name}" x="{x}" y="41" width="12" height="12"/>', text(x + 18, 51, words)]
-        x += 44 + 6 * len(words)
-    lines += ['<circle class="seed" cx="26" cy="67" r="3.5"/>', text(38, 71, "one seed; a bar is their mean"),
-              '<line class="pass" x1="234" y1="67" x2="262" y2="67"/>', text(268, 71, PASS)]
-    return lines
+def line(x1, x2, y, kind):
+    return f'<line class="{kind}" x1="{x1}" y1="{y}" x2="{x2}" y2="{y}"/>'
 
 
-def group(x, label, row):
-    """The bars of one split, from x to the right: their seeds, and pass@8 of the base."""
-    lines, end = [], x + 3 * BAR + 2 * GAP
-    for i, name in enumerate(BARS):
-        seeds = row[name] if isinstance(row[name], list) else [row[name]]
-        left, y = x + i * (BAR + GAP), height_of(mean(seeds))
-        lines.append(f'<rect class="{name}" x="{left}" y="{y}" width="{BAR}" '
-                     f'height="{round(BOTTOM - y, 1)}"/>')
-        lines.append(text(left + BAR / 2, BOTTOM - 8, f"{mean(seeds):.1f}", "value"))
-        if len(seeds) > 1:
-            first = left + BAR / 2 - SEED * (len(seeds) - 1) / 2
-            lines += [f'<circle class="seed" cx="{first + j * SEED}" cy="{height_of(seed)}" r="3.5"/>'
-                      for j, seed in enumerate(seeds)]
-    y = height_of(row["pass@8"]["base"])
-    # The line comes first, so that a dot at the same height stays visible.
-    return [f'<line class="pass" x1="{x - 4}" y1="{y}" x2="{end + 4}" y2="{y}"/>', *lines,
-            text(end + 8, round(y + 4, 1), f"{row['pass@8']['base']:.1f}"),
-            text(x + (end - x) / 2, BOTTOM + 22, label, "middle")]
+def polyline(xs, percents, kind):
+    points = " ".join(f"{x},{y_of(percent)}" for x, percent in zip(xs, percents, strict=True))
+    return f'<polyline class="{kind}" points="{points}"/>'
 
 
-def draw(rows):
-    """The figure as the text of an SVG. rows: {split: {"base", "control", "grpo", "pass@8"}}, in percent."""
+def apart(heights):
+    """Label heights with at least LABEL_GAP between neighbours: each is moved down as far as needed."""
+    placed = {}
+    for name in sorted(heights, key=heights.get):
+        placed[name] = max(heights[name], *(y + LABEL_GAP for y in placed.values()), 0)
+    return placed
+
+
+def draw(rows, curves):
+    """The figure as the text of an SVG.
+
+    rows: {split: {"control": [percent of each seed]}}; curves: {"steps": [step of each evaluation],
+    split: [[percent at each step] of each seed]}.
+    """
+    steps = curves["steps"]
+    xs = [round(LEFT + (RIGHT - LEFT) * step / steps[-1], 1) for step in steps]
+    seeds = len(curves["values"])
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" '
         f'viewBox="0 0 {WIDTH} {HEIGHT}" role="img">',
-        "<title>The demo: held-out accuracy of the base, the control and GRPO</title>", STYLE,
+        "<title>The demo: held-out accuracy over the steps of GRPO, and of more imitation</title>", STYLE,
         f'<rect class="card" x="0.5" y="0.5" width="{WIDTH - 1}" height="{HEIGHT - 1}" rx="6"/>',
-        text(20, 28, "Held-out queries that the greedy reply answers right, in %", "title"), *legend(),
+        text(20, 28, "make demo: held-out queries that the greedy reply answers right, in %", "title"),
+        line(20, 48, 47, "key mean"), text(54, 51, f"GRPO, mean of {seeds} seeds"),
+        line(214, 242, 47, "key seed"), text(248, 51, "one seed"),
+        line(330, 358, 47, "key control"), text(364, 51, "control: more imitation, same minutes"),
     ]
-    for percent in (0, 25, 50, 75, 100):
-        y = height_of(percent)
-        lines += [f'<line class="grid" x1="{LEFT - 10}" y1="{y}" x2="{WIDTH - 14}" y2="{y}"/>',
-                  text(LEFT - 16, y + 4, percent, "end")]
-    for i, (split, label) in enumerate(SPLITS.items()):
-        lines += group(LEFT + i * GROUP, label, rows[split])
+    for percent in range(LOWEST, 101, 20):
+        y = y_of(percent)
+        lines += [line(LEFT, RIGHT, y, "grid"), text(LEFT - 8, y + 4, percent, "end")]
+    for step, x in zip(steps, xs, strict=True):
+        if step % 20 == 0:
+            lines.append(text(x, BOTTOM + 20, step, "middle"))
+    lines.append(text((LEFT + RIGHT) / 2, BOTTOM + 38, "step", "middle"))
+    heights, labels = {}, {}
+    for split, label in SPLITS.items():
+        control = mean(rows[split]["control"])
+        means = [mean(each) for each in zip(*curves[split], strict=True)]
+        lines.append(line(LEFT, RIGHT, y_of(control), f"control {split}"))
+        lines += [polyline(xs, percents, f"seed {split}") for percents in curves[split]]
+        lines.append(polyline(xs, means, f"mean {split}"))
+        heights |= {(split, "grpo"): y_of(means[-1]) + 4, (split, "control"): y_of(control) + 4}
+        labels |= {(split, "grpo"): f"{label} {means[-1]:.1f}", (split, "control"): f"control {control:.1f}"}
+    for name, y in apart(heights).items():
+        lines.append(text(RIGHT + 8, round(y, 1), labels[name], name[0]))
     return "\n".join([*lines, "</svg>"]) + "\n"
 
 
 def main():
-    FIGURE.write_text(draw(json.loads(RESULTS.read_text(encoding="utf-8"))["rows"]), encoding="utf-8")
+    results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    FIGURE.write_text(draw(results["rows"], results["curves"]), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""Kills a short run again and again, with kill -9 at random times, and compares it with one left in peace.
+"""Kill a short run many times, with kill -9 at random times, and compare it with an undisturbed run.
 
     python tools/soak.py [--kills 100] [--ranks 2] [--stage grpo] [--steps 40] [--seed 0] [--out FOLDER]
 
-Both runs get the same command; after each kill it is given again, which goes on from the newest whole
-checkpoint. A kill strikes all ranks or, after the setup, one of them, and the others must then end by
-themselves. One life in ten is ended in its setup, the others anywhere in rollouts, updates, evaluations and
-saves. Ranks are forks of this process, so that a life starts within a second.
+Both runs have the same settings. After each kill the run is started again and resumes from the newest valid
+checkpoint. A kill hits all ranks or, after the setup, possibly a single rank; then the other ranks must exit
+without help. One start in ten is killed in its setup, the others anywhere in rollouts, updates, evaluations
+and saves. Ranks are forked from this process, so that a start takes less than a second.
 
-In the end weights, moments, the rows of metrics.jsonl (less times), rollouts/ and evals/ must be the same,
-bit for bit, with no row lost or doubled. Prints one closing line; status 1 where anything differs.
+At the end weights, moments, the rows of metrics.jsonl (without times), rollouts/ and evals/ must be equal bit
+for bit, and no row may be lost or doubled. Prints one line at the end; exit status 1 if anything differs.
 """
 
 import argparse
@@ -27,19 +27,19 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import torch.distributed.fsdp  # noqa: E402, F401  once, and not in every life
+import torch.distributed.fsdp  # noqa: E402, F401  imported once, before the forks
 
 import train  # noqa: E402
 from data import write_jsonl  # noqa: E402
 from tools.synthetic import synthetic  # noqa: E402
 
-READY = "held out,"  # in the line that ends the setup
-STEP = "tok/s"  # in the line of a step
-PATIENCE_S = 600  # no life may take longer
+READY = "held out,"  # in the line that is printed at the end of the setup
+STEP = "tok/s"  # in the line that is printed for a step
+LIMIT_S = 600  # the longest time from a start to its end
 
 
 def rows(run):
-    """The lines of metrics.jsonl, less what a clock measured."""
+    """The rows of metrics.jsonl without the times and what is computed from them."""
     lines = (Path(run) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [{key: value for key, value in json.loads(line).items()
              if not key.startswith("time/") and key != "tokens_per_s"} for line in lines]
@@ -50,7 +50,7 @@ def files(run, pattern):
 
 
 def differences(run, other):
-    """What two finished runs differ in, clocks aside; empty where they are the same, bit for bit."""
+    """The differences of two finished runs, times excluded; empty if the runs are equal bit for bit."""
     found = [pattern for pattern in ("rollouts/*", "evals/*") if files(run, pattern) != files(other, pattern)]
     last = [sorted(Path(folder).glob("checkpoints/step_??????"))[-1] for folder in (run, other)]
     for pattern in ("*.safetensors", "optimizer.state"):
@@ -58,7 +58,7 @@ def differences(run, other):
     states = [json.loads((folder / "training.json").read_text(encoding="utf-8")) for folder in last]
     for key in ("step", "rows", "evaluated", "skipped_in_a_row", "dead_in_a_row", "shown"):
         found += [f"training.json: {key}"] if states[0][key] != states[1][key] else []
-    # As text, in which NaN equals itself.
+    # Compared as text, because NaN does not equal itself.
     ours, theirs = ([json.dumps(row) for row in rows(folder)] for folder in (run, other))
     if ours != theirs:
         found.append(f"metrics.jsonl: {len(ours)} rows, {len(set(ours) - set(theirs))} of them not among the "
@@ -78,32 +78,32 @@ def arguments(folder, data, args):
     return ["configs/demo.yaml", *(f"--{key}={value}" for key, value in settings.items())]
 
 
-def start(words, ranks, log):
-    """Fork the ranks of a run as torchrun would start them; the first prints to `log`. Returns their ids."""
+def fork_ranks(argv, ranks, log):
+    """Fork the ranks of a run with torchrun's environment; rank 0 prints to `log`. Returns process ids."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        meeting = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": str(free.getsockname()[1]), "GLOO_SOCKET_IFNAME": "lo"}
+        variables = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
+                     "MASTER_PORT": str(free.getsockname()[1]), "GLOO_SOCKET_IFNAME": "lo"}
     log.write_bytes(b"")
     pids = []
     for rank in range(ranks):
         pid = os.fork()
         if pid == 0:
-            run_rank(words, rank, meeting if ranks > 1 else {}, log if rank == 0 else f"{log}.{rank}")
+            run_rank(argv, rank, variables if ranks > 1 else {}, log if rank == 0 else f"{log}.{rank}")
         pids.append(pid)
     return pids
 
 
-def run_rank(words, rank, meeting, log):
-    """In a child: run, and end it."""
+def run_rank(argv, rank, variables, log):
+    """In the child process: run the training, then exit."""
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
-    if meeting:
-        os.environ.update(meeting, RANK=str(rank), LOCAL_RANK=str(rank))
+    if variables:
+        os.environ.update(variables, RANK=str(rank), LOCAL_RANK=str(rank))
     status = 70
     try:
-        train.main(words)
+        train.main(argv)
         status = 0
     except SystemExit as stopped:
         status = stopped.code
@@ -112,38 +112,39 @@ def run_rank(words, rank, meeting, log):
         os._exit(status)
 
 
-def live(words, ranks, log, rng, setup_s=math.inf, steps=math.inf, rest_s=0.0):
-    """One life: kill it after setup_s, or rest_s after it told of so many steps (0: of being READY).
+def start(argv, ranks, log, rng, setup_s=math.inf, steps=math.inf, delay_s=0.0):
+    """Start the run once. Kill it setup_s after its start, or delay_s after it has printed the lines of
+    `steps` steps (0: the READY line).
 
-    Returns the seconds to READY and from there to its own end; None where it was killed, with how many steps
-    it had told of, -1 for none of READY. SystemExit where it, or what a kill left of it, did not end well.
+    Returns (seconds to READY, seconds from there to the end), or, if it was killed, (None, the number of step
+    lines in its log; -1: not even READY). SystemExit if a rank failed or did not exit in time.
     """
-    pids = start(words, ranks, log)
-    began = told_s = ready_s = time.monotonic()
-    told, statuses = -1, []
+    pids = fork_ranks(argv, ranks, log)
+    began = printed_at = ready_at = time.monotonic()
+    printed, statuses = -1, []
     while len(statuses) < ranks:
         done, status = os.waitpid(pids[len(statuses)], os.WNOHANG)
         statuses += [os.waitstatus_to_exitcode(status)] if done else []
         text, now = log.read_text(errors="replace"), time.monotonic()
-        if READY in text and text.count(STEP) > told:
-            ready_s = now if told < 0 else ready_s
-            told, told_s = text.count(STEP), now
-        if now - began > setup_s or (told >= steps and now - told_s > rest_s):
-            # Who waits for ranks to come waits long; torchrun would end it.
-            struck = pids if told < 0 or rng.random() < 0.5 else [rng.choice(pids)]
-            end(pids[len(statuses):], struck, log)
-            return None, told
-        if now - began > PATIENCE_S:
-            sys.exit(f"error: no end after {PATIENCE_S} s; see {log}")
+        if READY in text and text.count(STEP) > printed:
+            ready_at = now if printed < 0 else ready_at
+            printed, printed_at = text.count(STEP), now
+        if now - began > setup_s or (printed >= steps and now - printed_at > delay_s):
+            # In the setup a rank would wait long for a killed one; torchrun would end it.
+            victims = pids if printed < 0 or rng.random() < 0.5 else [rng.choice(pids)]
+            kill(pids[len(statuses):], victims, log)
+            return None, printed
+        if now - began > LIMIT_S:
+            sys.exit(f"error: no end after {LIMIT_S} s; see {log}")
         time.sleep(0.01)
     if any(statuses):
         sys.exit(f"error: statuses {statuses}\n{log.read_text(errors='replace')[-2000:]}")
-    return ready_s - began, time.monotonic() - ready_s
+    return ready_at - began, time.monotonic() - ready_at
 
 
-def end(pids, struck, log):
-    """Kill the struck ranks; the others must end by themselves."""
-    for pid in set(struck) & set(pids):
+def kill(pids, victims, log):
+    """Kill the victims; the other ranks must then exit without help."""
+    for pid in set(victims) & set(pids):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     deadline = time.monotonic() + 60
@@ -155,7 +156,7 @@ def end(pids, struck, log):
 
 
 def seconds_a_step(run, otherwise):
-    """What the newest step took: the machine may have other work, now more and now less."""
+    """Seconds of the newest step, which change with the other work of the machine; `otherwise` if none."""
     with contextlib.suppress(OSError):
         for line in reversed((run / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)):
             if line.endswith("\n") and "time/step_s" in line:
@@ -178,28 +179,28 @@ def main(argv=None):
     write_jsonl(out / "train.jsonl", synthetic(40, 0, "train"))
     write_jsonl(out / "heldout.jsonl", synthetic(6, 0, "heldout"))
     began, rng = time.monotonic(), random.Random(args.seed)
-    words = arguments(out / "undisturbed", out, args)
-    setup_s, whole_s = live(words, args.ranks, out / "undisturbed.log", rng)
+    run_argv = arguments(out / "undisturbed", out, args)
+    setup_s, steps_s = start(run_argv, args.ranks, out / "undisturbed.log", rng)
 
     kills, in_setup, rounds, found = 0, 0, 0, []
     while kills < args.kills or rounds == 0:
         rounds += 1
         run, log, ended = out / f"killed_{rounds}", out / "killed.log", False
-        words = arguments(run, out, args)
+        run_argv = arguments(run, out, args)
         while kills < args.kills and not ended:
             if rng.random() < 0.1:
-                ends_at = {"setup_s": rng.uniform(0, setup_s)}
+                kill_at = {"setup_s": rng.uniform(0, setup_s)}
             else:
-                # So many that the kills are spread over the run, and then anywhere in a step or a bit more.
+                # The number of steps spreads the kills over the run; the delay is at most 1.2 steps.
                 steps = int(rng.expovariate(2 * args.kills / args.steps))
-                rest_s = rng.uniform(0, 1.2) * seconds_a_step(run, whole_s / args.steps)
-                ends_at = {"steps": steps, "rest_s": rest_s}
-            ended, told = live(words, args.ranks, log, rng, **ends_at)
+                delay_s = rng.uniform(0, 1.2) * seconds_a_step(run, steps_s / args.steps)
+                kill_at = {"steps": steps, "delay_s": delay_s}
+            ended, printed = start(run_argv, args.ranks, log, rng, **kill_at)
             kills += ended is None
-            in_setup += ended is None and told < 0
+            in_setup += ended is None and printed < 0
             print(f"\rkill {kills} of {args.kills}", end="", file=sys.stderr, flush=True)
         if not ended:
-            live(words, args.ranks, log, rng)
+            start(run_argv, args.ranks, log, rng)
         found += [f"run {rounds}: {what}" for what in differences(run, out / "undisturbed")]
     same = (f"equal to the undisturbed one in weights, moments, {len(rows(run))} rows of metrics.jsonl, "
             "rollouts and evals")

@@ -1,10 +1,12 @@
-"""The benchmarks: each runs at toy size, its file has its fields, and what did not run is said."""
+"""The benchmarks: each runs at toy size, its file has all fields, and its table says what did not run."""
 
+import contextlib
 import json
 import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,10 +17,11 @@ sys.path.insert(0, str(ROOT / "tools"))
 import bench  # noqa: E402
 import peers  # noqa: E402
 
+import train  # noqa: E402
 from grpo import token_logprobs_reference  # noqa: E402
 from sample import generate  # noqa: E402
 
-pytestmark = pytest.mark.skipif(bench.DEVICE != "cpu", reason="toy sizes are for a CPU; a GPU has its own")
+pytestmark = pytest.mark.skipif(bench.DEVICE != "cpu", reason="toy sizes are for a CPU; a GPU has others")
 
 PEERS = {"logprob": {"reference", "torch.compile", "naive", "Liger"}, "decode": {"transformers"},
          "sampling": {"multinomial", "sort"}, "prefix": {"plain packed"},
@@ -29,10 +32,12 @@ PEERS = {"logprob": {"reference", "torch.compile", "naive", "Liger"}, "decode": 
 @pytest.fixture(autouse=True)
 def toy_sizes(monkeypatch):
     monkeypatch.setitem(bench.SHAPES, "toy", (32, 64, 2, 2, 1, 16, 64, True))
+    # The vocabulary is that of assets/tiny, whose tokenizer the benchmark `run` uses.
+    monkeypatch.setitem(bench.SHAPES, "toy run", (32, 64, 2, 2, 1, 16, 2048, True))
     settings = {"logprob": ("toy", 40), "decode": ("toy", 2, 3, 5, 8), "sampling": (3, 64),
-                "step": ("toy", 2, 4, 5, 6), "prefix": ("toy", 2, 3, 5, 4), "run": ("tiny", 2, 4, 6)}
+                "step": ("toy", 2, 4, 5, 6), "prefix": ("toy", 2, 3, 5, 4), "run": ("toy run", 2, 4, 6)}
     monkeypatch.setattr(bench, "SETTINGS", {name: {"cpu": [setting]} for name, setting in settings.items()})
-    # A compiler takes longer than everything else here.
+    # Compilation would take longer than all other work of these tests.
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
 
 
@@ -56,7 +61,7 @@ def test_each_benchmark_runs_at_toy_size_and_says_which_peer_is_missing(
     rows = {row["who"]: row for row in result["rows"]}
     assert set(rows) == {"ours", *PEERS[name]}
     missing = {"Liger", "transformers", "TRL fp32", "TRL bf16"} & PEERS[name]
-    told = capsys.readouterr()
+    printed = capsys.readouterr()
     for who, row in rows.items():
         assert row["benchmark"] == name and row["setting"]
         if who in missing:
@@ -64,16 +69,26 @@ def test_each_benchmark_runs_at_toy_size_and_says_which_peer_is_missing(
             continue
         assert row["seconds"] > 0 and len(row["rounds"]) == 2 and row["unit"] == "tokens/s"
         assert who == "ours" or 0 < row["x_low"] <= row["x"] <= row["x_high"]
-    assert told.err.count("is not installed") == len(missing)
-    assert told.out.count("not installed") >= len(missing)
-    assert all(who in told.out for who in rows)
+    assert printed.err.count("is not installed") == len(missing)
+    assert printed.out.count("not installed") >= len(missing)
+    assert all(who in printed.out for who in rows)
 
 
-def test_a_whole_run_of_the_preset_for_one_gpu_is_told_by_phase(tmp_path):
+def test_a_run_of_the_preset_for_one_gpu_has_a_row_for_each_phase(tmp_path, monkeypatch):
+    def run_here(command, cwd, check, stdout):
+        """subprocess.run without a new interpreter, which would need seconds to import torch."""
+        assert command[:2] == [sys.executable, "-c"] and check
+        monkeypatch.chdir(cwd)
+        monkeypatch.setattr(sys, "argv", command[1:2] + command[3:])
+        monkeypatch.setattr(train.RunFolder, "save_checkpoint", None)  # the code sets another one
+        with contextlib.redirect_stdout(stdout):
+            exec(command[2], {})
+
+    monkeypatch.setattr(bench, "subprocess", SimpleNamespace(run=run_here))
     rows = measure("run", tmp_path, rounds=2)["rows"]
     assert [row["who"] for row in rows] == ["ours, rollout", "ours, update"]
     for row, tokens in zip(rows, (2 * 5 * 6, 2 * 200), strict=True):
-        assert len(row["rounds"]) == 2, "the first step is left out"
+        assert len(row["rounds"]) == 2, "the first of three steps does not count"
         assert 0.5 * tokens < row["speed"] * row["seconds"] < 6 * tokens
 
 
@@ -113,23 +128,23 @@ def test_liger_gives_the_gradients_of_the_definition():
         torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-4)
 
 
-def test_trl_takes_a_whole_step_a_call():
+def test_each_call_of_trl_makes_a_whole_step():
     pytest.importorskip("trl")
     model = bench.make_model("toy", torch.float32)
-    seen, before = [], model.embed_tokens.weight.clone()
+    lengths, before = [], model.embed_tokens.weight.clone()
 
     def reward_of(ids):
-        seen.append(len(ids))
-        return len(seen) % 2
+        lengths.append(len(ids))
+        return len(lengths) % 2
 
     run = peers.trl_step(model, bench.random_ids(2, 5, 64), 4, 6, "fp32", reward_of, 8, bench.CLOCK)
     for calls in (1, 2):
         assert 0 < run() < 60
-        assert len(seen) == 8 * calls and max(seen) == 6
+        assert len(lengths) == 8 * calls and max(lengths) == 6
     assert not torch.equal(before, model.embed_tokens.weight)
 
 
-def test_a_peer_that_fails_has_a_row_that_says_why_and_ours_is_not_forgiven():
+def test_a_peer_that_fails_has_a_row_with_the_reason_and_an_error_of_ours_is_raised():
     def fails():
         raise torch.OutOfMemoryError("out of memory\nand more")
 
@@ -150,7 +165,7 @@ def test_contenders_take_turns_and_the_first_round_does_not_count():
     assert (row["x"], row["speed"], row["passes"]) == (1.5, 2.0, False)
 
 
-def test_the_gpu_check_says_in_its_table_what_did_not_come_to_its_end(tmp_path):
+def test_the_table_of_the_gpu_check_says_what_did_not_finish(tmp_path):
     stub = tmp_path / "python"
     stub.write_text(f'''#!/bin/sh
 case "$*" in
@@ -161,10 +176,10 @@ case "$*" in
 esac
 ''')
     stub.chmod(0o755)
-    said = subprocess.run([ROOT / "tools" / "gpu_check.sh"], capture_output=True, text=True, check=False,
+    done = subprocess.run([ROOT / "tools" / "gpu_check.sh"], capture_output=True, text=True, check=False,
                           env={**os.environ, "PYTHON": str(stub), "OUT": str(tmp_path / "out")})
-    table = said.stdout.rsplit("ours is x times as fast", 1)[1]
+    table = done.stdout.rsplit("ours is x times as fast", 1)[1]
     for line in ("tests .* FAILED: .*3 passed, 2 failed", "logprob .* done",
                  "decode .* STOPPED at its limit of 110 s", "step .* FAILED: .*no kernel"):
         assert re.search(line, table), line
-    assert said.returncode == 1
+    assert done.returncode == 1
