@@ -48,9 +48,10 @@ def whole(tensors):
 
 def change_by(update, model):
     """(metrics, {name: change of the weight}) of an update with plain SGD, which shows the gradient."""
-    before = whole(model.state_dict())
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     metrics = update(model, torch.optim.SGD(model.parameters(), 1.0))
-    return metrics, {name: after - before[name] for name, after in whole(model.state_dict()).items()}
+    changes = {name: weight.detach() - before[name] for name, weight in model.named_parameters()}
+    return metrics, whole(changes)
 
 
 def check_files(folder, copy):

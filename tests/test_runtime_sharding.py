@@ -239,7 +239,7 @@ def test_one_gpu_computes_in_bf16_and_keeps_fp32_shards():
     rollouts_N = [Rollout([3, 1, 4, 1, 5], ids, [-1.0] * len(ids)) for ids in ([9, 2, 6], [5, 3])]
     policy = train.load_model(base, "cuda", bf16=True)
     for on_cpu in (False, True):
-        reference = train.load_model(base, "cuda", bf16=True, trained=False, reference_on_cpu=on_cpu)
+        reference = train.load_model(base, "cuda", bf16=True, trained=False, on_cpu=on_cpu)
         assert {parameter.dtype for parameter in reference.parameters()} == {torch.bfloat16}
         optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0)
         metrics = train.grpo_updates(policy, reference, optimizer, rollouts_N, adv_PG, updates=1, kl_coef=0.1,
