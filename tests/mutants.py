@@ -1,8 +1,8 @@
-"""Plants known faults in a copy of the code, one at a time, and sees the tests fail: `make mutants`.
+"""Plants known faults in a copy of the code, one at a time, and runs the tests that must fail (make mutants).
 
-Most are mistakes that other GRPO code has made. Each is a piece of text that stands exactly once in its file
-(change it here together with the code) and names the tests that must catch it, each of them by itself. Prints
-a line a fault; exits with status 1 where a test misses one, and 2 where the tests fail without any.
+Most are mistakes that other GRPO code has made. Each fault is a piece of text that occurs exactly once in its
+file (change it here together with the code) and names its tests, every one of which must catch it. Prints a
+line a fault; exits with status 1 where a test misses one, and 2 where the tests fail without any.
 """
 
 import os
@@ -15,7 +15,9 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TEST_FILES = ("tests/test_grpo.py", "tests/test_train.py")
+TEST_FILES = ("tests/test_grpo.py", "tests/test_train.py", *(
+    f"tests/test_runtime_{name}.py"
+    for name in ("checkpoints", "files", "metrics", "ranks", "run_folder", "sharding", "signals")))
 
 # (file, text, text with the fault, what goes wrong, the tests that must fail)
 MUTANTS = [
@@ -53,7 +55,7 @@ MUTANTS = [
       "test_permuting_rollouts_with_their_rewards_changes_neither_loss_nor_gradient"]),
     ("grpo.py", "range(len(prompt), len(prompt) + len(reply))",
      "range(len(tokens) - len(reply), len(tokens))",
-     "positions go on from the reply before",
+     "positions continue from the reply before",
      ["test_pack_of_a_worked_example",
       "test_loss_and_gradient_equal_a_loop_over_the_tokens_of_unpacked_sequences"]),
     ("grpo.py",
@@ -64,7 +66,7 @@ MUTANTS = [
      ["test_log_probs_and_loss_live_on_the_same_tokens", "test_stop_token_receives_gradient"]),
     ("grpo.py", "                packs.append(pack(prompts, replies, first))\n",
      "                packs.append(pack(prompts, replies))\n",
-     "replies are counted anew in each micro-batch and get the advantages of others",
+     "replies are counted from 0 in each micro-batch and get the advantages of others",
      ["test_micro_batches_hold_every_reply_once_in_order_with_its_prompt",
       "test_each_rollout_meets_its_own_advantage_and_sampled_log_probs"]),
     ("grpo.py", "        starts_group = True\n",
@@ -155,24 +157,69 @@ MUTANTS = [
      "for p in live_P for i in range(p * G, p * G + G)",
      "groups without spread leave the denominator",
      ["test_groups_without_spread_are_left_out_but_stay_in_the_denominator"]),
-    ("train.py", "part.old_logp_L, _ = score(policy, part.pack)",
-     "part.old_logp_L, _ = score(policy, part.pack, temperature=1.0)",
+    ("train.py", "batch.old_logp_L, _ = logprobs(policy, batch.pack)",
+     "batch.old_logp_L, _ = logprobs(policy, batch.pack, temperature=1.0)",
      "the old log-probs lack the temperature",
      ["test_on_policy_ratio_is_exactly_1_and_kl_0_at_temperature_0_7"]),
-    ("train.py", "part.ref_logp_L, _ = score(reference, part.pack)",
-     "part.ref_logp_L, _ = score(reference, part.pack, temperature=1.0)",
+    ("train.py", "batch.ref_logp_L, _ = logprobs(reference, batch.pack)",
+     "batch.ref_logp_L, _ = logprobs(reference, batch.pack, temperature=1.0)",
      "the reference's log-probs lack the temperature",
      ["test_on_policy_ratio_is_exactly_1_and_kl_0_at_temperature_0_7"]),
     ("train.py", "logprobs_of_pack, temperature=temperature,", "logprobs_of_pack, temperature=1.0,",
      "the trainer scores another distribution than the one sampled from",
      ["test_sampled_log_probs_equal_those_of_the_trainer"]),
-    ("train.py", "old_logp_L = logp_L.detach() if", "old_logp_L = part.sampled_logp_L if",
+    ("train.py", "old_logp_L = logp_L.detach() if", "old_logp_L = batch.sampled_logp_L if",
      "the old log-probs of the first mini-batch are the sampler's",
      ["test_the_first_mini_batch_is_on_policy"]),
     ("train.py", "    if not skipped:\n        optimizer.step()\n", "    optimizer.step()\n",
      "a gradient that is not finite is applied",
      ["test_a_gradient_that_is_not_finite_is_skipped_and_counted",
       "test_only_the_update_whose_gradient_is_not_finite_is_skipped"]),
+    # Several ranks.
+    ("runtime/sharding.py",
+     "            module.set_force_sum_reduction_for_comms(True)\n"
+     "            module.set_gradient_divide_factor(1.0)\n",
+     "            pass\n",
+     "gradients are averaged over ranks, though each loss is divided by the tokens of all",
+     ["test_the_gradient_is_the_sum_over_ranks_and_not_the_mean"]),
+    ("runtime/ranks.py", "items[len(items) * rank // ranks:len(items) * (rank + 1) // ranks]",
+     "items[len(items) // ranks * rank:len(items) // ranks * (rank + 1)]",
+     "what does not divide evenly over the ranks is dropped",
+     ["test_three_ranks_exchange_values_share_work_and_raise_what_the_first_one_raised"]),
+    ("runtime/ranks.py", "sorted(itertools.chain(*all_gather(parts)), key=lambda part: part[0])",
+     "itertools.chain(*all_gather(parts))",
+     "gathered rollouts are in the order of the ranks, not of the prompts",
+     ["test_without_other_ranks_each_function_is_the_plain_one",
+      "test_three_ranks_exchange_values_share_work_and_raise_what_the_first_one_raised"]),
+    # Checkpoints and resume.
+    ("train.py", "batches.cursor = run.step * c.train.prompts_per_step", "batches.cursor = 0",
+     "a resumed run begins the data again",
+     ["test_a_resumed_run_has_the_bytes_of_an_undisturbed_one_though_a_torn_checkpoint_is_newer"]),
+    ("train.py", "        read_moments(checkpoint, policy, optimizer)\n", "        pass\n",
+     "a resumed run begins with empty moments",
+     ["test_a_resumed_run_has_the_bytes_of_an_undisturbed_one_though_a_torn_checkpoint_is_newer"]),
+    ("runtime/checkpoints.py", "values.copy_(slices[f\"{name}.{key}\"][rows])",
+     "values.copy_(slices[f\"{name}.{key}\"][:len(values)])",
+     "every rank reads the moments of rank 0",
+     ["test_two_ranks_read_their_rows_of_the_moments_that_one_process_wrote"]),
+    ("runtime/checkpoints.py", "    seal(temporary)\n", "    write_json(temporary / \"manifest.json\", {})\n",
+     "a checkpoint gets its name before it is sealed",
+     ["test_all_of_a_checkpoint_is_on_the_disk_before_its_manifest_and_its_name"]),
+    ("runtime/files.py", "        if digest(file) != hexadecimal:\n", "        if False:\n",
+     "a checkpoint is used without a check of its hashes",
+     ["test_one_flipped_bit_anywhere_in_a_checkpoint_is_seen",
+      "test_a_seal_finds_every_damage_and_says_which"]),
+    ("runtime/checkpoints.py", "set(final.parent.glob(\"step_??????\")) - skipped",
+     "set(final.parent.glob(\"step_??????\"))",
+     "checkpoint.keep counts and deletes what a resume has skipped",
+     ["test_only_so_many_checkpoints_are_kept_and_spoiled_ones_neither_count_nor_are_deleted"]),
+    ("runtime/run_folder.py", "self.trained_s += metrics[\"time/step_s\"]",
+     "self.trained_s = metrics[\"time/step_s\"]",
+     "train.max_minutes limits one step, not the run",
+     ["test_minutes_of_steps_are_summed_over_a_restart"]),
+    ("runtime/signals.py", "time.monotonic() > self.received_s + 1", "time.monotonic() > self.received_s",
+     "the launcher's echo of a signal kills the run before it has saved",
+     ["test_a_second_signal_kills_the_process_but_an_echo_of_the_first_does_not"]),
 ]
 
 
@@ -191,6 +238,7 @@ def run_tests(tests, file=None, old=None, new=None):
             shutil.copy(path, copy)
         for name in ("benchmarks", "configs", "converters", "fast", "runtime", "tests", "tools"):
             shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        (copy / "assets").symlink_to(ROOT / "assets")
         if file:
             text = (copy / file).read_text(encoding="utf-8")
             if text.count(old) != 1:
@@ -217,7 +265,7 @@ def main():
         status, failed, output = run_tests(tests, file, old, new)
         missed = [test for test in tests if test not in failed]
         survived += bool(missed)
-        print(f"{'SURVIVED' if missed else 'caught':8}  {file:8}  {what}", flush=True)
+        print(f"{'SURVIVED' if missed else 'caught':8}  {file:22}  {what}", flush=True)
         for test in missed:
             print(f"          did not fail: {test}")
         # 1 is pytest's "some tests failed"; above it the fault broke more than a test can show.

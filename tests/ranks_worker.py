@@ -1,33 +1,28 @@
-"""What test_ranks.py runs on 1, 2 and 4 ranks: `work_and_save`, or `torchrun … tests/ranks_worker.py FOLDER`.
+"""The work of test_runtime_sharding.py on 1, 2 and 3 ranks: a short run, then its parts on a toy model.
 
-A whole run of train.py on the demo's base, then its parts on a toy model. `work` asserts what each rank can
-see by itself and returns what must not depend on the number of ranks; the first rank writes it to FOLDER.
+`work` asserts what each rank can see by itself, and returns what must not depend on the number of ranks.
 """
 
 import contextlib
 import faulthandler
 import functools
 import math
-import sys
 import weakref
-from pathlib import Path
 
+import short_run
 import torch
 import torch.distributed as dist
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import train  # noqa: E402
-from configs.schema import load_config  # noqa: E402
-from model import Qwen2, load_hf, save_hf  # noqa: E402
-from runtime import ranks as ranks_module  # noqa: E402
-from runtime import tensors  # noqa: E402
-from runtime.sharding import own_rows, unsharded  # noqa: E402
-from sample import generate  # noqa: E402
+import train
+from configs.schema import load_config
+from model import Qwen2, load_hf, save_hf
+from runtime import ranks as ranks_module
+from runtime import tensors
+from runtime.sharding import own_rows, unsharded
+from sample import generate
 
 PROMPTS = [[3, 1, 4], [3, 1, 4], [1, 5, 9, 2, 6], [5], [9, 2], [6, 5, 3, 5, 8], [9, 7], [9, 3, 2, 3, 8, 4, 6]]
-# The second group is without spread; alone among the last four, the fifth has some.
+# The second group has no spread; of the last four only the fifth has some.
 ADVANTAGES = [[1.5, -0.5, -1.0], [0.0, 0.0, 0.0], [-0.7, 0.2, 0.5], [0.4, 0.6, -1.0],
               [0.3, -0.3, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
 VOCAB, STOPS, TEMPERATURE = 32, {29, 30, 31}, 0.7
@@ -36,14 +31,10 @@ LOSS = {"temperature": TEMPERATURE, "vocab_size": VOCAB, "clip_low": 0.2, "clip_
 
 
 def run_arguments(folder, out):
-    """Two steps of four prompts with two replies, two updates each; three held-out examples."""
-    return [str(ROOT / "configs/demo.yaml"), f"--out={out}", f"--model.path={ROOT / 'assets/tiny'}",
-            f"--data.system_prompt={ROOT / 'configs/demo_prompt.txt'}",
-            f"--data.train={folder / 'train.jsonl'}", f"--data.heldout={folder / 'heldout.jsonl'}",
-            "--train.steps=2", "--train.prompts_per_step=8", "--train.updates_per_step=2", "--rollout.n=2",
-            "--rollout.max_new_tokens=24", "--eval.every=2", "--eval.max_new_tokens=24",
-            "--checkpoint.every=2", "--log.rollouts_every=1", "--grpo.kl_coef=0.001",
-            "--train.timeout_minutes=3"]
+    """Two steps of eight prompts with two replies, two updates each; two held-out examples."""
+    return short_run.arguments(folder, out, "--train.steps=2", "--train.prompts_per_step=8", "--rollout.n=2",
+                               "--train.lr=2e-4", "--eval.every=2", "--grpo.kl_coef=0.001",
+                               "--train.timeout_minutes=3")
 
 
 def model_of(folder):
@@ -57,13 +48,14 @@ def whole(tensors):
 
 def change_by(update, model):
     """(metrics, {name: change of the weight}) of an update with plain SGD, which shows the gradient."""
-    before = whole(model.state_dict())
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     metrics = update(model, torch.optim.SGD(model.parameters(), 1.0))
-    return metrics, {name: after - before[name] for name, after in whole(model.state_dict()).items()}
+    changes = {name: weight.detach() - before[name] for name, weight in model.named_parameters()}
+    return metrics, whole(changes)
 
 
-def check_files(folder, aside):
-    """A sharded load reads this rank's rows and no others, a save holds one whole tensor at a time."""
+def check_files(folder, copy):
+    """A sharded load reads this rank's rows only; a save holds one full tensor at a time."""
     read, alive = [], []
     open_tensors, share = tensors.open_tensors, 0
 
@@ -101,10 +93,10 @@ def check_files(folder, aside):
             return result
 
         DTensor.full_tensor = note_whole
-        save_hf(model, aside, max_shard_bytes=4000)
+        save_hf(model, copy, max_shard_bytes=4000)
         DTensor.full_tensor = full_tensor
     else:
-        save_hf(model, aside, max_shard_bytes=4000)
+        save_hf(model, copy, max_shard_bytes=4000)
     optimizer = train.make_optimizer(model, 0.01, 0.95)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
@@ -116,7 +108,7 @@ def check_files(folder, aside):
 
 
 def check_rollouts(folder):
-    """Ids of replies; while the ranks sample, nothing waits: only the first one does so at all at first."""
+    """Ids of replies. A rollout has no collectives: at first only rank 0 samples."""
     model = train.load_model(folder, "cpu", bf16=False)
     sample = functools.partial(generate, n=3, temperature=TEMPERATURE, stop_ids=STOPS, vocab_size=VOCAB)
     with unsharded(model) as policy:
@@ -162,7 +154,7 @@ def check_updates(folder, rollouts_N):
     for name, update in kinds.items():
         found[name] = change_by(update, model_of(folder))
 
-    # One NaN, in a group of the first rank: every rank skips that update.
+    # One NaN, in a group of rank 0: every rank skips that update.
     accident_PG = adv_PG.clone()
     accident_PG[0, 1] = math.nan
     found["accident"] = change_by(functools.partial(grpo, adv_PG=accident_PG, updates=2),
@@ -176,21 +168,19 @@ def work(folder, ranks):
     found = {}
     for name in ("tied", "untied"):
         rollouts_N = torch.load(folder / name / "rollouts.pt", weights_only=False)
-        found[name] = {"share": ranks_module.all_gather(check_files(folder / name, folder / f"{name}{ranks}")),
+        share = check_files(folder / name, folder / f"{name}{ranks}")
+        found[name] = {"share": ranks_module.all_gather(share),
                        "ids": check_rollouts(folder / name),
                        "updates": check_updates(folder / name, rollouts_N)}
     return found
 
 
 def work_and_save(folder):
+    """Write the result of `work` to folder/found<ranks>.pt. Returns when all ranks have done so."""
     torch.set_num_threads(1)
-    faulthandler.dump_traceback_later(220, exit=True)  # a rank that hangs says where
+    faulthandler.dump_traceback_later(short_run.LIMIT_S, exit=True)  # a rank that hangs prints where
     ranks = ranks_module.rank_variable("WORLD_SIZE", 1)
     found = work(folder, ranks)
-    if ranks_module.rank_variable("RANK", 0) == 0:
+    if ranks_module.is_first_rank():
         torch.save(found, folder / f"found{ranks}.pt")
-    ranks_module.leave_ranks(0)
-
-
-if __name__ == "__main__":
-    work_and_save(Path(sys.argv[1]))
+    ranks_module.all_gather(None)

@@ -1,24 +1,41 @@
-"""train.py on a two-layer toy model: the optimizer updates of one step.
+"""train.py: the optimizer updates of one step, the schedules, whole runs, and what is refused.
 
-Plain SGD without momentum stands in for AdamW where the weights after a step shall show the gradient.
+Plain SGD without momentum replaces AdamW where the change of the weights is to show the gradient.
 """
 
 import contextlib
+import dataclasses
+import io
+import json
 import math
+import os
+import re
+import shutil
+from pathlib import Path
 
 import pytest
+import short_run
 import torch
+import yaml
+from short_run import limit_time, make_setting, pay_odd_lengths, refusal, shared_files
 
+import model as model_module
+import reward
+import train
+from configs.schema import Config
+from data import Example, read_jsonl, write_jsonl
 from grpo import grpo_loss, pack
-from model import ModelConfig, Qwen2, packed_attention
+from model import ModelConfig, Qwen2, load_hf, packed_attention
 from sample import Rollout, generate
+from tools.ask import read_tools
+from tools.synthetic import synthetic
 from train import grpo_updates, logprobs_of_pack, make_micro_batches, sft_updates
 
 VOCAB = 32
 STOP = 31
 TEMPERATURE = 0.7
 PROMPTS = [[3, 1, 4], [3, 1, 4], [1, 5, 9, 2, 6], [5]]
-# Whatever was sampled: a group without spread (the second) among groups with it.
+# For any rollouts: the second group has no spread, the others have.
 ADVANTAGES = [[1.5, -0.5, -1.0], [0.0, 0.0, 0.0], [-0.7, 0.2, 0.5], [0.4, 0.6, -1.0]]
 
 
@@ -120,7 +137,7 @@ def test_the_second_mini_batch_moves_and_clips():
     model = toy()
     rollouts_N = sampled_rollouts(model)
     both = torch.tensor(ADVANTAGES)
-    # Twice the same prompts and replies, so that the second update goes on where the first one went.
+    # The same prompts and replies twice, so that the second update moves further along the first one.
     metrics, _ = update(model, rollouts_N + rollouts_N, torch.cat([both, both]), updates=2, lr=3.0)
     assert metrics["updates"] == 2
     assert metrics["ratio/max"] > 1.28 and metrics["ratio/min"] < 0.8
@@ -252,3 +269,289 @@ def test_micro_batches_do_not_change_a_supervised_update():
     for metrics, change in results[1:]:
         torch.testing.assert_close(change, results[0][1], rtol=1e-12, atol=1e-12)
         assert metrics == pytest.approx(results[0][0], rel=1e-12)
+
+
+def test_a_gradient_or_a_loss_that_is_not_finite_leaves_weights_and_moments_alone():
+    for gradient, loss in ((math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan), (1.0, -math.inf), (1.0, 1.0)):
+        weight = torch.nn.Parameter(torch.ones(3))
+        optimizer = torch.optim.AdamW([weight], 0.1)
+        weight.grad = torch.full((3,), gradient)
+        _, skipped = train.apply_update(optimizer, 1.0, loss)
+        moves = math.isfinite(gradient) and math.isfinite(loss)
+        assert skipped == (not moves) and weight.grad is None
+        assert torch.equal(weight, torch.ones(3)) == (not moves) and bool(optimizer.state) == moves
+
+
+# Schedules.
+
+
+@pytest.mark.parametrize("schedule, warmup, expected", [
+    ("constant", 0.0, [1.0] * 10), ("constant", 0.2, [0.5] + [1.0] * 9)])
+def test_constant_schedule_warms_up_and_stays(schedule, warmup, expected):
+    rates = [train.learning_rate(step, 10, 1.0, schedule, warmup) for step in range(10)]
+    assert rates == expected
+
+
+def test_cosine_schedule_falls_from_the_peak_towards_a_tenth():
+    rates = [train.learning_rate(step, 100, 2.0, "cosine", 0.1) for step in range(100)]
+    assert rates[10] == 2.0 and 0.2 < rates[99] < 0.21
+    assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
+
+
+# Runs.
+
+SCORE = reward.score
+EXAMPLE = Example("1", "test", [{"name": "f"}], [{"role": "user", "content": "q"}], [])
+
+limit = pytest.fixture(autouse=True)(limit_time)
+setting = pytest.fixture(autouse=True)(make_setting)
+files = pytest.fixture(scope="module")(shared_files)
+
+
+def arguments(files, out, *more):
+    """A short run of two updates a step: four steps, an evaluation and a checkpoint every second one."""
+    return short_run.arguments(files, out, "--train.steps=4", "--eval.every=2", "--rollout.n=2",
+                               "--log.rollouts_every=2", *more)
+
+
+def metrics_of(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if "time" not in key and key != "tokens_per_s"}
+            for line in lines]
+
+
+@pytest.fixture(scope="module")
+def whole_run(files, tmp_path_factory):
+    """A run folder; what the run printed is in the file `printed` next to it."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    with pytest.MonkeyPatch.context() as patches, contextlib.redirect_stdout(io.StringIO()) as printed:
+        make_setting(patches)
+        train.main(arguments(files, out))
+    out.with_name("printed").write_text(printed.getvalue())
+    return out
+
+
+def test_run_folder_holds_what_the_readme_says(whole_run):
+    names = {path.name for path in whole_run.iterdir()}
+    assert names == {"config.yaml", "git_revision.txt", "metrics.jsonl", "rollouts", "evals", "checkpoints",
+                     "lock"}
+    assert sorted(x.name for x in (whole_run / "checkpoints").iterdir()) == ["step_000002", "step_000004"]
+    evaluations = sorted(x.name for x in (whole_run / "evals").iterdir())
+    assert evaluations == [f"step_00000{i}.json" for i in (0, 2, 4)]
+    rollouts = (whole_run / "rollouts/step_000002.jsonl").read_text().splitlines()
+    assert len(rollouts) == 8 and {"query", "reply", "reward", "advantage"} <= json.loads(rollouts[0]).keys()
+
+
+def test_every_logged_metric_is_explained_in_the_docs(whole_run):
+    table = open("docs/metrics.md", encoding="utf-8").read()
+    lines = [line for line in table.splitlines() if line.startswith("| `")]
+    explained = set()
+    for line in lines:
+        names = [name.strip(" `") for name in line.split("|")[1].split(",")]
+        prefix = names[0].rpartition("/")[0]
+        explained |= {name if "/" in name or not prefix else f"{prefix}/{name}" for name in names}
+        if names[0].startswith("sampling/"):
+            explained.add("sampling/logp_diff_max")
+    logged = {key for line in metrics_of(whole_run) for key in line if not key.startswith("eval/")} - {"step"}
+    assert logged <= explained, f"not in docs/metrics.md: {sorted(logged - explained)}"
+
+
+def test_console_has_one_line_a_step_that_leads_with_reward_and_two_replies_an_evaluation(
+        whole_run):
+    lines = whole_run.with_name("printed").read_text().splitlines()
+    steps = [line for line in lines if line.startswith("step ") and "tok/s" in line]
+    assert len(steps) == 4 and all("  reward " in line and "left" in line for line in steps)
+    assert steps[0].index("reward") < steps[0].index("length") < steps[0].index("kl 0.")
+    assert sum(line.startswith("held-out accuracy at step") for line in lines) == 3
+    assert sum(line.startswith("  asked") for line in lines) == 6
+
+
+def test_activation_checkpointing_reaches_the_model_and_changes_no_metric(
+        files, whole_run, tmp_path, monkeypatch):
+    recomputed = []
+    checkpoint = model_module.checkpoint
+    monkeypatch.setattr(model_module, "checkpoint",
+                        lambda *a, **k: recomputed.append(a) or checkpoint(*a, **k))
+    train.main(arguments(files, tmp_path / "run", "--train.activation_checkpointing=true"))
+    assert recomputed
+    assert metrics_of(tmp_path / "run") == metrics_of(whole_run)
+
+
+def test_training_moves_weights_only_where_replies_earned_differently(
+        files, whole_run, tmp_path, monkeypatch, capsys):
+    """With a reward that nothing earns, every group is flat and the policy must not move."""
+    monkeypatch.setattr(reward, "score", SCORE)
+    write_jsonl(tmp_path / "never.jsonl", [
+        dataclasses.replace(example, answer=[{"name": example.tools[0]["name"], "arguments": {"never": 1}}])
+        for example in synthetic(8, 0, "train")])
+    out = tmp_path / "flat"
+    train.main(arguments(files, out, f"--data.train={tmp_path / 'never.jsonl'}", "--train.steps=2",
+                         "--grpo.kl_coef=0"))
+    assert capsys.readouterr().out.count("  kl off  ") == 2
+    before, after, moved = (load_hf(folder).state_dict() for folder in (
+        files / "base", out / "checkpoints/step_000002", whole_run / "checkpoints/step_000002"))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not any(torch.equal(before[name], moved[name]) for name in before)
+    steps = [line for line in metrics_of(out) if "loss" in line]
+    assert all(line["loss"] == 0 and line["updates"] == 0 and line["reward/all_zero"] == 1 for line in steps)
+
+
+def test_sft_lowers_the_loss_and_keeps_only_so_many_checkpoints(files, tmp_path):
+    out, data = tmp_path / "sft", tmp_path / "eight.jsonl"
+    write_jsonl(data, synthetic(8, 0, "train"))  # the same batch in every step
+    train.main(arguments(files, out, "--stage=sft", "--checkpoint.every=1", "--checkpoint.keep=2",
+                         "--train.prompts_per_step=8", "--eval.every=100", f"--data.train={data}"))
+    losses = [line["loss"] for line in metrics_of(out) if "loss" in line]
+    assert len(losses) == 4 and losses[-1] < losses[0]
+    assert [x.name for x in sorted((out / "checkpoints").iterdir())] == ["step_000003", "step_000004"]
+
+
+def test_accuracy_is_measured_with_the_reward_of_training(files, tmp_path, monkeypatch):
+    schemes = []
+
+    def note_scheme(*arguments, scheme, **settings):
+        schemes.append(scheme)
+        return evaluate(*arguments, scheme=scheme, **settings)
+
+    evaluate = train.evaluate
+    monkeypatch.setattr(train, "evaluate", note_scheme)
+    train.main(arguments(files, tmp_path / "run", "--train.steps=1", "--grpo.reward=partial_format"))
+    assert schemes == ["partial_format"] * 2
+
+
+def test_random_weights_need_a_config_and_a_tokenizer_only(files, tmp_path):
+    shutil.copytree(files / "base", tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors"))
+    words = arguments(files, tmp_path / "run", f"--model.path={tmp_path / 'base'}", "--model.init=random",
+                      "--train.steps=2", "--train.updates_per_step=1", "--checkpoint.every=1")
+    train.main(words)
+    lines = metrics_of(tmp_path / "run")
+    first = next(line for line in lines if "kl" in line)
+    assert first["kl"] == 0, "policy and reference are the same draw"
+    assert first["entropy"] > 6, "of 1,230 tokens, ln 1,230 = 7.1"
+    shutil.rmtree(tmp_path / "run/checkpoints/step_000002")
+    train.main(words)
+    assert metrics_of(tmp_path / "run") == lines, "it resumes from what it had learned"
+    again = load_hf(files / "base", seed=0).state_dict()
+    assert all(torch.equal(again[name], x) for name, x in Qwen2(load_hf(files / "base").config).init_weights(
+        0).state_dict().items())
+
+
+def test_help_prints_every_key_with_its_default(capsys):
+    train.main(["--help"])
+    printed = yaml.safe_load(capsys.readouterr().out.split("The defaults:")[1])
+    assert printed == dataclasses.asdict(Config())
+
+
+def test_example_and_tools_that_the_readme_shows_are_read(tmp_path):
+    text = open("README.md", encoding="utf-8").read()
+    (tmp_path / "mine.jsonl").write_text(text.split("```json\n")[1].split("```")[0])
+    assert len(read_jsonl(tmp_path / "mine.jsonl")) == 1
+    (tmp_path / "tools.json").write_text(text.split("\necho '")[1].split("' > tools.json")[0])
+    tool, = read_tools(tmp_path / "tools.json")
+    known = {tool["name"]: tool for example in synthetic(2000, 0, "train") for tool in example.tools}
+    world = json.loads(open("assets/synthetic.json", encoding="utf-8").read())
+    assert tool["description"] == known[tool["name"]]["description"]
+    for name, schema in tool["parameters"]["properties"].items():
+        assert schema == world["parameters"][name]["schema"]
+        assert name in world["nouns"][tool["name"].split("_")[1]]["parameters"]
+
+
+# A reward that raises.
+
+
+@pytest.mark.parametrize("paid", [math.nan, math.inf, "1", None])
+def test_a_reward_that_is_no_finite_number_counts_as_a_reward_that_raised(monkeypatch, paid):
+    monkeypatch.setattr(reward, "score", lambda *_: pay_odd_lengths("x", [], "")._replace(reward=paid))
+    verdict = reward.judge(EXAMPLE, "x", "binary")
+    assert verdict.reward == 0 and verdict.error.startswith("the reward raised ") and not verdict.format_ok
+
+
+def test_a_reward_that_raises_costs_its_reply_the_reward_and_is_counted_and_saved(
+        files, tmp_path, monkeypatch, capsys):
+    class Odd(Exception):
+        pass
+
+    def raising(reply, answer, scheme):
+        if len(reply) % 3 == 0:
+            raise Odd("no\nsuch key")
+        if len(reply) % 3 == 1:
+            return None
+        return pay_odd_lengths(reply, answer, scheme)
+
+    monkeypatch.setattr(reward, "score", raising)
+    out = tmp_path / "run"
+    train.main(arguments(files, out, "--train.steps=3", "--rollout.n=8", "--log.rollouts_every=100"))
+    said = capsys.readouterr().out
+    for line in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()):
+        if "loss" not in line:
+            continue
+        replies = [json.loads(text) for text in
+                   (out / f"rollouts/step_{line['step']:06d}.jsonl").read_text().splitlines()]
+        raised = [reply for reply in replies if (reply["error"] or "").startswith("the reward raised ")]
+        assert len(raised) == line["reward/raised"] > 0 and all(reply["reward"] == 0 for reply in raised)
+        errors = {reply["error"] for reply in raised}
+        assert any("Odd: no such key" in error for error in errors)
+        assert any("AttributeError" in error for error in errors), "what is no verdict raises too"
+        assert f"warning: the reward raised on {len(raised)} replies" in said
+    assert len(list((out / "rollouts").iterdir())) == 3
+    assert list((out / "evals").iterdir()), "an evaluation does not end either"
+
+
+def test_an_interrupt_inside_the_reward_is_no_error_of_the_reward(monkeypatch):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(reward, "score", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        reward.judge(EXAMPLE, "", "binary")
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize("change, words", [
+    ("--data.train=missing.jsonl", "missing.jsonl"), ("--model.path=missing_folder/x", "missing_folder/x"),
+    ("--train.prompts_per_step=100", "100"), ("--data.max_prompt_tokens=20", "prompts"),
+    ("--data.system_prompt=none.txt", "none.txt"), ("--train.lrr=1", "train.lr"),
+    ("--train.prompts_per_step=100", "train.prompts_per_step"), ("--out=README.md", "--out"),
+    ("--out=README.md/run", "README.md"), ("--eval.max_new_tokens=2000", "eval.max_new_tokens")])
+def test_bad_input_is_one_line_and_status_2(files, tmp_path, capsys, change, words):
+    with pytest.raises(SystemExit) as stopped:
+        train.main(arguments(files, tmp_path / "run", change))
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and words in error and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_yaml_makes_no_objects(files, tmp_path, capsys):
+    mark = tmp_path / "harmed"
+    harm = f"!!python/object/apply:os.system ['touch {mark}']"
+    (tmp_path / "c.yaml").write_text(f"seed: {harm}\n")
+    for words in ([str(tmp_path / "c.yaml")], arguments(files, tmp_path / "run", f"--train.steps={harm}")):
+        error, status = refusal(words, capsys)
+        assert status == 2 and "not valid YAML" in error and not mark.exists()
+
+
+def test_the_code_loads_no_pickle_and_no_unsafe_yaml():
+    rooms = (".", "benchmarks", "configs", "converters", "fast", "runtime", "tools")
+    for file in (file for room in rooms for file in Path(room).glob("*.py")):
+        text = file.read_text(encoding="utf-8")
+        assert not re.search(r"torch\.load|\bpickle\b|full_load|unsafe|FullLoader|\byaml\.Loader", text), file
+        assert set(re.findall(r"yaml\.load\((.*)\)", text)) <= {"text, StrictLoader"}, file
+
+
+def test_an_index_that_leads_out_of_its_folder_is_refused(files, tmp_path, capsys):
+    base = shutil.copytree(files / "base", tmp_path / "base")
+    (base / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"model.norm.weight": "../base/model.safetensors"}}))
+    error, status = refusal(arguments(files, tmp_path / "run", f"--model.path={base}"), capsys)
+    assert status == 2 and "'../base/model.safetensors', not a file of this folder" in error
+
+
+@pytest.mark.parametrize("size", [0, 7, 100, 10_000])
+def test_truncated_weights_are_one_line(files, tmp_path, capsys, size):
+    base = shutil.copytree(files / "base", tmp_path / "base")
+    os.truncate(base / "model.safetensors", size)
+    error, status = refusal(arguments(files, tmp_path / "run", f"--model.path={base}"), capsys)
+    assert status == 2 and str(base / "model.safetensors") in error
+    assert not (tmp_path / "run").exists()
