@@ -30,7 +30,7 @@ STEPS = 8
 # Metrics of a step that teaches something.
 HEALTHY = {"reward/commonest": 0.1, "reward/live": 0.5, "reward/all_one": 0.3, "reward/all_zero": 0.2}
 LOOPBACK = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
-LIMIT_S = 240  # of a test, and half of it of a child: only a hang takes so long
+LIMIT_S = 600  # of a test, and half of it of a child: only a hang takes so long
 
 
 def pay_odd_lengths(reply, answer, scheme):

@@ -426,7 +426,7 @@ class Interrupted:
     def patch(self, monkeypatch):
         for name in self.NAMES:
             monkeypatch.setattr(os, name, self.counted(getattr(os, name)))
-        # Path has a reference of its own to the function in Python 3.10.
+        # In Python 3.10 Path.unlink does not look the function up in os.
         monkeypatch.setattr(Path, "unlink", lambda path: os.unlink(path))
         opened = io.open
 

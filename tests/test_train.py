@@ -481,7 +481,7 @@ def test_a_reward_that_raises_costs_its_reply_the_reward_and_is_counted_and_save
     monkeypatch.setattr(reward, "score", raising)
     out = tmp_path / "run"
     train.main(arguments(files, out, "--train.steps=3", "--rollout.n=8", "--log.rollouts_every=100"))
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for line in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()):
         if "loss" not in line:
             continue
@@ -492,7 +492,7 @@ def test_a_reward_that_raises_costs_its_reply_the_reward_and_is_counted_and_save
         errors = {reply["error"] for reply in raised}
         assert any("Odd: no such key" in error for error in errors)
         assert any("AttributeError" in error for error in errors), "what is no verdict raises too"
-        assert f"warning: the reward raised on {len(raised)} replies" in said
+        assert f"warning: the reward raised on {len(raised)} replies" in printed
     assert len(list((out / "rollouts").iterdir())) == 3
     assert list((out / "evals").iterdir()), "an evaluation does not end either"
 
