@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from data import Chat
+from data import Chat, read_jsonl
 from grpo import group_advantages, grpo_loss, pack
 from reward import score
 from tools import plot_demo
+from tools.ask import read_tools
 from tools.synthetic import synthetic
 
 ROOT = Path(__file__).parent.parent
@@ -224,3 +225,17 @@ def test_readme_names_every_module_of_a_room(room):
 
 def test_readme_has_at_most_16_kB():
     assert len(README.read_bytes()) <= 16_000
+
+
+def test_example_and_tools_that_the_readme_shows_are_read(tmp_path):
+    text = text_of(README)
+    (tmp_path / "mine.jsonl").write_text(text.split("```json\n")[1].split("```")[0])
+    assert len(read_jsonl(tmp_path / "mine.jsonl")) == 1
+    (tmp_path / "tools.json").write_text(text.split("\necho '")[1].split("' > tools.json")[0])
+    tool, = read_tools(tmp_path / "tools.json")
+    known = {tool["name"]: tool for example in synthetic(2000, 0, "train") for tool in example.tools}
+    world = json.loads(text_of(ROOT / "assets" / "synthetic.json"))
+    assert tool["description"] == known[tool["name"]]["description"]
+    for name, schema in tool["parameters"]["properties"].items():
+        assert schema == world["parameters"][name]["schema"]
+        assert name in world["nouns"][tool["name"].split("_")[1]]["parameters"]

@@ -23,11 +23,10 @@ import model as model_module
 import reward
 import train
 from configs.schema import Config
-from data import Example, read_jsonl, write_jsonl
+from data import Example, write_jsonl
 from grpo import grpo_loss, pack
 from model import ModelConfig, Qwen2, load_hf, packed_attention
 from sample import Rollout, generate
-from tools.ask import read_tools
 from tools.synthetic import synthetic
 from train import grpo_updates, logprobs_of_pack, make_micro_batches, sft_updates
 
@@ -440,20 +439,6 @@ def test_help_prints_every_key_with_its_default(capsys):
     train.main(["--help"])
     printed = yaml.safe_load(capsys.readouterr().out.split("The defaults:")[1])
     assert printed == dataclasses.asdict(Config())
-
-
-def test_example_and_tools_that_the_readme_shows_are_read(tmp_path):
-    text = open("README.md", encoding="utf-8").read()
-    (tmp_path / "mine.jsonl").write_text(text.split("```json\n")[1].split("```")[0])
-    assert len(read_jsonl(tmp_path / "mine.jsonl")) == 1
-    (tmp_path / "tools.json").write_text(text.split("\necho '")[1].split("' > tools.json")[0])
-    tool, = read_tools(tmp_path / "tools.json")
-    known = {tool["name"]: tool for example in synthetic(2000, 0, "train") for tool in example.tools}
-    world = json.loads(open("assets/synthetic.json", encoding="utf-8").read())
-    assert tool["description"] == known[tool["name"]]["description"]
-    for name, schema in tool["parameters"]["properties"].items():
-        assert schema == world["parameters"][name]["schema"]
-        assert name in world["nouns"][tool["name"].split("_")[1]]["parameters"]
 
 
 # A reward that raises.
