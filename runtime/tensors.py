@@ -7,32 +7,69 @@ nothing here; model.py checks them.
 import contextlib
 import json
 import os
+from hashlib import sha256
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
-from runtime.files import atomically, fsync, read_json, writing
+from runtime.files import atomically, digest, fsync, read_json, writing
 
 INDEX = "model.safetensors.index.json"
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")  # as peft names them
+TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")  # text to ids, stop ids
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 def resolve(path, patterns=("*.json", "*.safetensors", "*.txt", "*.jinja")):
-    """The local folder of a model: `path` itself if it is one, else the hub's snapshot of such files."""
-    if os.path.isdir(path):
-        return Path(path)
-    from huggingface_hub import snapshot_download
+    """The local folder of a model: `path` itself if it is one, else the hub's snapshot of such files.
+    ValueError for a folder that holds a LoRA adapter and no model."""
+    folder = Path(path)
+    if not os.path.isdir(path):
+        from huggingface_hub import snapshot_download
+        try:
+            folder = Path(snapshot_download(str(path), allow_patterns=list(patterns)))
+        except (ValueError, OSError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(f"{path}: no local folder, and the hub gave no such model ({reason})") from None
+    if not (folder / "config.json").exists():
+        refuse_adapter(folder)
+    return folder
+
+
+def refuse_adapter(folder):
+    for name in ADAPTER:
+        if (folder / name).exists():
+            raise ValueError(f"{folder / name}: a LoRA adapter without its model; merge the two (in peft: "
+                             "merge_and_unload, then save_pretrained) and give that folder")
+
+
+def identity(folder, weights=True):
+    """What a model folder holds, by its bytes: {"weights", "config", "tokenizer"}, a SHA-256 each.
+
+    Weights are the files that `open_weights` reads, config is config.json, tokenizer is every one of
+    TEXT_FILES that exists. weights=False leaves the weights out. ValueError where a file cannot be read. Each
+    file is read once from start to end (15 GB for a 7B), and nothing is cached: a copy may have the size and
+    the times of another file.
+    """
+    texts = [name for name in TEXT_FILES if (folder / name).exists()]
+    files = {}
+    if weights:
+        open_weights(folder)  # what is not complete is refused before gigabytes of it are read
+        files["weights"] = weight_files(folder)
+    files |= {"config": ["config.json"], "tokenizer": texts}
     try:
-        return Path(snapshot_download(str(path), allow_patterns=list(patterns)))
-    except (ValueError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{path}: no local folder, and the hub gave no such model ({reason})") from None
+        return {part: sha256("".join(digest(folder / name) for name in names).encode()).hexdigest()
+                for part, names in files.items()}
+    except OSError as error:
+        raise ValueError(f"{error.filename}: cannot be read ({error.strerror}); is the folder "
+                         "complete?") from None
 
 
-def open_weights(folder):
-    """{name: slice} of a checkpoint: of its model.safetensors, or of every shard that its index names."""
+def weight_files(folder):
+    """The names of the safetensors files of a folder: model.safetensors, or every shard that its index names.
+    ValueError, with advice, where other tools left the weights in another form."""
     files = ["model.safetensors"]
     if (folder / INDEX).exists():
         weight_map = read_json(folder / INDEX).get("weight_map")
@@ -41,7 +78,23 @@ def open_weights(folder):
             if not isinstance(file, str) or file != os.path.basename(file) or file in ("", ".", ".."):
                 raise ValueError(f"{folder / INDEX}: weight_map names {file!r}, not a file of this folder; "
                                  "refused")
-    return {name: part for file in sorted(set(files)) for name, part in open_tensors(folder / file).items()}
+    elif not (folder / files[0]).exists():
+        refuse_adapter(folder)
+        shards, older = sorted(folder.glob("*.safetensors")), sorted(folder.glob("*.bin"))
+        if shards:
+            raise ValueError(f"{folder}: holds {shards[0].name}, but neither {files[0]} nor {INDEX}, which "
+                             "says what is where; copy it from where the weights came from, or rename a "
+                             f"single file to {files[0]}")
+        if older:
+            raise ValueError(f"{older[0]}: weights of torch.save are not loaded, because they can hold code; "
+                             "save the model as safetensors (in transformers: from_pretrained, then "
+                             "save_pretrained)")
+    return sorted(set(files))
+
+
+def open_weights(folder):
+    """{name: slice} of the tensors of a folder."""
+    return {name: part for file in weight_files(folder) for name, part in open_tensors(folder / file).items()}
 
 
 def open_tensors(file):
