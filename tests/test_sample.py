@@ -3,6 +3,7 @@ cache and schedule; what a rollout phase leaves behind."""
 
 import importlib.util
 import inspect
+import math
 import random
 import sys
 
