@@ -403,6 +403,27 @@ def test_the_chat_template_of_a_checkpoint_renders_the_training_prompt(tmp_path)
             assert text == same_prompt(chat, tokenizer, [], plain, None, plain)
 
 
+def test_the_request_and_the_reply_of_the_page_on_serving_are_in_our_format(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    page = (ROOT / "docs" / "serve.md").read_text()
+    request = json.loads(page.split(" -d '")[1].split("'\n```")[0])
+    written = re.search(r"writes `(<think>.*</think>)` and `(<tool_call>.*</tool_call>)`", page)
+    calls = json.loads(written[2].removeprefix("<tool_call>").removesuffix("</tool_call>"))
+    assert "\n".join(written.groups()) == format_reply(calls, "…")
+    answer = json.loads(page.split("comes back as\n\n```\n")[1].split("```")[0])["choices"][0]
+    functions = [call["function"] for call in answer["message"]["tool_calls"]]
+    assert [{**each, "arguments": json.loads(each["arguments"])} for each in functions] == calls
+    tools = [tool["function"] for tool in request["tools"]]
+    made = replace(example(), tools=tools, messages=request["messages"], answer=calls)
+    assert data._problem(made) is None
+    path, chat = checkpoint_of(ROOT / "assets" / "tiny", tmp_path / "c", "{tools}")
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(path)
+    result = {"role": "tool", "content": "no"}
+    earlier = [*request["messages"], {"role": "assistant", "content": format_calls(calls)}, result]
+    sent = [*request["messages"], answer["message"], result]
+    same_prompt(chat, tokenizer, tools, earlier, request["tools"], sent)
+
+
 def test_a_checkpoints_own_prompt_is_used_unless_another_is_given(folder, tmp_path):
     path, chat = checkpoint_of(folder, tmp_path / "c", "Mine:\n{tools}\n")
     ids = chat.encode_prompt(example())
@@ -495,13 +516,14 @@ def test_answers_that_the_tokenizer_changes_are_dropped_and_counted(folder, tmp_
     changed = example(50, answer=answer)
     assert score(chat.decode(chat.encode_reply(changed)), answer).reward == 0
     examples = [example(n) for n in range(9)]
-    assert data.filter_by_tokenizer([*examples, changed], chat, 0.1) == (examples, 1)
+    assert data.usable_examples("my", [*examples, changed], chat, 10_000, 0.1) == examples
+    assert capsys.readouterr().out.startswith("dropped 1 my examples: answers that cannot score 1")
     with pytest.raises(ValueError, match=r"1 of 10 answers \(10.0%\) cannot score 1.*NFC.*max_dropped_share"):
-        data.filter_by_tokenizer([*examples, changed], chat, 0.05)
+        data.usable_examples("my", [*examples, changed], chat, 10_000, 0.05)
     write_jsonl(path, [changed, *examples])
     training, heldout = data.read_examples(path, None, 0.3, 0, chat, 10_000, 0.5)
     assert changed not in training + heldout and len(training + heldout) == 9
-    assert "examples: the tokenizer changes their answer" in capsys.readouterr().out
+    assert "examples: answers that cannot score 1, because the tokenizer" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("end", ["<|im_end|>", "</s>", "<|endoftext|>", None])
@@ -515,15 +537,17 @@ def test_the_judged_text_has_no_stop_token_whichever_ended_the_reply(folder, tmp
     assert score(chat.decode_reply(ids), made.answer).reward == 1 and chat.decode_reply([]) == ""
 
 
-def test_long_prompts_are_dropped_and_counted_never_cut(folder):
+def test_long_prompts_are_dropped_and_counted_never_cut(folder, capsys):
     chat = Chat(folder)
     examples = [example(n) for n in range(9)]
     long = example(9, messages=[{"role": "user", "content": "long " * 2000}])
     limit = max(len(chat.encode_prompt(e)) for e in examples)
-    assert data.filter_by_prompt_tokens([long, *examples], chat, limit, 0.1) == (examples, 1)
+    assert data.usable_examples("my", [long, *examples], chat, limit, 0.1) == examples
+    printed = f"dropped 1 my examples: prompts that are longer than {limit} tokens\n"
+    assert capsys.readouterr().out == printed
     with pytest.raises(ValueError, match=r"1 of 10 prompts \(10.0%\).*raise"):
-        data.filter_by_prompt_tokens([*examples, long], chat, limit, 0.05)
-    assert data.filter_by_prompt_tokens([], chat, limit, 0.0) == ([], 0)
+        data.usable_examples("my", [*examples, long], chat, limit, 0.05)
+    assert data.usable_examples("my", [], chat, limit, 0.0) == []
 
 
 def test_every_epoch_deals_every_example_once_in_a_new_order():
