@@ -269,6 +269,6 @@ def test_every_call_turn_of_toolace_is_kept(real_data):
 
 def test_all_system_texts_of_toolace_yield_tools(real_data):
     records = json.loads((real_data / "data" / "toolace" / "toolace_first100_sharegpt.json").read_text())
-    assert all(toolace._find_tools(record["system"])[0] for record in records)
+    assert all(toolace.find_tools(record["system"])[0] for record in records)
     _, report = read_toolace(real_data / "data" / "toolace" / "toolace_first100_sharegpt.json")
     assert report["dropped"] == {"a turn that is not text of a known role, but of 'function_call'": 78}
