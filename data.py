@@ -91,7 +91,7 @@ def read_xlam(path, strict_schema=False):
 
     report: {"raw": number of records, "without_calls": number of records that gave neither an example nor a
     drop, "kept": number of examples, "dropped": {reason: count}, "dropped_ids": {reason: ids},
-    "contradictions": {id: {reason: detail}}, answers that their tools forbid; strict_schema drops them;
+    "contradictions": [(id, {reason: detail})…], answers that their tools forbid; strict_schema drops them;
     "nulls": number that undo_nulls took out, "text_left_out": number of call turns that lost text}.
     ValueError if the file cannot be read or a record lacks a column.
     """
@@ -113,9 +113,9 @@ def _read_raw(path, prefix, converter, strict_schema):
                                    lambda fields: _problem(Example(**fields)))
     made, nulls = undo_nulls(made)
     found = [contradictions_of(fields["tools"], fields["answer"]) for fields in made]
-    contradictory = {fields["id"]: reasons for fields, reasons in zip(made, found, strict=True) if reasons}
+    contradictory = [(fields["id"], reasons) for fields, reasons in zip(made, found, strict=True) if reasons]
     if strict_schema and contradictory:
-        report["dropped_ids"]["answer contradicts the schema of its tool"] = list(contradictory)
+        report["dropped_ids"]["answer contradicts the schema of its tool"] = [id for id, _ in contradictory]
         made = [fields for fields, reasons in zip(made, found, strict=True) if not reasons]
     counts = {reason: len(ids) for reason, ids in report["dropped_ids"].items()}
     return [Example(**fields) for fields in made], {
@@ -173,7 +173,7 @@ def mask_names(examples, share, seed):
     """
     result = list(examples)
     for i in _permutation(len(examples), f"mask/{seed}")[: round(share * len(examples))]:
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError):  # raised by rename_parameters
             result[i] = _masked(examples[i], random.Random(f"mask/{seed}/{i}"))
     return result
 

@@ -11,7 +11,7 @@ form of a turn is recognised turn by turn:
 [1] Chat Completions API, platform.openai.com/docs/guides/function-calling; its older "function_call" too
 [2] Templates of transformers, huggingface.co/docs/transformers/chat_extras
 [3] LLaMA-Factory, data/README.md, with a list of calls in one turn, as glaive_toolcall has it
-[4] Salesforce/APIGen-MT-5k (arXiv 2504.03601)   [5] NousResearch/hermes-function-calling-v1, one or more blocks
+[4] Salesforce/APIGen-MT-5k (arXiv 2504.03601)  [5] NousResearch/hermes-function-calling-v1, one or more
 
 Tools are read by schemas.bare_tools; without a column they are those in the system text, between <tools> tags
 or as in ToolACE. A system text that lists the tools is left out, for the prompt lists them. Call turns in a

@@ -17,9 +17,10 @@ def undo_nulls(examples):
 
     A null that the schema allows stays, and so does every null of a file that is not recognised.
     """
-    refused = [any(_without_nulls(call, fields["tools"])[1] for call in fields["answer"]) for fields in examples]
-    answered = sum(bool(fields["answer"]) for fields in examples)
-    columns = sum(refused) >= NEARLY_ALL * answered
+    answered = [fields for fields in examples if fields["answer"]]
+    refused = sum(any(_without_nulls(call, fields["tools"])[1] for call in fields["answer"])
+                  for fields in answered)
+    columns = refused >= NEARLY_ALL * len(answered)
     made, total = [], 0
     for fields in examples:
         tools = [_without_null_parameters(tool) for tool in fields["tools"]]

@@ -112,11 +112,12 @@ def rename_parameters(tool, rename):
     pairs = {name: rename(name, part) for name, part in properties.items()}
     if not nested or "properties" not in schema:
         return {**tool, "parameters": dict(pairs.values()) or schema}
-    named = schema.get("required")
+    schema, named = {**schema, "properties": dict(pairs.values())}, schema.get("required")
     renamed = [pairs[name][0] if isinstance(name, str) and name in pairs else name
                for name in (named if isinstance(named, list) else [named])]
-    required = {"required": renamed if isinstance(named, list) else renamed[0]} if "required" in schema else {}
-    return {**tool, "parameters": {**schema, "properties": dict(pairs.values()), **required}}
+    if "required" in schema:
+        schema["required"] = renamed if isinstance(named, list) else renamed[0]
+    return {**tool, "parameters": schema}
 
 
 def refuses_null(tool, name):

@@ -33,8 +33,8 @@ def read_records(path):
 
 
 def convert_records(path, prefix, columns, convert, problem):
-    """([fields of an example, its id among them…], report) of a file. `convert(id, record)` yields pairs of an
-    id and fields or the reason of a drop, and `problem(fields)` is why fields cannot be used, or None.
+    """([fields of an example, its id among them…], report) of a file. `convert(id, record)` yields pairs: an
+    id, and fields or the reason of a drop. `problem(fields)` is why fields cannot be used, or None.
 
     ValueError if the file cannot be read or a record lacks a column.
     """
@@ -63,12 +63,12 @@ def print_report(report):
     for reason, ids in report["dropped_ids"].items():
         print(f"{len(ids):8d} dropped: {reason}: {' '.join(ids)}")
     places = {}
-    for id, reasons in report["contradictions"].items():
+    for id, reasons in report["contradictions"]:
         for reason, detail in reasons.items():
             places.setdefault(reason, []).append(f"{id} ({detail})")
     if places:
-        print(f"{len(report['contradictions']):8d} answers contradict the schema of their tool "
-              "(--strict_schema drops them)")
+        print(f"{len(report['contradictions']):8d} answers contradict the schema of their tool; "
+              "--strict_schema drops them")
     for reason, found in places.items():
         print(f"{len(found):8d}   {reason}: {', '.join(found[:3])}{' …' if len(found) > 3 else ''}")
     if report["nulls"]:
