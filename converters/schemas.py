@@ -105,10 +105,12 @@ def contradictions_of(tools, answer):
 def rename_parameters(tool, rename):
     """A bare tool whose parameters have the names and schemas that `rename(name, schema)` returns as a pair.
     Names in "required" follow. ValueError if `parameters` is no object: then the names are unknown."""
-    schema = tool.get("parameters") or {}
+    schema = tool.get("parameters")
+    if not schema:
+        return tool
     if not isinstance(schema, dict):
         raise ValueError(f"the parameters of {tool['name']} are no object")
-    properties, _, nested = read_parameters({"parameters": schema})
+    properties, _, nested = read_parameters(tool)
     pairs = {name: rename(name, part) for name, part in properties.items()}
     if not nested or "properties" not in schema:
         return {**tool, "parameters": dict(pairs.values()) or schema}

@@ -1,4 +1,4 @@
-"""runtime/records.py: the records of a data file, whatever holds them, or one line that says what is wrong."""
+"""runtime/records.py: the records of a data file, whatever holds them, or one line that says why not."""
 
 import gzip
 import json
