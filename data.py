@@ -382,7 +382,8 @@ def main(argv=None):
     convert.add_argument("out", help="the .jsonl file to write")
     convert.add_argument("--seed", type=int, default=0)
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")
+        if hasattr(stream, "reconfigure"):  # a caller may have put another object in its place
+            stream.reconfigure(errors="backslashreplace")
     args = parser.parse_args(argv)
     try:
         write_and_count(args.out, _convert(args))
