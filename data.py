@@ -33,12 +33,11 @@ from tokenizers import Tokenizer
 
 from converters import messages as chat_messages
 from converters import toolace, xlam
-from converters.messages import earlier_calls
 from converters.nulls import undo_nulls
 from converters.schemas import bare_tools, contradictions_of, rename_parameters
 from reward import IM_END, IM_START, format_calls, format_reply, score
 from runtime.files import atomically, parse_json, read_text
-from runtime.records import convert_records, print_report, read_records
+from runtime.records import convert_records, print_report, print_shortfall, read_records
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -90,9 +89,9 @@ def read_xlam(path, strict_schema=False):
     """Convert a file of xlam-function-calling-60k (converters/xlam.py) -> (examples, report).
 
     report: {"raw": number of records, "without_calls": number of records that gave neither an example nor a
-    drop, "kept": number of examples, "dropped": {reason: count}, "dropped_ids": {reason: ids},
-    "contradictions": [(id, {reason: detail})…], answers that their tools forbid; strict_schema drops them;
-    "nulls": number that undo_nulls took out, "text_left_out": number of call turns that lost text}.
+    drop, "kept": number of examples, "dropped": {reason: count}, "dropped_ids": {reason: ids}, "nulls":
+    number that undo_nulls took out, "text_left_out": number of call turns that lost text, "contradictions":
+    [(id, {reason: detail})…] of answers that their tools forbid; strict_schema drops them}.
     ValueError if the file cannot be read or a record lacks a column.
     """
     return _read_raw(path, "xlam", xlam, strict_schema)
@@ -155,8 +154,9 @@ def make_irrelevant(examples, share, seed):
     for i in _permutation(len(examples), f"irrelevant/{seed}"):
         right = {call["name"] for call in examples[i].answer}
         others = [tool for tool in examples[i].tools if tool["name"] not in right]
-        if wanted and right and others and right.isdisjoint(
-                call["name"] for message in examples[i].messages for call in earlier_calls(message)):
+        history = (call["name"] for message in examples[i].messages
+                   for call in chat_messages.earlier_calls(message))
+        if wanted and right and others and right.isdisjoint(history):
             wanted -= 1
             result[i] = replace(examples[i], id=f"{examples[i].id}/irrelevant", tools=others, answer=[],
                                 source=f"{examples[i].source}_irrelevant", reasoning=None)
@@ -179,7 +179,7 @@ def mask_names(examples, share, seed):
 
 
 def _masked(example, rng):
-    earlier = [earlier_calls(message) for message in example.messages]
+    earlier = [chat_messages.earlier_calls(message) for message in example.messages]
     used = {(call["name"], key) for call in sum(earlier, example.answer) for key in call["arguments"]}
     new = {}  # (function,), (function, parameter) or (function, parameter, "default") to its random string
 
@@ -411,14 +411,10 @@ def _convert(args):
     if not examples:
         raise ValueError(f"{args.raw}: no example in it can be used; is it a {args.format} file?")
     made = make_irrelevant(examples, args.irrelevant, args.seed)
-    masked = mask_names(made, args.mask, args.seed)
-    for share, after, mark, why in (
-            (args.irrelevant, made, "/irrelevant", "no other tool, or the history calls the right one"),
-            (args.mask, masked, "/masked", "the parameters of a tool are no object")):
-        missing = round(share * len(after)) - sum(example.id.endswith(mark) for example in after)
-        if missing > 0:
-            print(f"{missing:8d} fewer {mark[1:]} than asked: {why}")
-    return masked
+    print_shortfall(args.irrelevant, made, "irrelevant", "no other tool, or the history calls the right one")
+    made = mask_names(made, args.mask, args.seed)
+    print_shortfall(args.mask, made, "masked", "the parameters of a tool are no object")
+    return made
 
 
 if __name__ == "__main__":

@@ -77,6 +77,13 @@ def print_report(report):
         print(f"{report['text_left_out']:8d} call turns with text, which is left out")
 
 
+def print_shortfall(share, examples, mark, why):
+    """Print how many examples fewer than the share that was asked for bear a mark, the end of their id."""
+    missing = round(share * len(examples)) - sum(example.id.endswith(f"/{mark}") for example in examples)
+    if missing > 0:
+        print(f"{missing:8d} fewer {mark} than asked: {why}")
+
+
 def _object_of_several_lines(text):
     first, _, rest = text.strip().partition("\n")
     if not first.startswith("{") or not rest:
