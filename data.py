@@ -36,10 +36,11 @@ from converters import toolace, xlam
 from converters.nulls import undo_nulls
 from converters.schemas import bare_tools, contradictions_of, rename_parameters
 from reward import IM_END, IM_START, format_calls, format_reply, score
-from runtime.files import atomically, parse_json, read_text
+from runtime.files import atomically, parse_json, read_text, write_text
 from runtime.records import convert_records, print_report, print_shortfall, read_records
 
 ASSETS = Path(__file__).parent / "assets"
+MAX_OVERLAP = 0.01  # of held-out examples whose conversation is in the training file too
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,10 @@ def _read_raw(path, prefix, converter, strict_schema):
 
 def _problem(example):
     """Why this example cannot be used for training, or None."""
+    for key, kinds in {"id": str, "source": str, "reasoning": str | None}.items():
+        if not isinstance(value := getattr(example, key), kinds):
+            return f"{key} is of type {type(value).__name__}, not a text"
+
     def lacks(value, *keys):
         return not isinstance(value, list) or not all(
             isinstance(item, dict) and all(isinstance(item.get(key), str) for key in keys) for item in value)
@@ -132,10 +137,12 @@ def _problem(example):
     if not example.messages or lacks(example.messages, "role", "content") or not {
             message["role"] for message in example.messages} <= {"user", "assistant", "tool", "system"}:
         return "messages are not a list of {role, content} with known roles and text, at least one"
+    if any(message.get("tool_calls") for message in example.messages):
+        return "a message holds tool_calls, which would be lost; `data.py convert chat` reads them"
     try:
         json.dumps(vars(example), ensure_ascii=False, allow_nan=False).encode()
         verdict = score(format_reply(example.answer, example.reasoning or ""), example.answer)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return f"holds what cannot be written or answered: {error}"
     if verdict.reward < 1:
         return f"answer cannot score 1: {verdict.error}"
@@ -217,7 +224,7 @@ class Chat:
     """A tokenizer and the chat format of Qwen2.5.
 
     path: a hub name, or a folder with tokenizer.json. The other FILES are optional; they name stop tokens.
-    system_prompt: a text file that contains {tools} once; None means assets/system_prompt.txt.
+    system_prompt: a text file that contains {tools} once; None: system_prompt.txt of the folder or of assets.
     stop_ids: <|im_end|>, which ends a chat turn, and every end-of-sequence token that the files name.
     vocab_size: number of ids that have a token. A model may have more rows; these must never be sampled.
     ValueError if a file is missing or unusable.
@@ -225,12 +232,13 @@ class Chat:
 
     DEFAULT_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
     FILES = ("tokenizer.json", "tokenizer_config.json", "config.json", "generation_config.json")
+    PROMPT, TEMPLATE = "system_prompt.txt", "chat_template.jinja"
 
     def __init__(self, path, system_prompt=None):
         # Imported here because it loads torch, which `data.py convert` does not need.
         from runtime.tensors import resolve
 
-        folder = resolve(path, self.FILES)
+        folder = resolve(path, (*self.FILES, self.PROMPT))
         tokenizer, named, *configs = (parse_json(read_text(folder / name), folder / name)
                                       if (folder / name).exists() else {} for name in self.FILES)
         if not tokenizer:
@@ -241,19 +249,28 @@ class Chat:
         self.vocab_size = max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
         eos = named.get("eos_token") or ""
-        ends = (IM_END, eos["content"] if isinstance(eos, dict) else eos)
-        stops = [self.tokenizer.token_to_id(end) for end in ends]
+        ends = (IM_END, IM_START, eos["content"] if isinstance(eos, dict) else eos)
+        self._end_of_turn, start_of_turn, *stops = map(self.tokenizer.token_to_id, ends)
+        if None in (self._end_of_turn, start_of_turn):
+            raise ValueError(f"{folder}: the chat format of Qwen2.5 needs {IM_START} and {IM_END}, which its "
+                             "tokenizer lacks; add them to it, or choose another model")
         for ids in (config.get("eos_token_id") for config in configs):
             stops += ids if isinstance(ids, list) else [ids]
-        stops = [stop for stop in stops if stop is not None]
-        if not stops:
-            raise ValueError(f"{folder}: no end of sequence; name it as eos_token in tokenizer_config.json")
-        self.stop_ids, self._end_of_turn = frozenset(stops), stops[0]
+        self.stop_ids = frozenset([self._end_of_turn, *stops]) - {None}
 
-        text = read_text(system_prompt or ASSETS / "system_prompt.txt")
-        if text.count("{tools}") != 1:
-            raise ValueError(f"{system_prompt}: {text.count('{tools}')} times {{tools}}, not 1")
-        self._before_tools, self._after_tools = text.split("{tools}")
+        file = system_prompt or (folder if (folder / self.PROMPT).exists() else ASSETS) / self.PROMPT
+        self.prompt = read_text(file)
+        if self.prompt.count("{tools}") != 1:
+            raise ValueError(f"{file}: {self.prompt.count('{tools}')} times {{tools}}, not 1")
+
+    def save(self, folder):
+        """Write the prompt into a checkpoint: system_prompt.txt, which Chat reads, and chat_template.jinja,
+        with which `apply_chat_template` of transformers equals `encode_prompt`."""
+        # Jinja reads the escapes of JSON, but not those of surrogate pairs.
+        texts = json.dumps(self.prompt.split("{tools}"), ensure_ascii=False)
+        write_text(Path(folder, self.PROMPT), self.prompt)
+        template = read_text(ASSETS / self.TEMPLATE).replace("PROMPT_TEXTS", texts)
+        write_text(Path(folder, self.TEMPLATE), template)
 
     def render(self, messages, add_generation_prompt):
         """The text of a conversation [{"role", "content"}…], equal to that of Qwen2.5's chat template."""
@@ -277,7 +294,7 @@ class Chat:
         """Ids of the prompt: system prompt with tools, conversation, start of the reply. Never truncated."""
         wrapped = ({"type": "function", "function": tool} for tool in example.tools)
         tools = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in wrapped)
-        system, messages = self._before_tools + tools + self._after_tools, example.messages
+        system, messages = self.prompt.replace("{tools}", tools), example.messages
         if messages[0]["role"] == "system":
             system, messages = f"{system}\n\n{messages[0]['content']}", messages[1:]
         return self.encode(self.render([{"role": "system", "content": system}, *messages], True))
@@ -290,6 +307,10 @@ class Chat:
         """The text of ids, with special tokens. Ids without a token are skipped."""
         return self.tokenizer.decode(ids, skip_special_tokens=False)
 
+    def decode_reply(self, ids):
+        """The text of a rollout, as it is judged: without the stop id that ended it, whichever it is."""
+        return self.decode(ids[:-1] if ids and ids[-1] in self.stop_ids else ids)
+
 
 # ---- order
 @lru_cache(maxsize=2)
@@ -299,45 +320,80 @@ def _permutation(n, key):
     return tuple(order)
 
 
+def conversations(examples):
+    """A key an example, equal for turns of one conversation, for equal examples, and for what make_irrelevant
+    and mask_names make of them: the texts of user and system, which neither changes, and of these the
+    shortest beginning that is all of them in some example."""
+    texts = [tuple(message["content"] for message in example.messages
+                   if message["role"] in ("user", "system")) for example in examples]
+    whole = set(texts)
+    return [next((own[:end] for end in range(1, len(own)) if own[:end] in whole), own) for own in texts]
+
+
 def split_examples(examples, fraction, seed):
-    """(training, held-out): `seed` selects the fraction (0 to 1) that is held out. Both keep their order."""
-    held = set(_permutation(len(examples), f"split/{seed}")[: round(fraction * len(examples))])
+    """(training, held-out): `seed` selects the fraction (0 to 1) that is held out, or the nearest size that
+    leaves `conversations` whole. Both keep their order."""
+    groups, others, held = {}, [], set()
+    for i, key in enumerate(conversations(examples)):
+        groups.setdefault(key, []).append(i)
+    groups, wanted = list(groups.values()), round(fraction * len(examples))
+    for g in _permutation(len(groups), f"split/{seed}"):
+        (held.update if len(held) + len(groups[g]) <= wanted else others.append)(groups[g])
+    smallest = min(others, key=len, default=[])
+    if len(smallest) <= 2 * (wanted - len(held)):
+        held.update(smallest)
     return [examples[i] for i in range(len(examples)) if i not in held], [examples[i] for i in sorted(held)]
 
 
-def filter_by_prompt_tokens(examples, chat, max_prompt_tokens, max_dropped_share):
-    """(kept examples, number dropped). Longer prompts are dropped, because a truncated one would lack tools.
+def usable_examples(name, examples, chat, max_prompt_tokens, max_dropped_share):
+    """Those whose prompt has at most max_prompt_tokens, because a truncated one would lack tools, and whose
+    right reply scores 1 after the tokenizer, which may change text. The number of others is printed.
 
-    ValueError if more than a share (0 to 1) of the examples would be dropped.
+    ValueError if more than a share (0 to 1) would be dropped for one of the reasons. name: of the examples.
     """
-    kept = [example for example in examples if len(chat.encode_prompt(example)) <= max_prompt_tokens]
-    dropped = len(examples) - len(kept)
-    if dropped > max_dropped_share * len(examples):
-        raise ValueError(
-            f"{dropped} of {len(examples)} prompts ({dropped / len(examples):.1%}) are longer than "
-            f"{max_prompt_tokens} tokens, but only {max_dropped_share:.1%} may be dropped; raise one of both")
-    return kept, dropped
+    for what, fault, remedy, usable in (
+            ("prompts", f"are longer than {max_prompt_tokens} tokens", "raise one of both",
+             lambda e: len(chat.encode_prompt(e)) <= max_prompt_tokens),
+            ("answers", "cannot score 1, because the tokenizer changes their text",
+             "write them in its normal form (NFC) or raise data.max_dropped_share",
+             lambda e: score(chat.decode_reply(chat.encode_reply(e)), e.answer).reward == 1)):
+        kept = [example for example in examples if usable(example)]
+        dropped = len(examples) - len(kept)
+        if dropped > max_dropped_share * len(examples):
+            raise ValueError(f"{dropped} of {len(examples)} {what} ({dropped / len(examples):.1%}) {fault}, "
+                             f"but only {max_dropped_share:.1%} may be dropped; {remedy}")
+        if dropped:
+            print(f"dropped {dropped} {name} examples: {what} that {fault}")
+        examples = kept
+    return examples
 
 
 def read_examples(path, heldout_path, heldout_fraction, seed, chat, max_prompt_tokens, max_dropped_share):
     """(training examples, held-out examples) of two jsonl files, or of one that is split by `seed`.
 
-    Prompts that are too long are dropped, and their number is printed. ValueError if no example is left.
+    What cannot be used is dropped, and its number printed. ValueError if no example is left, or if more than
+    MAX_OVERLAP of the held-out examples are of a conversation in the training file; fewer are printed.
     """
     training = read_jsonl(path)
     if heldout_path is None:
         training, heldout = split_examples(training, heldout_fraction, seed)
     else:
         heldout = read_jsonl(heldout_path)
-    kept = []
-    for name, examples in (("training", training), ("held-out", heldout)):
-        examples, dropped = filter_by_prompt_tokens(examples, chat, max_prompt_tokens, max_dropped_share)
-        if dropped:
-            print(f"dropped {dropped} {name} examples: prompts of more than {max_prompt_tokens} tokens")
-        if not examples:
+        keys = conversations([*training, *heldout])
+        seen, keys = set(keys[:len(training)]), keys[len(training):]
+        overlap = sum(key in seen for key in keys)
+        found = f"{heldout_path}: {overlap} of {len(heldout)} examples are of a conversation in {path}"
+        if overlap > MAX_OVERLAP * len(heldout):
+            raise ValueError(f"{found}, and at most {MAX_OVERLAP:.0%} may be; remove them from one of both, "
+                             "or leave out data.heldout")
+        if overlap:
+            print(f"warning: {found}")
+    sides = {"training": training, "held-out": heldout}
+    for name, examples in sides.items():
+        sides[name] = usable_examples(name, examples, chat, max_prompt_tokens, max_dropped_share)
+        if not sides[name]:
             raise ValueError(f"{path if name == 'training' else heldout_path or path}: no {name} examples")
-        kept.append(examples)
-    return kept
+    return list(sides.values())
 
 
 class Batches(Iterator):
