@@ -1,10 +1,22 @@
 """converters/messages.py: conversations of chat APIs and their data sets, each call turn one example."""
 
+import copy
 import json
+import random
 
 import pytest
+from raw_records import CLOCK, WEATHER
 
-from data import main, read_chat, read_jsonl
+from data import (
+    main,
+    make_irrelevant,
+    mask_names,
+    read_chat,
+    read_jsonl,
+    read_toolace,
+    read_xlam,
+    write_jsonl,
+)
 from reward import format_calls
 
 ROUTE = {"name": "route", "description": "Finds a way", "parameters": {
@@ -196,6 +208,38 @@ def test_a_file_of_something_else_is_one_line_and_status_2(tmp_path, capsys):
     assert main(["convert", "chat", str(tmp_path / "x.jsonl"), str(tmp_path / "out.jsonl")]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "x.jsonl: no example in it can be used; is it a chat file?" in error
+
+
+XLAM = {"id": 1, "query": "q", "tools": [WEATHER, CLOCK],
+        "answers": [{"name": "Get Weather (v2)", "arguments": {"city": "Rome", "days": None}}]}
+TOOLACE = {"system": f"Tools: {json.dumps([WEATHER, CLOCK])}", "conversations": [
+    {"from": "user", "value": "q"}, {"from": "assistant", "value": '[Get Weather (v2)(city="Rome")]'},
+    {"from": "tool", "value": "r"}, {"from": "assistant", "value": "[clock/now()]"}]}
+ODD = [None, True, 0, -1.5, "", "x", "[", '{"a": 1}', [], {}, [None], [[]], ["a"], {"name": 1}, {"a": None},
+       float("nan"), "\ud800", "<tool_call>", "[clock/now()]", ZONE, "é"]
+
+
+def places(value):
+    """(container, key) of every value inside a JSON value."""
+    keys = list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+    return [(value, key) for key in keys] + [place for key in keys for place in places(value[key])]
+
+
+@pytest.mark.parametrize("read, base", [(read_xlam, XLAM), (read_toolace, TOOLACE), (read_chat, OPENAI),
+                                        (read_chat, SHAREGPT), (read_chat, HERMES)])
+def test_no_record_ends_in_a_traceback_whatever_stands_in_it(tmp_path, read, base):
+    rng, records = random.Random(0), []
+    for _ in range(150):
+        records.append(json.loads(json.dumps(base)))
+        for _ in range(rng.randint(1, 3)):
+            inside, key = rng.choice([place for place in places(records[-1]) if place[0] is not records[-1]])
+            inside[key] = copy.deepcopy(rng.choice(ODD))
+    (tmp_path / "records.json").write_text(json.dumps(records))
+    examples, report = read(tmp_path / "records.json")
+    assert report["kept"] == len(examples) > 0 and sum(report["dropped"].values()) > 0
+    for made in mask_names(make_irrelevant(examples, 0.5, 0), 1.0, 0):
+        write_jsonl(tmp_path / "one.jsonl", [made])
+        assert read_jsonl(tmp_path / "one.jsonl") == [made]
 
 
 # ---- real data
