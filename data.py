@@ -1,6 +1,6 @@
 r"""Training examples: reading and converting them, augmenting them, encoding them as chat, ordering them.
 
-In:  our own jsonl, or published files through converters/ (xLAM, ToolACE).
+In:  our own jsonl, or published files through converters/ (xLAM, ToolACE, chat messages).
 Out: `Example`s. `Chat` encodes an example as token ids, `Batches` yields batches of examples.
 
 An example is one decision of the model: an assistant turn that makes calls, or should make none. The turns
@@ -17,6 +17,7 @@ assets/system_prompt.txt.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import random
@@ -30,9 +31,13 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from converters import messages as chat_messages
 from converters import toolace, xlam
-from reward import CALL, END_CALL, IM_END, IM_START, format_calls, format_reply, score
+from converters.nulls import undo_nulls
+from converters.schemas import bare_tools, contradictions_of, rename_parameters
+from reward import IM_END, IM_START, format_calls, format_reply, score
 from runtime.files import atomically, parse_json, read_text, write_text
+from runtime.records import convert_records, print_report, print_shortfall, read_records
 
 ASSETS = Path(__file__).parent / "assets"
 MAX_OVERLAP = 0.01  # of held-out examples whose conversation is in the training file too
@@ -52,17 +57,21 @@ class Example:
 
 # ---- files
 def read_jsonl(path):
-    """Read examples from our own format, one JSON object a line with the fields of Example.
+    """Read examples from our own format, one JSON object a line with the fields of Example; `tools` may have
+    any form of converters/schemas.py.
 
     ValueError, with file and line, if the file cannot be read or a line is not a valid example.
     """
     examples = []
-    for place, record in _records(path):
+    for place, record in read_records(path):
         try:
-            examples.append(Example(**record))
+            example = Example(**record)
+            examples.append(replace(example, tools=bare_tools(example.tools, may_be_empty=True)))
             problem = _problem(examples[-1])
         except TypeError as error:
             problem = f"{error} (the keys are {', '.join(Example.__annotations__)})"
+        except ValueError as error:
+            problem = str(error)
         if problem:
             raise ValueError(f"{place}: {problem}; correct or remove this line")
     return examples
@@ -77,55 +86,40 @@ def write_jsonl(path, examples):
         file.writelines(json.dumps(vars(example), ensure_ascii=False) + "\n" for example in examples)
 
 
-def read_xlam(path):
+def read_xlam(path, strict_schema=False):
     """Convert a file of xlam-function-calling-60k (converters/xlam.py) -> (examples, report).
 
     report: {"raw": number of records, "without_calls": number of records that gave neither an example nor a
-    drop, "kept": number of examples, "dropped": {reason: count}, "dropped_ids": {reason: ids}}.
+    drop, "kept": number of examples, "dropped": {reason: count}, "dropped_ids": {reason: ids}, "nulls":
+    number that undo_nulls took out, "text_left_out": number of call turns that lost text, "contradictions":
+    [(id, {reason: detail})…] of answers that their tools forbid; strict_schema drops them}.
     ValueError if the file cannot be read or a record lacks a column.
     """
-    return _read_raw(path, "xlam", xlam.COLUMNS, xlam.convert)
+    return _read_raw(path, "xlam", xlam, strict_schema)
 
 
-def read_toolace(path):
+def read_toolace(path, strict_schema=False):
     """Convert a file of ToolACE (converters/toolace.py) -> (examples, report), as read_xlam does."""
-    return _read_raw(path, "toolace", toolace.COLUMNS, toolace.convert)
+    return _read_raw(path, "toolace", toolace, strict_schema)
 
 
-def _read_raw(path, prefix, columns, convert):
-    """Call `convert(id, record)`, which yields (id, fields of an example or drop reason), on every record."""
-    kept, dropped, without_calls, records = [], {}, 0, _records(path)
-    for number, (place, record) in enumerate(records):
-        missing = [column for column in columns if column not in record]
-        if missing:
-            raise ValueError(f"{place}: no {', '.join(missing)}, only {', '.join(record)}; another format?")
-        outcomes = list(convert(f"{prefix}/{record.get('id', number)}", record))
-        without_calls += not outcomes
-        for id, outcome in outcomes:
-            example = Example(id, **outcome) if isinstance(outcome, dict) else None
-            reason = _problem(example) if example else outcome
-            if reason:
-                dropped.setdefault(reason, []).append(id)
-            else:
-                kept.append(example)
-    counts = {reason: len(ids) for reason, ids in dropped.items()}
-    return kept, {"raw": len(records), "without_calls": without_calls, "kept": len(kept), "dropped": counts,
-                  "dropped_ids": dropped}
+def read_chat(path, strict_schema=False):
+    """Convert a file of conversations (converters/messages.py) -> (examples, report), as read_xlam does."""
+    return _read_raw(path, "chat", chat_messages, strict_schema)
 
 
-def _records(path):
-    """[(place, object)…] of a .jsonl file or of a .json file with one list; errors name the place."""
-    text = read_text(path)
-    if text.lstrip().startswith("["):
-        records = [(f"{path}: record {k}", record) for k, record in enumerate(parse_json(text, path))]
-    else:
-        # splitlines() would also split at characters that JSON strings may contain, such as U+2028.
-        lines = [(f"{path}:{k}", line) for k, line in enumerate(text.split("\n"), 1) if line.strip()]
-        records = [(place, parse_json(line, place)) for place, line in lines]
-    for place, record in records:
-        if not isinstance(record, dict):
-            raise ValueError(f"{place}: a {type(record).__name__} where an object is expected")
-    return records
+def _read_raw(path, prefix, converter, strict_schema):
+    made, report = convert_records(path, prefix, converter.COLUMNS, converter.convert,
+                                   lambda fields: _problem(Example(**fields)))
+    made, nulls = undo_nulls(made)
+    found = [contradictions_of(fields["tools"], fields["answer"]) for fields in made]
+    contradictory = [(fields["id"], reasons) for fields, reasons in zip(made, found, strict=True) if reasons]
+    if strict_schema and contradictory:
+        report["dropped_ids"]["answer contradicts the schema of its tool"] = [id for id, _ in contradictory]
+        made = [fields for fields, reasons in zip(made, found, strict=True) if not reasons]
+    counts = {reason: len(ids) for reason, ids in report["dropped_ids"].items()}
+    return [Example(**fields) for fields in made], {
+        **report, "kept": len(made), "dropped": counts, "contradictions": contradictory, "nulls": nulls}
 
 
 def _problem(example):
@@ -160,13 +154,16 @@ def _problem(example):
 def make_irrelevant(examples, share, seed):
     """Remove the right tools from a share (0 to 1) of the examples, so that their answer becomes [].
 
-    `seed` selects them from the examples that offer another tool. "_irrelevant" is appended to their source.
+    `seed` selects them from the examples that offer another tool and whose earlier turns call none of the
+    right ones. "_irrelevant" is appended to their source, "/irrelevant" to their id.
     """
     result, wanted = list(examples), round(share * len(examples))
     for i in _permutation(len(examples), f"irrelevant/{seed}"):
         right = {call["name"] for call in examples[i].answer}
         others = [tool for tool in examples[i].tools if tool["name"] not in right]
-        if wanted and right and others:
+        history = (call["name"] for message in examples[i].messages
+                   for call in chat_messages.earlier_calls(message))
+        if wanted and right and others and right.isdisjoint(history):
             wanted -= 1
             result[i] = replace(examples[i], id=f"{examples[i].id}/irrelevant", tools=others, answer=[],
                                 source=f"{examples[i].source}_irrelevant", reasoning=None)
@@ -178,18 +175,18 @@ def mask_names(examples, share, seed):
 
     Schemas, answers, earlier calls and the names in tool results are renamed together; descriptions and user
     text are not changed. Text defaults are replaced too, except where a call sets the parameter: the value
-    may have been copied from the default.
+    may have been copied from the default. "/masked" is appended to the id. An example stays as it is if the
+    parameters of one of its tools are no object: then their names are unknown.
     """
     result = list(examples)
     for i in _permutation(len(examples), f"mask/{seed}")[: round(share * len(examples))]:
-        result[i] = _masked(examples[i], random.Random(f"mask/{seed}/{i}"))
+        with contextlib.suppress(ValueError):  # raised by rename_parameters
+            result[i] = _masked(examples[i], random.Random(f"mask/{seed}/{i}"))
     return result
 
 
 def _masked(example, rng):
-    earlier = [json.loads(message["content"][len(CALL) : -len(END_CALL)])
-               if message["role"] == "assistant" and message["content"].startswith(CALL) else []
-               for message in example.messages]
+    earlier = [chat_messages.earlier_calls(message) for message in example.messages]
     used = {(call["name"], key) for call in sum(earlier, example.answer) for key in call["arguments"]}
     new = {}  # (function,), (function, parameter) or (function, parameter, "default") to its random string
 
@@ -198,18 +195,14 @@ def _masked(example, rng):
         return new.setdefault(key, "".join(letters))
 
     def mask_tool(tool):
-        name, schema = tool["name"], tool.get("parameters") or {}
-        nested, properties = isinstance(schema.get("properties"), dict), {}
-        for key, value in (schema["properties"] if nested else schema).items():
-            if isinstance(value, dict):
-                if isinstance(value.get("default"), str) and value["default"] and (name, key) not in used:
-                    value = {**value, "default": rename(name, key, "default")}
-                key = rename(name, key)
-            properties[key] = value
-        if nested:
-            required = [new.get((name, key), key) for key in schema.get("required") or []]
-            properties = {**schema, "properties": properties, "required": required}
-        return {**tool, "name": rename(name), "parameters": properties}
+        def mask(key, value):
+            default = value.get("default") if isinstance(value, dict) else None
+            if isinstance(default, str) and default and (tool["name"], key) not in used:
+                value = {**value, "default": rename(tool["name"], key, "default")}
+            return rename(tool["name"], key), value
+
+        masked = rename_parameters(tool, mask)
+        return {**masked, "name": rename(tool["name"])}
 
     def mask_calls(calls):
         pairs = ((call["name"], call["arguments"].items()) for call in calls)
@@ -437,12 +430,16 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="data.py", description="Make training files, one example a line.")
     commands = parser.add_subparsers(dest="command", required=True)
     convert = commands.add_parser("convert", help="convert a published set, counting what is dropped and why")
-    convert.add_argument("format", choices=("toolace", "xlam"))
-    convert.add_argument("raw", help=".json (one list) or .jsonl")
+    convert.add_argument("format", choices=("toolace", "xlam", "chat"))
+    convert.add_argument("raw", help=".json (one list) or .jsonl, or one of them as .gz")
     convert.add_argument("--irrelevant", type=float, default=0, metavar="SHARE", help="as in the paper: 0.15")
     convert.add_argument("--mask", type=float, default=0, metavar="SHARE", help="as in the paper: 0.67")
+    convert.add_argument("--strict_schema", action="store_true", help="drop answers against their schema")
     convert.add_argument("out", help="the .jsonl file to write")
     convert.add_argument("--seed", type=int, default=0)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a caller may have put another object in its place
+            stream.reconfigure(errors="backslashreplace")
     args = parser.parse_args(argv)
     try:
         write_and_count(args.out, _convert(args))
@@ -464,13 +461,16 @@ def _convert(args):
     for share in (args.irrelevant, args.mask):
         if not 0 <= share <= 1:
             raise ValueError(f"{share}: --irrelevant and --mask are shares between 0 and 1")
-    examples, report = {"toolace": read_toolace, "xlam": read_xlam}[args.format](args.raw)
-    print(f"{report['raw']:8d} raw records, {report['without_calls']} of them without a call")
-    for reason, ids in report["dropped_ids"].items():
-        print(f"{len(ids):8d} dropped: {reason}: {' '.join(ids)}")
+    read = {"toolace": read_toolace, "xlam": read_xlam, "chat": read_chat}[args.format]
+    examples, report = read(args.raw, args.strict_schema)
+    print_report(report)
     if not examples:
         raise ValueError(f"{args.raw}: no example in it can be used; is it a {args.format} file?")
-    return mask_names(make_irrelevant(examples, args.irrelevant, args.seed), args.mask, args.seed)
+    made = make_irrelevant(examples, args.irrelevant, args.seed)
+    print_shortfall(args.irrelevant, made, "irrelevant", "no other tool, or the history calls the right one")
+    made = mask_names(made, args.mask, args.seed)
+    print_shortfall(args.mask, made, "masked", "the parameters of a tool are no object")
+    return made
 
 
 if __name__ == "__main__":

@@ -14,9 +14,11 @@ turns. If the tools or the role of any turn cannot be read, the record is droppe
 "toolace_multi" if two or more messages precede it, else "toolace_single".
 """
 
+import contextlib
 import json
 import re
 
+from converters.schemas import bare_tools
 from reward import format_calls, unique_keys
 
 COLUMNS = ("system", "conversations")
@@ -27,40 +29,52 @@ ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assi
 def convert(id, record):
     """Yield a pair for each call turn: (id/turn, fields of the example as a dict, or the reason why it is
     dropped). A record that cannot be read yields only (id, reason), one without call turns yields nothing."""
-    tools, reason = _find_tools(str(record["system"]))
-    for turn in record["conversations"]:
+    tools, reason = find_tools(str(record["system"]))
+    turns = record["conversations"]
+    turns = turns if isinstance(turns, list) else [turns]
+    for turn in turns:
         role = turn.get("from") if isinstance(turn, dict) else None
-        if role not in ROLES or not isinstance(turn.get("value"), str):
+        if not isinstance(role, str) or role not in ROLES or not isinstance(turn.get("value"), str):
             reason = f"a turn that is not text of a known role, but of {role!r}"
     if reason:
         yield id, reason
         return
     offered = {tool["name"].strip(): tool["name"] for tool in tools}
+    turns = [(ROLES[turn["from"]], turn["value"]) for turn in turns]
+    yield from examples_of(id, "toolace", tools, [
+        (role, text, *(_read_call_turn(text, offered) if role == "assistant" else (None, None)), False)
+        for role, text in turns])
+
+
+def examples_of(id, name, tools, turns):
+    """The pairs of `convert` from turns [(role, text, calls or None, reason why they are dropped or None,
+    whether the turn has text that is left out)…]. The fields have that last one too: "text_left_out"."""
     messages = []
-    for number, turn in enumerate(record["conversations"]):
-        role, content = ROLES[turn["from"]], turn["value"]
-        calls, reason = _read_call_turn(content, offered) if role == "assistant" else (None, None)
+    for number, (role, content, calls, reason, text_left_out) in enumerate(turns):
         if reason:
             yield f"{id}/{number}", reason
         if calls:
             content = format_calls(calls)
-            source = "toolace_multi" if len(messages) >= 2 else "toolace_single"
-            yield f"{id}/{number}", {"source": source, "tools": tools, "messages": list(messages),
-                                     "answer": calls}
+            before = sum(message["role"] != "system" for message in messages)
+            yield f"{id}/{number}", {
+                "source": f"{name}_multi" if before >= 2 else f"{name}_single", "tools": tools,
+                "messages": list(messages), "answer": calls, "text_left_out": text_left_out}
         messages.append({"role": role, "content": content})
 
 
-def _find_tools(system):
-    """(tools, None), the first JSON list of objects with a name and parameters, or (None, reason)."""
+def find_tools(system):
+    """(tools, None), the first JSON list of schemas with a name and parameters, or (None, reason)."""
     reason = "no tool list in the system text"
     for start in re.finditer(r"\[\s*\{", system):
         try:
-            tools, _ = json.JSONDecoder().raw_decode(system, start.start())
-        except ValueError:
+            listed, _ = json.JSONDecoder().raw_decode(system, start.start())
+        except (ValueError, RecursionError):
             reason = "the tool list in the system text is not JSON"
             continue
-        if all(isinstance(t, dict) and isinstance(t.get("name"), str) and "parameters" in t for t in tools):
-            return tools, None
+        with contextlib.suppress(ValueError):
+            tools = bare_tools(listed)
+            if all("parameters" in tool for tool in tools):
+                return tools, None
     return None, reason
 
 
@@ -68,13 +82,17 @@ def _read_call_turn(text, offered):
     """(calls, None) for a call turn, (None, reason) for one that does not parse, (None, None) for other text.
 
     Other text may begin with "[" too. It counts as a broken call only if an offered name and "(" follow, or
-    if `name(key=` or `name()` follows and the text ends with "]".
+    if `name(key=` or `name()` follows and the text ends with "]". Whether a call that other text surrounds is
+    made is unclear: such a turn has a reason too.
     """
+    text = text.strip()
     try:
         calls = parse_calls(text)
     except ValueError as error:
-        text = text.strip()
-        broken = any(re.match(rf"\[\s*{re.escape(name)}\s*\(", text) for name in offered) or (
+        named = re.search(rf"\[\s*({'|'.join(map(re.escape, offered))})\s*\(", text)
+        if named and (named.start() or 0 < text.rfind("]") + 1 < len(text)):
+            return None, "text around the call"
+        broken = named or (
             text.endswith("]") and re.match(r"""\[[^][="]+\(\s*(\)|[^\s=()"',]+\s*=)""", text))
         return None, f"call does not parse: {error}" if broken else None
     return [{**call, "name": offered.get(call["name"], call["name"])} for call in calls], None

@@ -204,6 +204,34 @@ def test_text_that_begins_with_a_bracket_is_no_call_turn(tmp_path, turn):
 
 
 @pytest.mark.parametrize(
+    "turn, reason",
+    [
+        ('Of course: [Get Weather (v2)(city="Rome")]', "text around the call"),
+        ('[Get Weather (v2)(city="Rome")]\nI hope that helps.', "text around the call"),
+        ("One moment [ clock/now() ], and [clock/now()]", "text around the call"),
+        ("Now [clock/now(", "text around the call"),
+        ("[clock/now(", "call does not parse: not a list of name(parameter=value, …)"),
+        ("[clock/now()] [clock/now()]", "call does not parse: a value is no literal, a key stands twice or a "
+                                        "bracket is open"),
+    ],
+)
+def test_a_call_with_text_around_it_is_dropped_and_counted(tmp_path, turn, reason):
+    path = toolace_file(tmp_path, "user: q", f"assistant: {turn}", "user: so?", "assistant: [clock/now()]")
+    (example,), report = read_toolace(path)
+    assert report["dropped_ids"] == {reason: ["toolace/0/1"]}
+    assert example.messages[1] == {"role": "assistant", "content": turn}
+
+
+def test_a_record_whose_turns_are_none_is_dropped(tmp_path):
+    path = toolace_file(tmp_path, "user: q")
+    for turns in (None, 5, "turns", [["user", "q"]], [{"from": ["user"], "value": "q"}]):
+        record = {"system": json.dumps([CLOCK]), "conversations": turns}
+        path.write_text(json.dumps([record]))
+        ((reason, ids),) = read_toolace(path)[1]["dropped_ids"].items()
+        assert reason.startswith("a turn that is not text of a known role") and ids == ["toolace/0"]
+
+
+@pytest.mark.parametrize(
     "system, reason",
     [
         ("no tools here", "no tool list in the system text"),
@@ -269,6 +297,6 @@ def test_every_call_turn_of_toolace_is_kept(real_data):
 
 def test_all_system_texts_of_toolace_yield_tools(real_data):
     records = json.loads((real_data / "data" / "toolace" / "toolace_first100_sharegpt.json").read_text())
-    assert all(toolace._find_tools(record["system"])[0] for record in records)
+    assert all(toolace.find_tools(record["system"])[0] for record in records)
     _, report = read_toolace(real_data / "data" / "toolace" / "toolace_first100_sharegpt.json")
     assert report["dropped"] == {"a turn that is not text of a known role, but of 'function_call'": 78}

@@ -197,6 +197,74 @@ def test_masking_changes_flat_schemas_and_unused_text_defaults():
     assert new.answer == [{"name": new.tools[0]["name"], "arguments": {a[0]: "x"}}]
 
 
+def flight(parameters, **changes):
+    tools = [{"name": "flight", "parameters": parameters}, CLOCK]
+    return example(tools=tools, answer=[{"name": "flight", "arguments": {"to": "Oslo"}}], **changes)
+
+
+@pytest.mark.parametrize("parameters", [["to"], [{"name": "to"}], "to: str, the town", 3, True, [["to"]]])
+def test_what_cannot_be_masked_stays_as_it_is(parameters):
+    examples = [flight(parameters), example(1)]
+    unmasked, masked = data.mask_names(examples, 1.0, 0)
+    assert unmasked == examples[0] and masked.id == "x/1/masked"
+    assert data.make_irrelevant(examples, 1.0, 0)[0].tools == [CLOCK]
+
+
+@pytest.mark.parametrize("required, masked_required", [
+    (True, True), (None, None), ("to", "TO"), ("from", "from"), (7, 7), ({"to": True}, {"to": True}),
+    (["to"], ["TO"]), (["gone", "to"], ["gone", "TO"]),
+    ([["to"], {"to": 1}, None], [["to"], {"to": 1}, None]),
+])
+@pytest.mark.parametrize("part", [{"type": "string"}, "str", None, True, ["string"]])
+def test_masking_trusts_no_shape_of_a_schema(required, masked_required, part):
+    schema = {"type": "object", "properties": {"to": part}, "required": required, "title": "t"}
+    (new,) = data.mask_names([flight(schema)], 1.0, 0)
+    made = new.tools[0]["parameters"]
+    ((name, kept),) = made["properties"].items()
+    assert name != "to" and kept == part and made["title"] == "t" and made["type"] == "object"
+    assert json.dumps(made["required"]) == json.dumps(masked_required).replace("TO", name)
+    assert new.answer == [{"name": new.tools[0]["name"], "arguments": {name: "Oslo"}}]
+    assert data._problem(new) is None
+
+
+def test_masking_adds_no_key_and_takes_none_away():
+    for parameters in ({"type": "object", "properties": {}}, {"type": "dict"}, {}, None, [], ""):
+        (new,) = data.mask_names([flight(parameters)], 1.0, 0)
+        assert new.tools[0]["parameters"] == parameters and new.tools[0]["name"] != "flight"
+    (new,) = data.mask_names([example(tools=[{"name": "f"}], answer=[])], 1.0, 0)
+    assert new.tools[0].keys() == {"name"}
+
+
+def test_a_flat_parameter_called_properties_or_type_is_masked_as_a_parameter():
+    flat = {"properties": {"type": "str", "description": "d"}, "to": {"type": "str"}, "type": {"type": "int"}}
+    (new,) = data.mask_names([flight(flat)], 1.0, 0)
+    made = new.tools[0]["parameters"]
+    assert len(made) == 3 and made.keys().isdisjoint({"properties", "to", "type", "required"})
+    assert list(made.values()) == list(flat.values())
+
+
+@pytest.mark.parametrize("content", [
+    "<tool_call>{</tool_call>", "<tool_call>[1]</tool_call>", '<tool_call>{"name": "f"}</tool_call>',
+    '<tool_call>[{"name": "f", "arguments": "x"}]</tool_call>', "<tool_call>", "<tool_call></tool_call> and",
+    '<tool_call>[{"name": ["f"], "arguments": {}}]</tool_call>', "<tool_call>" + "[" * 99 + "</tool_call>"])
+def test_earlier_text_that_is_no_call_is_left_as_it_is(content):
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": content}]
+    (new,) = data.mask_names(data.make_irrelevant([example(messages=messages)], 1.0, 0), 1.0, 0)
+    assert new.messages == messages and new.id == "x/0/irrelevant/masked"
+
+
+def test_irrelevance_never_takes_a_tool_that_the_history_calls():
+    def asked(number, earlier):
+        history = {"role": "assistant", "content": format_calls([{"name": earlier, "arguments": {}}])}
+        return example(number, messages=[{"role": "user", "content": "q"}, history])
+
+    examples = [asked(n, "Get Weather (v2)" if n % 2 else "clock/now") for n in range(20)]
+    made = data.make_irrelevant(examples, 0.5, 0)
+    changed = [n for n in range(20) if made[n] != examples[n]]
+    assert changed == list(range(0, 20, 2))
+    assert all(made[n].tools == [CLOCK] for n in changed)
+
+
 def test_masking_draws_the_asked_share_by_seed():
     examples = [example(n) for n in range(100)]
     made = data.mask_names(examples, 0.67, 5)
@@ -627,6 +695,36 @@ def test_convert_augments_as_asked(tmp_path):
     assert (
         sum(e.source == "xlam_irrelevant" for e in made) == 3 and sum("/masked" in e.id for e in made) == 13
     )
+
+
+def test_convert_counts_what_cannot_be_augmented(tmp_path, capsys):
+    calls = [{"name": "Get Weather (v2)", "arguments": {"city": "Rome"}}]
+    rows = [xlam_row(n, calls, tools=[WEATHER]) for n in range(6)]
+    odd = {"name": "Get Weather (v2)", "parameters": "city: str"}
+    rows += [xlam_row(n, calls, tools=[odd]) for n in (6, 7)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    arguments = ["convert", "xlam", str(tmp_path / "rows.json"), str(tmp_path / "out.jsonl")]
+    assert data.main([*arguments, "--irrelevant", "0.5", "--mask", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "4 fewer irrelevant than asked: no other tool, or the history calls the right one" in printed
+    assert "2 fewer masked than asked: the parameters of a tool are no object" in printed
+    assert [e.id.endswith("/masked") for e in read_jsonl(tmp_path / "out.jsonl")] == [True] * 6 + [False] * 2
+
+
+def test_strict_schema_drops_answers_that_contradict_their_tool(tmp_path, capsys):
+    answers = [{"city": "Rome"}, {"city": 3}, {"days": 2}, {"city": "Rome", "days": "2"}]
+    rows = [xlam_row(n, [{"name": "Get Weather (v2)", "arguments": a}]) for n, a in enumerate(answers)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    arguments = ["convert", "xlam", str(tmp_path / "rows.json"), str(tmp_path / "out.jsonl")]
+    for options, kept in (([], 4), (["--strict_schema"], 1)):
+        assert data.main([*arguments, *options]) == 0
+        printed = capsys.readouterr().out
+        assert "       3 answers contradict the schema of their tool" in printed
+        assert '       2   wrong type: xlam/1 (city is 3, not "string"), xlam/3' in printed
+        assert "       1   required parameter missing: xlam/2 (city)" in printed
+        assert ("3 dropped: answer contradicts the schema of its tool: xlam/1 xlam/2 xlam/3" in printed) == (
+            kept == 1)
+        assert len(read_jsonl(tmp_path / "out.jsonl")) == kept
 
 
 @pytest.mark.parametrize(
