@@ -7,15 +7,17 @@ nothing here; model.py checks them.
 import contextlib
 import json
 import os
+from hashlib import sha256
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
-from runtime.files import atomically, fsync, read_json, writing
+from runtime.files import atomically, digest, fsync, read_json, writing
 
 INDEX = "model.safetensors.index.json"
+TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")  # text to ids, stop ids
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
@@ -31,8 +33,28 @@ def resolve(path, patterns=("*.json", "*.safetensors", "*.txt", "*.jinja")):
         raise ValueError(f"{path}: no local folder, and the hub gave no such model ({reason})") from None
 
 
-def open_weights(folder):
-    """{name: slice} of a checkpoint: of its model.safetensors, or of every shard that its index names."""
+def identity(folder, weights=True):
+    """What a model folder holds, by its bytes: {"weights", "config", "tokenizer"}, a SHA-256 each.
+
+    Weights are the files that `open_weights` reads, config is config.json, tokenizer is every one of
+    TEXT_FILES that exists. weights=False leaves the weights out. ValueError where a file cannot be read. Each
+    file is read once from start to end (15 GB for a 7B), and nothing is cached: a copy may have the size and
+    the times of another file.
+    """
+    texts = [name for name in TEXT_FILES if (folder / name).exists()]
+    files = {"weights": weight_files(folder)} if weights else {}
+    files |= {"config": ["config.json"], "tokenizer": texts}
+    try:
+        return {part: sha256("".join(digest(folder / name) for name in names).encode()).hexdigest()
+                for part, names in files.items()}
+    except OSError as error:
+        raise ValueError(f"{error.filename}: cannot be read ({error.strerror}); is the folder "
+                         "complete?") from None
+
+
+def weight_files(folder):
+    """The names of the safetensors files of a folder: model.safetensors, or every shard that its index
+    names."""
     files = ["model.safetensors"]
     if (folder / INDEX).exists():
         weight_map = read_json(folder / INDEX).get("weight_map")
@@ -41,7 +63,12 @@ def open_weights(folder):
             if not isinstance(file, str) or file != os.path.basename(file) or file in ("", ".", ".."):
                 raise ValueError(f"{folder / INDEX}: weight_map names {file!r}, not a file of this folder; "
                                  "refused")
-    return {name: part for file in sorted(set(files)) for name, part in open_tensors(folder / file).items()}
+    return sorted(set(files))
+
+
+def open_weights(folder):
+    """{name: slice} of the tensors of a folder."""
+    return {name: part for file in weight_files(folder) for name, part in open_tensors(folder / file).items()}
 
 
 def open_tensors(file):
