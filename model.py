@@ -298,7 +298,7 @@ def load_hf(path, device="cpu", dtype=torch.float32, shard=None, seed=None):
     shard(model): shards the parameters over the ranks before they have memory; each rank then reads its rows.
     seed: read config.json only and draw the weights. ValueError, naming the folder and the tensor, where one
     is missing, unknown or of another shape. The head that some tied checkpoints repeat must equal the
-    embedding.
+    embedding. Rotary frequencies that older tools saved are ignored, because rope_theta gives them.
     """
     folder = resolve(path)
     with torch.device("meta"):
@@ -307,7 +307,8 @@ def load_hf(path, device="cpu", dtype=torch.float32, shard=None, seed=None):
         if shard:
             shard(model)
         return model.to_empty(device=device).init_weights(seed)
-    slices = open_weights(folder)
+    slices = {name: part for name, part in open_weights(folder).items()
+              if not name.endswith("rotary_emb.inv_freq")}
     head = slices.pop("lm_head.weight", None) if model.config.tie_word_embeddings else None
     parameters = {hf_name(name): parameter for name, parameter in model.named_parameters()}
     for name, parameter in parameters.items():

@@ -56,13 +56,13 @@ from grpo import (
 from model import ModelConfig, load_hf, save_hf, shared_prefix_attention
 from reward import judge
 from runtime import ranks, sharding
-from runtime.checkpoints import read_moments, write_state
+from runtime.checkpoints import precision_of_run, read_moments, write_state
 from runtime.kernel import kernel_of_run
 from runtime.metrics import progress_bar, rollout_lines, rollout_metrics, sampler_stats, update_metrics
 from runtime.ranks import all_gather, gather_in_order, is_first_rank, my_share, pad_to_longest
 from runtime.run_folder import RunFolder
 from runtime.signals import Signals, Stopped
-from runtime.tensors import resolve
+from runtime.tensors import identity, resolve
 from sample import generate, prompt_seeds
 
 USAGE = """python train.py [FILE.yaml] [--section.key=value ...] [--plan [--gpus N] [--gpu_memory GIB]]
@@ -73,6 +73,7 @@ steps and tokens. The defaults:
 
 
 def main(argv=None):
+    ranks.tolerant_output()
     argv = sys.argv[1:] if argv is None else argv
     if {"-h", "--help"} & set(argv):
         print(USAGE)
@@ -109,8 +110,9 @@ def take_steps(c, run, signals):
                      "clip_low": c.grpo.clip_low, "clip_high": c.grpo.clip_high}
     signals.catch()
     for step in range(run.step, s.steps + 1):
-        is_last = step == s.steps or run.trained_s >= 60 * (c.train.max_minutes or math.inf)
-        if not run.evaluated and (step % c.eval.every == 0 or is_last):
+        time_share = run.trained_s / (60 * (c.train.max_minutes or math.inf))
+        is_last = step == s.steps or time_share >= 1
+        if run.is_evaluation_due(is_last, c.eval.every, c.eval.ends):
             with run.phase(f"evaluation after step {step}"):
                 replies = evaluate_heldout(s, c.eval.max_new_tokens, c.grpo.reward, signals.poll, decoding)
             rows = summarize(replies)
@@ -120,7 +122,7 @@ def take_steps(c, run, signals):
         if is_last:
             break
 
-        lr = learning_rate(step, s.steps, c.train.lr, c.train.schedule, c.train.warmup)
+        lr = learning_rate(step, s.steps, c.train.lr, c.train.schedule, c.train.warmup, time_share)
         set_learning_rate(s.optimizer, lr)
         examples_P = next(s.batches)
         prompts_P = [s.chat.encode_prompt(example) for example in examples_P]
@@ -144,11 +146,11 @@ def take_steps(c, run, signals):
                 metrics = sft_updates(s.policy, s.optimizer, prompts_P, replies_P, **update_settings)
             if metrics["skipped_updates"]:
                 run.save_lines(step + 1, map(vars, examples_P))
-        run.log_step(step + 1, s.steps, metrics | {"lr": lr, "epoch": s.batches.epoch})
-    if is_first_rank():
+        run.log_step(step + 1, s.steps, metrics | {"lr": lr, "epoch": s.batches.epoch}, c.train.max_minutes)
+    if is_first_rank() and (columns := run.first_and_last_evaluation()):
         print("\nheld-out accuracy in percent, greedy, with 95 % confidence intervals")
-        print(accuracy_table(run.first_and_last_evaluation()))
-        print(f"\nrun folder: {run.folder}")
+        print(accuracy_table(columns))
+    print(f"\nrun folder: {run.folder}")
 
 
 # Setup.
@@ -173,7 +175,9 @@ def setup(c, run):
     the checkpoint, or 0."""
     world_size = ranks.rank_variable("WORLD_SIZE", 1)
     check_fits(c, ranks=world_size)
-    device, bf16 = sharding.choose_device(c.model.precision)
+    torch.set_num_threads(c.train.threads or torch.get_num_threads())
+    device, bf16 = sharding.choose_device(precision_of_run(run.folder, c.model.precision, read_yaml))
+    c = dataclasses.replace(c, model=dataclasses.replace(c.model, precision="bf16" if bf16 else "fp32"))
     kernel = kernel_of_run(c.model.kernel, device)
     base = resolve(c.model.path)
     chat = Chat(base, c.data.system_prompt)
@@ -181,14 +185,16 @@ def setup(c, run):
                                        c.data.max_prompt_tokens, c.data.max_dropped_share)
     check_fits(c, examples=len(train_set), positions=ModelConfig.from_hf(base).max_position_embeddings)
     batches, steps = Batches(train_set, c.train.prompts_per_step, c.seed), number_of_steps(c, len(train_set))
-    # The hash of one encoded prompt detects a change of the system prompt and most changes of the tokenizer.
     fingerprint = {"data.train": batches.fingerprint, "data.heldout": Batches(heldout, 1, c.seed).fingerprint,
+                   # The text of the system prompt, in one encoded prompt.
                    "data.system_prompt": sha256(str(chat.encode_prompt(train_set[0])).encode()).hexdigest()}
 
     ranks.join_ranks(device, c.train.timeout_minutes)
-    if len(set(map(str, all_gather((flat(c), fingerprint))))) > 1:
+    bases = ranks.on_each_node(identity, base, c.model.init == "trained")
+    if len(set(map(str, all_gather((flat(c), fingerprint))))) > 1 or any(x != bases[0] for x in bases):
         raise ranks.RankError("the ranks were not given the same settings and data; give each node the same "
                               "files")
+    fingerprint |= {f"model.path ({part})": digest for part, digest in bases[0].items()}
     checkpoint, state = ranks.on_first_rank(run.newest_checkpoint, read_yaml, flat(c), flat(Config()),
                                             fingerprint)
     run.restore(state)
@@ -205,14 +211,14 @@ def setup(c, run):
     if checkpoint:
         read_moments(checkpoint, policy, optimizer)
     run.open(dataclasses.asdict(c), {"config": flat(c), "fingerprint": fingerprint}, c.log.tracker,
-             functools.partial(write_state, model=policy, optimizer=optimizer, save_model=save_hf, base=base),
+             functools.partial(write_state, model=policy, optimizer=optimizer, save_model=save_hf, base=base,
+                               save_prompt=getattr(chat, "save", None)),
              c.checkpoint.keep)
     heldout = evenly_spaced(heldout, c.eval.examples)
     millions = sum(parameter.numel() for parameter in policy.parameters()) / 1e6
     where = f"{world_size} x {device}" if world_size > 1 else device
-    print(f"{c.stage} of {c.model.path}: {millions:.1f}M parameters on {where} in "
-          f"{'bf16' if bf16 else 'fp32'}, {len(train_set)} examples, {len(heldout)} held out, {steps} steps; "
-          f"{run.folder}", flush=True)
+    print(f"{c.stage} of {c.model.path}: {millions:.1f}M parameters on {where} in {c.model.precision}, "
+          f"{len(train_set)} examples, {len(heldout)} held out, {steps} steps; {run.folder}", flush=True)
     return Session(chat, batches, heldout, steps, policy, reference, optimizer,
                    sharding.autocast(device, bf16), kernel)
 
@@ -356,8 +362,11 @@ def make_optimizer(model, weight_decay, beta2):
     return torch.optim.AdamW(groups, betas=(0.9, beta2))
 
 
-def learning_rate(step, steps, peak, schedule, warmup):
-    """The rate of step `step` of `steps`: linear warm-up, then constant, or cosine decay to 0.1 · `peak`."""
+def learning_rate(step, steps, peak, schedule, warmup, time_share=0.0):
+    """The rate of step `step` of `steps`: linear warm-up, then constant, or cosine decay to 0.1 · `peak`. The
+    schedule cosine_time follows the steps or the minutes, whichever ends first."""
+    if schedule == "cosine_time":
+        step = max(step, time_share * steps)
     warmup_steps = int(warmup * steps)
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps

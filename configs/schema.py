@@ -26,7 +26,7 @@ from reward import SCHEMES
 class ModelSettings:
     path: str = ""  # Hugging Face folder or hub name: the policy at step 0 and the KL reference
     init: str = "trained"  # weights: trained | random, of the shape in config.json: to measure speed
-    precision: str = "auto"  # of matrix products: bf16 (autocast) | fp32 | auto: bf16 on a GPU, fp32 on a CPU
+    precision: str = "auto"  # of matrix products: bf16 (autocast) | fp32 | auto: bf16 on a GPU and with AMX
     kernel: str = "auto"  # reference: plain PyTorch | fast: the twins in fast/ | auto: fast where it can run
 
 
@@ -65,13 +65,15 @@ class TrainSettings:
     epochs: float = 7.0  # passes over the training set (paper); used if steps is null
     steps: int | None = None  # steps of the run; null: from epochs
     max_minutes: float | None = None  # the run ends after so many minutes of steps, earlier runs included
+    threads: int | None = None  # CPU threads of each rank; null: what torch chooses, all cores or one a rank
     timeout_minutes: float = 60.0  # longest wait for another rank before the job ends
     prompts_per_step: int = 1024  # prompts (grpo) or examples (sft) a step (paper)
     updates_per_step: int = 4  # mini-batches a step, one optimizer update each (code: 256 prompts an update)
     micro_batch_tokens: int = 30720  # packed tokens of one forward and backward: limits memory (code)
     activation_checkpointing: bool = False  # recompute blocks in backward: less memory, a third more time
     lr: float = 1e-6  # peak learning rate of AdamW (paper)
-    schedule: str = "constant"  # constant (paper) | cosine, which falls to a tenth of lr
+    schedule: str = "constant"  # constant (paper) | cosine: to a tenth of lr over the steps | cosine_time: or
+    # over max_minutes, whichever end first; it cannot resume exactly, because it follows the clock
     warmup: float = 0.0  # share of all steps in which lr rises linearly from 0 (paper: none)
     weight_decay: float = 0.01  # decoupled, of matrices only
     beta2: float = 0.999  # decay of AdamW's second moment; the first is 0.9
@@ -80,7 +82,8 @@ class TrainSettings:
 
 @dataclass(frozen=True)
 class EvalSettings:
-    every: int = 10  # steps between evaluations; one more before the first step, one after the last (paper)
+    every: int | None = 10  # steps between evaluations (paper); null: none in between
+    ends: bool = True  # also before the first step and after the last; false: at neither of the two
     examples: int = 500  # held-out examples an evaluation, evenly spaced in the set
     max_new_tokens: int = 2048  # tokens a reply, stop token included
 
@@ -222,8 +225,8 @@ def flat(config):
 def check(config):
     """ValueError for a value that cannot work; the message names one that can."""
     choices = {"stage": ("grpo", "sft"), "resume": ("auto", True, False), "grpo.normalize": ("std", "none"),
-               "model.precision": ("auto", "bf16", "fp32"), "train.schedule": ("constant", "cosine"),
-               "model.init": ("trained", "random"),
+               "model.precision": ("auto", "bf16", "fp32"), "model.init": ("trained", "random"),
+               "train.schedule": ("constant", "cosine", "cosine_time"),
                "model.kernel": ("auto", "reference", "fast"),
                "grpo.reward": SCHEMES, "log.tracker": ("none", "tensorboard", "wandb")}
     older_names = {"model.kernel": ("triton",)}  # of "fast"
@@ -251,6 +254,8 @@ def check(config):
         (t.micro_batch_tokens < longest,
          f"train.micro_batch_tokens is {t.micro_batch_tokens}; it must hold the longest prompt and reply: "
          f"data.max_prompt_tokens + rollout.max_new_tokens = {longest}"),
+        (t.schedule == "cosine_time" and t.max_minutes is None,
+         "train.schedule is cosine_time, but train.max_minutes is null; set the minutes, or choose cosine"),
         (c.data.heldout is None and not c.data.heldout_fraction,
          "data.heldout is null and data.heldout_fraction 0: nothing to evaluate on; set one"),
     )

@@ -4,7 +4,7 @@ checkpoints/step_000010/ is a Hugging Face folder with the tokenizer, plus
 
     optimizer.state   AdamW's moments in the safetensors format. Not named *.safetensors, because vLLM would
                       take it for weights
-    training.json     the state of the step boundary, the settings and the fingerprint of the data
+    training.json     the state of the step boundary, the settings, digests of the data and the base model
     manifest.json     sizes and hashes of the other files, written last (runtime/files.py)
 
 While it is written its name ends in .tmp. A checkpoint that fails verification is skipped, and never deleted.
@@ -26,19 +26,38 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config
 # checkpoint settings, and what changes results by rounding only (memory limits, the kernel).
 MAY_CHANGE = ("out", "resume", "data.train", "data.heldout", "data.system_prompt", "eval.", "log.",
               "checkpoint.", "train.max_minutes", "train.timeout_minutes", "train.micro_batch_tokens",
-              "train.activation_checkpointing", "rollout.batch_size", "rollout.kv_memory_gib",
-              "grpo.reference_on_cpu", "model.kernel")
+              "train.activation_checkpointing", "train.threads", "rollout.batch_size",
+              "rollout.kv_memory_gib", "grpo.reference_on_cpu", "model.kernel")
 
 
 def incompatible_keys(earlier, now):
     """Keys whose change from `earlier` would alter the training trajectory, so the run cannot be resumed.
 
-    Both are {dotted key: value}. The number of steps may change unless the learning rate depends on it.
+    Both are {dotted key: value}. The number of steps, and of minutes, may change unless the learning rate
+    depends on it.
     """
     may_change = MAY_CHANGE
     if now["train.schedule"] == "constant" and now["train.warmup"] == 0:
         may_change += ("train.steps", "train.epochs")
+    if now["train.schedule"] == "cosine_time":
+        may_change = tuple(key for key in may_change if key != "train.max_minutes")
+    earlier = {**earlier, "model.precision": precision_in_words(earlier["model.precision"])}
     return [key for key in now if now[key] != earlier[key] and not key.startswith(may_change)]
+
+
+def precision_in_words(written):
+    """"bf16" or "fp32" from the precision in a config.yaml. An earlier version wrote "auto" there, which was
+    bf16 on a GPU and fp32 on every CPU; now what was chosen is written."""
+    return {"auto": "bf16" if torch.cuda.is_available() else "fp32"}.get(written, written)
+
+
+def precision_of_run(run, asked, read_settings):
+    """model.precision: `asked`, except that "auto" in a folder with a run is the precision of that run,
+    whatever the machine."""
+    file = run / "config.yaml"
+    if asked != "auto" or not file.exists():
+        return asked
+    return precision_in_words(dict(read_settings(file)).get("model.precision", "auto"))
 
 
 def newest_checkpoint(run, resume, state_keys, read_settings, settings, defaults, fingerprint):
@@ -47,8 +66,9 @@ def newest_checkpoint(run, resume, state_keys, read_settings, settings, defaults
 
     resume: True demands a run in the folder; state_keys: what the state consists of; read_settings(file): the
     (key, value) pairs of a config.yaml; settings, defaults: {dotted key: value} of this run, and of settings
-    that an older version did not write; fingerprint: {key: digest} of the data. ValueError where the folder's
-    run has other settings or data, and where there are checkpoints but none can be used.
+    that an older version did not write; fingerprint: {key: digest} of the data and the base model. ValueError
+    where the folder's run has other settings, data or base, and where there are checkpoints but none can be
+    used. A digest that an older version did not write is not compared, and one line says so.
     """
     if not (run / "config.yaml").exists():
         if resume is True:
@@ -74,7 +94,11 @@ def newest_checkpoint(run, resume, state_keys, read_settings, settings, defaults
             print(f"passed over {folder}: {error}")
             skipped.add(folder)
             continue
-        changed = [key for key in fingerprint if fingerprint[key] != training["fingerprint"][key]]
+        known = training["fingerprint"]
+        if unknown := [key for key in fingerprint if key not in known]:
+            print(f"{folder} is of an earlier version, without digests of {', '.join(unknown)}: whether they "
+                  "have changed is not known; the next checkpoint records them")
+        changed = [key for key in fingerprint if known.get(key, fingerprint[key]) != fingerprint[key]]
         if changed:
             raise ValueError(f"{folder}: the contents of {', '.join(changed)} have changed since; going "
                              "on would be another run. Restore them, or start anew with another --out")
@@ -87,10 +111,11 @@ def newest_checkpoint(run, resume, state_keys, read_settings, settings, defaults
     return None, {}, skipped
 
 
-def write_state(folder, model, optimizer, save_model, base):
+def write_state(folder, model, optimizer, save_model, base, save_prompt=None):
     """Collective: write weights, moments, and the tokenizer of the folder `base`.
 
-    save_model(model, folder) writes the weights. Tensors are gathered one at a time, and rank 0 writes.
+    save_model(model, folder) writes the weights; save_prompt(folder), on rank 0, the prompt that belongs to
+    them. Tensors are gathered one at a time, and rank 0 writes.
     """
     save_model(model, folder)  # must come first: state_dict() reshards what an interrupted rollout gathered
     moments = {f"{name}.{key}": moment for name, parameter in model.named_parameters()
@@ -99,6 +124,8 @@ def write_state(folder, model, optimizer, save_model, base):
     for name in TOKENIZER_FILES:
         if is_first_rank() and (base / name).exists():
             shutil.copyfile(base / name, folder / name)
+    if save_prompt and is_first_rank():
+        save_prompt(folder)
 
 
 def publish(temporary, training, metrics_file, skipped, keep):

@@ -5,10 +5,12 @@ docs/metrics.md explains every metric.
 """
 
 from collections import Counter
+from uuid import uuid4
 
 import torch
 from tqdm import tqdm
 
+from runtime.files import read_text, write_text
 from runtime.ranks import all_gather, is_first_rank
 
 
@@ -104,6 +106,11 @@ def diagnose(metrics):
             "the task first (stage: sft), raise rollout.n or rollout.temperature, or look into rollouts/")
 
 
+def seconds_left(step_times, steps, seconds):
+    """Seconds until a run ends: `steps` more at the mean of step_times, or `seconds` if that is less."""
+    return int(min(sum(step_times) / len(step_times) * steps, max(0.0, seconds)))
+
+
 def console_line(step, steps, metrics, seconds_left):
     """The line of one step on the console, reward first."""
     if "reward/mean" in metrics:
@@ -112,7 +119,9 @@ def console_line(step, steps, metrics, seconds_left):
                 f"all-1 {metrics['reward/all_one']:4.0%}  length {metrics['length/mean']:5.1f}  kl {kl}")
     else:
         lead = f"loss {metrics['loss']:.4f}  length {metrics['length/mean']:5.1f}"
-    return (f"step {step:>{len(str(steps))}}/{steps}  {lead}  {metrics['tokens_per_s'] / 1000:.1f}k tok/s  "
+    rate = metrics["tokens_per_s"]
+    speed = f"{rate / 1000:.1f}k" if rate >= 1000 else f"{rate:.0f}" if rate >= 10 else f"{rate:.2g}"
+    return (f"step {step:>{len(str(steps))}}/{steps}  {lead}  {speed} tok/s  "
             f"{seconds_left // 60}:{seconds_left % 60:02d} left")
 
 
@@ -122,16 +131,34 @@ def progress_bar(packs):
     return tqdm(total=packs, desc="update", disable=disable, leave=False, unit="pack")
 
 
-def open_tracker(name, folder, config):
-    """A function (step, metrics) that sends metrics to TensorBoard or W&B, or nowhere."""
+def open_tracker(name, folder, config, step=0, rows=()):
+    """A function (step, metrics) that sends metrics to TensorBoard or W&B, or nowhere.
+
+    step: the boundary that the run resumes from, 0 for a new run; rows: [metrics] that were logged for it.
+    TensorBoard then hides what an earlier process wrote from the boundary on, and `rows` are sent again, so
+    that it has each step once. W&B continues the run whose id is in wandb_id.txt of the folder, and ignores
+    the steps that it has already.
+    """
     try:
         if name == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
-            writer = SummaryWriter(folder / "tensorboard")
-            return lambda step, metrics: [writer.add_scalar(key, x, step) for key, x in metrics.items()]
+            writer = SummaryWriter(folder / "tensorboard", purge_step=step)
+
+            def send(step, metrics):
+                for key, x in metrics.items():
+                    writer.add_scalar(key, x, step)
+                writer.flush()  # or a killed process loses two minutes of them
+
+            for row in rows:
+                send(step, row)
+            return send
         if name == "wandb":
             import wandb
-            run = wandb.init(project="nanon1", name=folder.name, dir=folder, config=config)
+            known = folder / "wandb_id.txt"
+            if not (step and known.exists()):
+                write_text(known, uuid4().hex + "\n")
+            run = wandb.init(project="nanon1", name=folder.name, dir=folder, config=config, resume="allow",
+                             id=read_text(known).strip(), allow_val_change=True)
             return lambda step, metrics: run.log(metrics, step=step)
     except ImportError as error:
         raise ValueError(f"log.tracker is {name}, but {error.name} is not installed; "

@@ -51,11 +51,20 @@ def join_ranks(device, timeout_minutes):
     dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timeout)
 
 
+def tolerant_output():
+    """Let stdout and stderr print a character that they cannot encode as an escape such as \\u2192, where
+    Python would raise an error. For the main of every program."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a caller may have put another object in its place
+            stream.reconfigure(errors="backslashreplace")
+
+
 def run_and_exit(function):
     """Call `function`, which returns an exit status, and end the process with it. An error becomes a line on
     stderr and a status: its own, or 2 for bad input; 1 for a lost rank or no memory; 130 for Ctrl-C."""
     if not is_first_rank():
         sys.stdout = open(os.devnull, "w")
+    tolerant_output()
     try:
         status = function()
     except (ValueError, OSError) as error:
@@ -106,16 +115,27 @@ def all_gather(value):
 
 def on_first_rank(function, *arguments):
     """Collective: call the function on rank 0 only; return its result, or raise its error, on every rank."""
+    return on_chosen_ranks(is_first_rank(), function, *arguments)[0]
+
+
+def on_each_node(function, *arguments):
+    """Collective: call the function on the first rank of each node; return the results of the nodes, or raise
+    the first error, on every rank."""
+    return on_chosen_ranks(rank_variable("LOCAL_RANK", 0) == 0, function, *arguments)
+
+
+def on_chosen_ranks(chosen, function, *arguments):
     value, error = None, None
-    if is_first_rank():
+    if chosen:
         try:
             value = function(*arguments)
         except (ValueError, OSError) as raised:
             error = str(raised)
-    value, error = all_gather((value, error))[0]
-    if error:
-        raise RankError(error)
-    return value
+    results = [(value, error) for chosen, value, error in all_gather((chosen, value, error)) if chosen]
+    for _, error in results:
+        if error:
+            raise RankError(error)
+    return [value for value, _ in results]
 
 
 def gather_in_order(indices, items):

@@ -13,6 +13,7 @@ one.
 
 import contextlib
 import json
+import math
 import shutil
 import sys
 import time
@@ -21,8 +22,8 @@ from pathlib import Path
 import yaml
 
 from runtime import checkpoints
-from runtime.files import fsync, git_revision, lock, read_json, write_json, write_text, writing
-from runtime.metrics import console_line, diagnose, open_tracker
+from runtime.files import fsync, git_revision, lock, parse_json, read_json, write_json, write_text, writing
+from runtime.metrics import console_line, diagnose, open_tracker, seconds_left
 from runtime.ranks import RankError, all_gather, is_first_rank, on_first_rank, rank_variable
 from runtime.sharding import peak_memory, reset_peak_memory
 
@@ -107,7 +108,15 @@ class RunFolder:
         on_first_rank(self.prepare, config, tracker)
 
     def prepare(self, config, tracker):
-        self.tracker = open_tracker(tracker, self.folder, config)
+        metrics = self.folder / "metrics.jsonl"
+        lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True) if self.rows else []
+        if len(lines) < self.rows:
+            raise ValueError(f"{metrics} has {len(lines)} rows, but {self.rows} were written up to step "
+                             f"{self.step}; restore it, or start anew with another --out")
+        kept = [parse_json(line, metrics) for line in lines[:self.rows]]
+        # A step has two rows, one of them of its evaluation.
+        of_boundary = [row for row in kept if row.pop("step") == self.step]
+        self.tracker = open_tracker(tracker, self.folder, config, self.step, of_boundary)
         for name in ("rollouts", "evals", "checkpoints"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         self.locked = self.locked or lock(self.folder)
@@ -116,11 +125,6 @@ class RunFolder:
         for file in (*self.folder.glob("rollouts/step_*"), *self.folder.glob("evals/step_*")):
             if file.stem > f"step_{self.step:06d}":
                 file.unlink()
-        metrics = self.folder / "metrics.jsonl"
-        lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True) if self.rows else []
-        if len(lines) < self.rows:
-            raise ValueError(f"{metrics} has {len(lines)} rows, but {self.rows} were written up to step "
-                             f"{self.step}; restore it, or start anew with another --out")
         write_text(metrics, "".join(lines[:self.rows]))
         write_text(self.folder / "git_revision.txt", git_revision() + "\n")
         write_text(self.folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
@@ -172,9 +176,10 @@ class RunFolder:
                 file.write(json.dumps({"step": step, **metrics}) + "\n")
             self.tracker(step, metrics)
 
-    def log_step(self, step, steps, metrics):
+    def log_step(self, step, steps, metrics, max_minutes=None):
         """Collective: complete a step: its row, its line on the console, and the new state.
 
+        max_minutes: of steps, after which the run ends (None: no limit).
         Diverged after too many skipped updates in a row; RankError after too many steps without anything to
         learn. Clocks differ between ranks, so rank 0's metrics count: all ranks must end at the same step.
         """
@@ -191,8 +196,8 @@ class RunFolder:
             print(f"warning: {metrics['length/cut']:.0%} of the replies were cut at rollout.max_new_tokens "
                   "before a stop token; is the model tuned for this chat format?")
         self.step_times = [*self.step_times[-19:], metrics["time/step_s"]]
-        left = sum(self.step_times) / len(self.step_times) * (steps - step)
-        print(console_line(step, steps, metrics, int(left)), flush=True)
+        left = seconds_left(self.step_times, steps - step, 60 * (max_minutes or math.inf) - self.trained_s)
+        print(console_line(step, steps, metrics, left), flush=True)
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if metrics["skipped_updates"] else 0
         if self.skipped_in_a_row >= MAX_SKIPPED:
             raise Diverged(f"no finite gradient in {MAX_SKIPPED} steps in a row, up to step {step}; lower "
@@ -201,6 +206,11 @@ class RunFolder:
         self.dead_in_a_row = self.dead_in_a_row + 1 if finding else 0
         if self.dead_in_a_row >= MAX_DEAD:
             raise RankError(f"stopped at step {step}: for {MAX_DEAD} steps in a row {finding}")
+
+    def is_evaluation_due(self, is_last, every, ends):
+        """every: steps in between, None for none; ends: whether step 0 and the last step are evaluated."""
+        due = ends if self.step == 0 or is_last else every is not None and self.step % every == 0
+        return due and not self.evaluated
 
     def log_evaluation(self, rows, replies):
         """Write an evaluation of the current step. Returns the two replies to print, of the same two examples
@@ -219,9 +229,9 @@ class RunFolder:
         return [replies[i] for i in self.shown if i < len(replies)]
 
     def first_and_last_evaluation(self):
-        """{"step 0": rows, "step 100": rows}"""
+        """{"step 0": rows, "step 100": rows}; empty where there was none."""
         reports = read_evaluations(self.folder)
-        return {f"step {report['step']}": report["rows"] for report in (reports[0], reports[-1])}
+        return {f"step {report['step']}": report["rows"] for report in (*reports[:1], *reports[-1:])}
 
 
 def read_evaluations(folder):

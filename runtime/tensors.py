@@ -17,20 +17,32 @@ from safetensors import SafetensorError, safe_open
 from runtime.files import atomically, digest, fsync, read_json, writing
 
 INDEX = "model.safetensors.index.json"
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")  # as peft names them
 TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")  # text to ids, stop ids
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 def resolve(path, patterns=("*.json", "*.safetensors", "*.txt", "*.jinja")):
-    """The local folder of a model: `path` itself if it is one, else the hub's snapshot of such files."""
-    if os.path.isdir(path):
-        return Path(path)
-    from huggingface_hub import snapshot_download
-    try:
-        return Path(snapshot_download(str(path), allow_patterns=list(patterns)))
-    except (ValueError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{path}: no local folder, and the hub gave no such model ({reason})") from None
+    """The local folder of a model: `path` itself if it is one, else the hub's snapshot of such files.
+    ValueError for a folder that holds a LoRA adapter and no model."""
+    folder = Path(path)
+    if not os.path.isdir(path):
+        from huggingface_hub import snapshot_download
+        try:
+            folder = Path(snapshot_download(str(path), allow_patterns=list(patterns)))
+        except (ValueError, OSError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(f"{path}: no local folder, and the hub gave no such model ({reason})") from None
+    if not (folder / "config.json").exists():
+        refuse_adapter(folder)
+    return folder
+
+
+def refuse_adapter(folder):
+    for name in ADAPTER:
+        if (folder / name).exists():
+            raise ValueError(f"{folder / name}: a LoRA adapter without its model; merge the two (in peft: "
+                             "merge_and_unload, then save_pretrained) and give that folder")
 
 
 def identity(folder, weights=True):
@@ -42,7 +54,10 @@ def identity(folder, weights=True):
     the times of another file.
     """
     texts = [name for name in TEXT_FILES if (folder / name).exists()]
-    files = {"weights": weight_files(folder)} if weights else {}
+    files = {}
+    if weights:
+        open_weights(folder)  # what is not complete is refused before gigabytes of it are read
+        files["weights"] = weight_files(folder)
     files |= {"config": ["config.json"], "tokenizer": texts}
     try:
         return {part: sha256("".join(digest(folder / name) for name in names).encode()).hexdigest()
@@ -53,8 +68,8 @@ def identity(folder, weights=True):
 
 
 def weight_files(folder):
-    """The names of the safetensors files of a folder: model.safetensors, or every shard that its index
-    names."""
+    """The names of the safetensors files of a folder: model.safetensors, or every shard that its index names.
+    ValueError, with advice, where other tools left the weights in another form."""
     files = ["model.safetensors"]
     if (folder / INDEX).exists():
         weight_map = read_json(folder / INDEX).get("weight_map")
@@ -63,6 +78,17 @@ def weight_files(folder):
             if not isinstance(file, str) or file != os.path.basename(file) or file in ("", ".", ".."):
                 raise ValueError(f"{folder / INDEX}: weight_map names {file!r}, not a file of this folder; "
                                  "refused")
+    elif not (folder / files[0]).exists():
+        refuse_adapter(folder)
+        shards, pickles = sorted(folder.glob("*.safetensors")), sorted(folder.glob("*.bin"))
+        if shards:
+            raise ValueError(f"{folder}: holds {shards[0].name}, but neither {files[0]} nor {INDEX}, which "
+                             "says what is where; copy it from where the weights came from, or rename a "
+                             f"single file to {files[0]}")
+        if pickles:
+            raise ValueError(f"{pickles[0]}: a pickle, which is never loaded, because it can run any code; "
+                             "save the model as safetensors (in transformers: from_pretrained, then "
+                             "save_pretrained)")
     return sorted(set(files))
 
 

@@ -73,6 +73,7 @@ from configs.schema import check_fits, load_config, number_of_steps
 from data import Chat, read_jsonl, split_examples
 from fast import aligned_cache, logprobs, paged_cache
 from model import ModelConfig, Qwen2
+from runtime.sharding import cpu_has_amx
 from runtime.tensors import resolve
 
 GIB = 2**30
@@ -371,7 +372,7 @@ def plan(c, gpus, gib):
                          "the CPU, and a number of GiB above 0")
     check_fits(c, ranks=gpus)
     device = "cuda" if gpus else "cpu"
-    bf16 = c.model.precision == "bf16" or c.model.precision == "auto" and device == "cuda"
+    bf16 = c.model.precision == "bf16" or c.model.precision == "auto" and (gpus > 0 or cpu_has_amx())
     if bf16 and device == "cpu":
         raise ValueError("--gpus 0: a run on the CPU is planned in fp32 only; set model.precision=fp32")
     folder = resolve(c.model.path, WITHOUT_WEIGHTS)
