@@ -32,7 +32,7 @@ from tokenizers import Tokenizer
 
 from converters import toolace, xlam
 from reward import CALL, END_CALL, IM_END, IM_START, format_calls, format_reply, score
-from runtime.files import atomically, parse_json, read_text
+from runtime.files import atomically, parse_json, read_text, write_text
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -224,7 +224,8 @@ class Chat:
     """A tokenizer and the chat format of Qwen2.5.
 
     path: a hub name, or a folder with tokenizer.json. The other FILES are optional; they name stop tokens.
-    system_prompt: a text file that contains {tools} once; None means assets/system_prompt.txt.
+    system_prompt: a text file that contains {tools} once; None means system_prompt.txt of the folder, which a
+    checkpoint has, or else that of assets/.
     stop_ids: <|im_end|>, which ends a chat turn, and every end-of-sequence token that the files name.
     vocab_size: number of ids that have a token. A model may have more rows; these must never be sampled.
     ValueError if a file is missing or unusable.
@@ -232,12 +233,13 @@ class Chat:
 
     DEFAULT_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
     FILES = ("tokenizer.json", "tokenizer_config.json", "config.json", "generation_config.json")
+    PROMPT, TEMPLATE = "system_prompt.txt", "chat_template.jinja"
 
     def __init__(self, path, system_prompt=None):
         # Imported here because it loads torch, which `data.py convert` does not need.
         from runtime.tensors import resolve
 
-        folder = resolve(path, self.FILES)
+        folder = resolve(path, (*self.FILES, self.PROMPT))
         tokenizer, named, *configs = (parse_json(read_text(folder / name), folder / name)
                                       if (folder / name).exists() else {} for name in self.FILES)
         if not tokenizer:
@@ -248,19 +250,29 @@ class Chat:
         self.vocab_size = max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
         eos = named.get("eos_token") or ""
-        ends = (IM_END, eos["content"] if isinstance(eos, dict) else eos)
-        stops = [self.tokenizer.token_to_id(end) for end in ends]
+        ends = (IM_END, IM_START, eos["content"] if isinstance(eos, dict) else eos)
+        self._end_of_turn, start_of_turn, *stops = map(self.tokenizer.token_to_id, ends)
+        if None in (self._end_of_turn, start_of_turn):
+            raise ValueError(f"{folder}: its tokenizer lacks {IM_START} or {IM_END}; the chat format of Qwen2.5 "
+                             "needs both, so choose a model of that family or add these tokens")
         for ids in (config.get("eos_token_id") for config in configs):
             stops += ids if isinstance(ids, list) else [ids]
-        stops = [stop for stop in stops if stop is not None]
-        if not stops:
-            raise ValueError(f"{folder}: no end of sequence; name it as eos_token in tokenizer_config.json")
-        self.stop_ids, self._end_of_turn = frozenset(stops), stops[0]
+        self.stop_ids = frozenset([self._end_of_turn, *stops]) - {None}
 
-        text = read_text(system_prompt or ASSETS / "system_prompt.txt")
+        prompt = folder / self.PROMPT if (folder / self.PROMPT).exists() else ASSETS / self.PROMPT
+        text = read_text(prompt := system_prompt or prompt)
         if text.count("{tools}") != 1:
-            raise ValueError(f"{system_prompt}: {text.count('{tools}')} times {{tools}}, not 1")
+            raise ValueError(f"{prompt}: {text.count('{tools}')} times {{tools}}, not 1")
         self._before_tools, self._after_tools = text.split("{tools}")
+
+    def save(self, folder):
+        """Write the prompt into a folder with tokenizer.json: system_prompt.txt, which Chat reads, and
+        chat_template.jinja, with which `apply_chat_template` of transformers equals `encode_prompt`."""
+        write_text(Path(folder) / self.PROMPT, f"{self._before_tools}{{tools}}{self._after_tools}")
+        # Jinja reads the escapes of JSON, but not those of surrogate pairs.
+        texts = json.dumps([self._before_tools, self._after_tools], ensure_ascii=False)
+        template = read_text(ASSETS / self.TEMPLATE).replace("PROMPT_TEXTS", texts)
+        write_text(Path(folder) / self.TEMPLATE, template)
 
     def render(self, messages, add_generation_prompt):
         """The text of a conversation [{"role", "content"}…], equal to that of Qwen2.5's chat template."""
@@ -282,7 +294,10 @@ class Chat:
 
     def encode_prompt(self, example):
         """Ids of the prompt: system prompt with tools, conversation, start of the reply. Never truncated."""
-        wrapped = ({"type": "function", "function": tool} for tool in example.tools)
+        # APIs send null for a description or parameters that a schema does not have.
+        schemas = ({key: part for key, part in tool.items()
+                    if part is not None or key not in ("description", "parameters")} for tool in example.tools)
+        wrapped = ({"type": "function", "function": schema} for schema in schemas)
         tools = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in wrapped)
         system, messages = self._before_tools + tools + self._after_tools, example.messages
         if messages[0]["role"] == "system":
