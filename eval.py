@@ -20,7 +20,6 @@ Axes: P prompts.
 """
 
 import argparse
-import json
 import math
 import os
 import sys
@@ -39,8 +38,9 @@ from benchmarks.tables import BENCHES, read_outputs
 from data import Chat, Example, read_jsonl
 from model import load_hf
 from reward import SCHEMES, judge
-from runtime.files import write_json, write_text
+from runtime.files import write_json
 from runtime.kernel import KERNELS
+from runtime.ranks import tolerant_output
 from runtime.sharding import choose_device
 from runtime.tensors import identity, resolve
 from sample import generate, prompt_seeds
@@ -231,18 +231,18 @@ def main(argv=None):
     parser.add_argument("--categories", metavar="NAME,…", help="only these; files of others are not needed")
     parser.add_argument("--examples", type=int, metavar="N", help="N of each category, evenly spaced, so "
                         "13 N of all of bfcl; what is left out counts as wrong (default: all)")
-    parser.add_argument("--system_prompt", help="text file with {tools}; default: our own wording")
+    parser.add_argument("--system_prompt", help="text file with {tools}; default: the model's, else ours")
     parser.add_argument("--paper_prompt", action="store_true", help="leave out an entry's own system message")
     parser.add_argument("--export_official", type=Path, metavar="DIR", help="bfcl: files for its own scorer")
     parser.add_argument("--scheme", default="binary", help="heldout: of the reward (default: binary)")
-    parser.add_argument("--samples", type=int, metavar="K", help="heldout: also K sampled replies an example: "
-                        "their mean accuracy and pass@K, which say whether GRPO can start")
+    parser.add_argument("--samples", type=int, metavar="K", help="heldout: also mean accuracy and pass@K of "
+                        "K sampled replies an example, which say whether GRPO can start")
     parser.add_argument("--temperature", type=float, help="of these samples (default: 1)")
     parser.add_argument("--max_new_tokens", type=int, default=1024, help="tokens a reply (default: 1024)")
     parser.add_argument("--batch_size", type=int, default=256, help="replies at once (default: 256)")
     parser.add_argument("--kernel", default="auto", choices=KERNELS, help="of decoding (default: auto)")
     args = parser.parse_args(argv)
-    show_all_characters()
+    tolerant_output()
     try:
         for name in ("examples", "samples", "max_new_tokens", "batch_size"):
             if getattr(args, name) is not None and getattr(args, name) < 1:
@@ -260,32 +260,15 @@ def main(argv=None):
         sys.exit(2)
 
 
-def show_all_characters():
-    """Write what the encoding of stdout cannot show as an escape, so that no character ends a command."""
-    if hasattr(sys.stdout, "reconfigure"):  # something else may stand in for it
-        sys.stdout.reconfigure(errors="backslashreplace")
-
-
 def results_folder(args):
-    if args.out:
-        return args.out
-    return Path(args.model if args.model and os.path.isdir(args.model) else ".") / args.bench
+    return args.out or Path(args.model if os.path.isdir(args.model or "") else ".") / args.bench
 
 
 def make_folder(folder):
     """Make a folder of results and try it, so that no error of it comes after hours of replies."""
     folder.mkdir(parents=True, exist_ok=True)
-    if (folder / "scores.json").is_dir():
-        raise ValueError(f"{folder / 'scores.json'}: a folder has the name of the file to write")
     with tempfile.TemporaryFile(dir=folder):
         return folder
-
-
-def write_scores(file, value):
-    """Write JSON. A lone surrogate, which a reply may hold and UTF-8 may not, is written as an escape."""
-    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-    write_text(file, text.encode("utf-8", "backslashreplace").decode())
-    print(f"written: {file}")
 
 
 def find_model(args):
@@ -304,12 +287,9 @@ def load_model(folder):
 def heldout_examples(args):
     """The examples that --data, --categories and --examples name; a category "a/b" is also one of "a"."""
     examples = read_jsonl(args.data)
-    for example in examples:
-        if not isinstance(example.source, str):  # rows of the table are named after it
-            raise ValueError(f"{args.data}: example {example.id!r} has the source {example.source!r}, no text")
-    known = {name for example in examples for name in (example.source, example.source.split("/")[0])}
-    chosen = choose_categories(sorted(known), args.categories)
-    examples = [example for example in examples if {example.source, example.source.split("/")[0]} & {*chosen}]
+    names = [{example.source, example.source.split("/")[0]} for example in examples]
+    chosen = set(choose_categories(sorted(set().union(*names)), args.categories))
+    examples = [example for example, own in zip(examples, names, strict=True) if own & chosen]
     if not examples:
         raise ValueError(f"{args.data}: no examples")
     return of_each(examples, args.examples, lambda example: example.source)
@@ -326,22 +306,20 @@ def evaluate_heldout(args):
     settings = {"max_new_tokens": args.max_new_tokens, "batch_size": args.batch_size, "scheme": args.scheme,
                 "kernel": args.kernel}
     rows, replies = evaluate(model, chat, examples, progress="evaluation", **settings)
-    table, temperature = accuracy_table({"accuracy": rows}), None
+    table, temperature = accuracy_table({"accuracy": rows}), args.temperature or 1.0
     if args.samples:
-        temperature = 1.0 if args.temperature is None else args.temperature
         right = evaluate_samples(model, chat, examples, args.samples, temperature, progress="samples",
                                  **settings)
         replies = [reply | {"samples_right": k} for reply, k in zip(replies, right, strict=True)]
         shares = summarize_samples(replies, args.samples)
         rows = [row | share for row, share in zip(rows, shares, strict=True)]
         table = with_samples(table, shares, args.samples)
-    print(table)
     warning = tables.common_reason({reply["id"]: (reply["right"], reply["error"]) for reply in replies})
-    if warning:
-        print(warning)
-    write_scores(folder / "scores.json", {
-        "model": args.model, "data": args.data, "scheme": args.scheme, "samples": args.samples,
-        "temperature": temperature, "rows": rows, "replies": replies})
+    print("\n".join(filter(None, (table, warning))))
+    of_samples = {"samples": args.samples, "temperature": temperature} if args.samples else {}
+    write_json(folder / "scores.json", {"model": args.model, "data": args.data, "scheme": args.scheme,
+                                        **of_samples, "rows": rows, "replies": replies})
+    print(f"written: {folder / 'scores.json'}")
 
 
 def evaluate_bench(args):
@@ -363,24 +341,21 @@ def evaluate_bench(args):
     name = args.score or args.model
     text, rows, verdicts = tables.report(args.bench, entries, calls, counts, chosen, Path(name).name)
     if args.export_official:
-        outputs = {category: {} for category in counts}
-        for entry in entries:
-            if entry.id in calls:
-                outputs[entry.category][entry.id] = calls[entry.id]
+        outputs = {category: {entry.id: calls[entry.id] for entry in entries if entry.id in calls
+                              and entry.category == category} for category in counts}
         paths = bfcl.export_official(outputs, args.export_official, chosen)
         print(f"written: {len(paths)} official result files")
     print(f"{text}\n")
-    write_scores(folder / "scores.json", {"model": name, "bench": args.bench, "data": args.data, "rows": rows,
-                                          "verdicts": verdicts})
+    tables.write_scores(folder / "scores.json", {"model": name, "bench": args.bench, "data": args.data,
+                                                 "rows": rows, "verdicts": verdicts})
+    print(f"written: {folder / 'scores.json'}")
 
 
 def bench_calls(args, bench, known, entries, skipped, folder):
     """{id: calls} of the model's replies to `entries`. All that can be checked is, before the first reply."""
     model_folder, chat = find_model(args)
-    prompts = {}
-    for entry in entries:
-        tools, messages = bench.prompt(entry, args.paper_prompt)
-        prompts[entry.id] = chat.encode_prompt(Example(entry.id, entry.category, tools, messages, []))
+    prompts = {entry.id: chat.encode_prompt(Example(entry.id, entry.category,
+               *bench.prompt(entry, args.paper_prompt), [])) for entry in entries}
     for each in (folder, args.export_official):
         if each:
             make_folder(each)

@@ -5,11 +5,13 @@ Out: {id: line}; verdicts; text tables; a warning where nearly all lines fail in
      torch.
 """
 
+import json
 from collections import Counter
 from pathlib import Path
 
 from benchmarks import acebench, api_bank, bfcl, json_lines
 from benchmarks.acebench import outsized
+from runtime.files import write_text
 
 BENCHES = {"bfcl": bfcl, "api_bank": api_bank, "acebench": acebench}
 NEARLY_ALL = 0.9  # a share of lines that fail in one way: no model is that regular
@@ -78,6 +80,12 @@ def report(name, entries, calls, categories, chosen, model):
     warning = common_fault(calls, of_first)
     text = f"{bench_table(rows)}\n\n{paper_table(name, rows, model)}" + (f"\n\n{warning}" if warning else "")
     return text, rows, lines
+
+
+def write_scores(file, value):
+    """Write JSON. A lone surrogate, which a call may hold and UTF-8 may not, is written as an escape."""
+    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    write_text(file, text.encode("utf-8", "backslashreplace").decode())
 
 
 def form_fault(calls):
