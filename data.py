@@ -35,6 +35,7 @@ from reward import CALL, END_CALL, IM_END, IM_START, format_calls, format_reply,
 from runtime.files import atomically, parse_json, read_text, write_text
 
 ASSETS = Path(__file__).parent / "assets"
+MAX_OVERLAP = 0.01  # of held-out examples whose conversation is in the training file too
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,10 @@ def _records(path):
 
 def _problem(example):
     """Why this example cannot be used for training, or None."""
+    for key, kinds in {"id": str, "source": str, "reasoning": str | None}.items():
+        if not isinstance(value := getattr(example, key), kinds):
+            return f"{key} is of type {type(value).__name__}, not a text"
+
     def lacks(value, *keys):
         return not isinstance(value, list) or not all(
             isinstance(item, dict) and all(isinstance(item.get(key), str) for key in keys) for item in value)
@@ -138,10 +143,12 @@ def _problem(example):
     if not example.messages or lacks(example.messages, "role", "content") or not {
             message["role"] for message in example.messages} <= {"user", "assistant", "tool", "system"}:
         return "messages are not a list of {role, content} with known roles and text, at least one"
+    if any(message.get("tool_calls") for message in example.messages):
+        return "a message holds tool_calls, which would be lost; `data.py convert chat` reads them"
     try:
         json.dumps(vars(example), ensure_ascii=False, allow_nan=False).encode()
         verdict = score(format_reply(example.answer, example.reasoning or ""), example.answer)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return f"holds what cannot be written or answered: {error}"
     if verdict.reward < 1:
         return f"answer cannot score 1: {verdict.error}"
@@ -224,8 +231,7 @@ class Chat:
     """A tokenizer and the chat format of Qwen2.5.
 
     path: a hub name, or a folder with tokenizer.json. The other FILES are optional; they name stop tokens.
-    system_prompt: a text file that contains {tools} once; None means system_prompt.txt of the folder, which a
-    checkpoint has, or else that of assets/.
+    system_prompt: a text file that contains {tools} once; None: system_prompt.txt of the folder or of assets.
     stop_ids: <|im_end|>, which ends a chat turn, and every end-of-sequence token that the files name.
     vocab_size: number of ids that have a token. A model may have more rows; these must never be sampled.
     ValueError if a file is missing or unusable.
@@ -253,26 +259,25 @@ class Chat:
         ends = (IM_END, IM_START, eos["content"] if isinstance(eos, dict) else eos)
         self._end_of_turn, start_of_turn, *stops = map(self.tokenizer.token_to_id, ends)
         if None in (self._end_of_turn, start_of_turn):
-            raise ValueError(f"{folder}: its tokenizer lacks {IM_START} or {IM_END}; the chat format of Qwen2.5 "
-                             "needs both, so choose a model of that family or add these tokens")
+            raise ValueError(f"{folder}: the chat format of Qwen2.5 needs {IM_START} and {IM_END}, which its "
+                             "tokenizer lacks; add them to it, or choose another model")
         for ids in (config.get("eos_token_id") for config in configs):
             stops += ids if isinstance(ids, list) else [ids]
         self.stop_ids = frozenset([self._end_of_turn, *stops]) - {None}
 
-        prompt = folder / self.PROMPT if (folder / self.PROMPT).exists() else ASSETS / self.PROMPT
-        text = read_text(prompt := system_prompt or prompt)
-        if text.count("{tools}") != 1:
-            raise ValueError(f"{prompt}: {text.count('{tools}')} times {{tools}}, not 1")
-        self._before_tools, self._after_tools = text.split("{tools}")
+        file = system_prompt or (folder if (folder / self.PROMPT).exists() else ASSETS) / self.PROMPT
+        self.prompt = read_text(file)
+        if self.prompt.count("{tools}") != 1:
+            raise ValueError(f"{file}: {self.prompt.count('{tools}')} times {{tools}}, not 1")
 
     def save(self, folder):
-        """Write the prompt into a folder with tokenizer.json: system_prompt.txt, which Chat reads, and
-        chat_template.jinja, with which `apply_chat_template` of transformers equals `encode_prompt`."""
-        write_text(Path(folder) / self.PROMPT, f"{self._before_tools}{{tools}}{self._after_tools}")
+        """Write the prompt into a checkpoint: system_prompt.txt, which Chat reads, and chat_template.jinja,
+        with which `apply_chat_template` of transformers equals `encode_prompt`."""
         # Jinja reads the escapes of JSON, but not those of surrogate pairs.
-        texts = json.dumps([self._before_tools, self._after_tools], ensure_ascii=False)
+        texts = json.dumps(self.prompt.split("{tools}"), ensure_ascii=False)
+        write_text(Path(folder, self.PROMPT), self.prompt)
         template = read_text(ASSETS / self.TEMPLATE).replace("PROMPT_TEXTS", texts)
-        write_text(Path(folder) / self.TEMPLATE, template)
+        write_text(Path(folder, self.TEMPLATE), template)
 
     def render(self, messages, add_generation_prompt):
         """The text of a conversation [{"role", "content"}…], equal to that of Qwen2.5's chat template."""
@@ -294,12 +299,12 @@ class Chat:
 
     def encode_prompt(self, example):
         """Ids of the prompt: system prompt with tools, conversation, start of the reply. Never truncated."""
-        # APIs send null for a description or parameters that a schema does not have.
-        schemas = ({key: part for key, part in tool.items()
-                    if part is not None or key not in ("description", "parameters")} for tool in example.tools)
-        wrapped = ({"type": "function", "function": schema} for schema in schemas)
-        tools = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in wrapped)
-        system, messages = self._before_tools + tools + self._after_tools, example.messages
+        # Servers send null for a description or parameters that are missing.
+        tools = ({"type": "function", "function": {
+            key: part for key, part in tool.items()
+            if part is not None or key not in ("description", "parameters")}} for tool in example.tools)
+        listed = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
+        system, messages = self.prompt.replace("{tools}", listed), example.messages
         if messages[0]["role"] == "system":
             system, messages = f"{system}\n\n{messages[0]['content']}", messages[1:]
         return self.encode(self.render([{"role": "system", "content": system}, *messages], True))
@@ -312,6 +317,10 @@ class Chat:
         """The text of ids, with special tokens. Ids without a token are skipped."""
         return self.tokenizer.decode(ids, skip_special_tokens=False)
 
+    def decode_reply(self, ids):
+        """The text of a rollout, as it is judged: without the stop id that ended it, whichever it is."""
+        return self.decode(ids[:-1] if ids and ids[-1] in self.stop_ids else ids)
+
 
 # ---- order
 @lru_cache(maxsize=2)
@@ -321,41 +330,85 @@ def _permutation(n, key):
     return tuple(order)
 
 
+def conversations(examples):
+    """A key an example, equal for turns of one conversation, for equal examples, and for what make_irrelevant
+    and mask_names make of them: the texts of user and system, which neither changes, and of these the
+    shortest beginning that is all of them in some example."""
+    texts = [tuple(message["content"] for message in example.messages
+                   if message["role"] in ("user", "system")) for example in examples]
+    whole = set(texts)
+    return [next((own[:end] for end in range(1, len(own)) if own[:end] in whole), own) for own in texts]
+
+
 def split_examples(examples, fraction, seed):
-    """(training, held-out): `seed` selects the fraction (0 to 1) that is held out. Both keep their order."""
-    held = set(_permutation(len(examples), f"split/{seed}")[: round(fraction * len(examples))])
+    """(training, held-out): `seed` selects the fraction (0 to 1) that is held out, or the nearest size that
+    leaves `conversations` whole. Both keep their order."""
+    groups, others, held = {}, [], set()
+    for i, key in enumerate(conversations(examples)):
+        groups.setdefault(key, []).append(i)
+    groups, wanted = list(groups.values()), round(fraction * len(examples))
+    for g in _permutation(len(groups), f"split/{seed}"):
+        (held.update if len(held) + len(groups[g]) <= wanted else others.append)(groups[g])
+    smallest = min(others, key=len, default=[])
+    if len(smallest) <= 2 * (wanted - len(held)):
+        held.update(smallest)
     return [examples[i] for i in range(len(examples)) if i not in held], [examples[i] for i in sorted(held)]
 
 
 def filter_by_prompt_tokens(examples, chat, max_prompt_tokens, max_dropped_share):
     """(kept examples, number dropped). Longer prompts are dropped, because a truncated one would lack tools.
+    ValueError if more than a share (0 to 1) of the examples would be dropped."""
+    usable = [len(chat.encode_prompt(example)) <= max_prompt_tokens for example in examples]
+    fault = f"are longer than {max_prompt_tokens} tokens"
+    return _keep(examples, usable, max_dropped_share, "prompts", fault, "raise one of both")
 
-    ValueError if more than a share (0 to 1) of the examples would be dropped.
-    """
-    kept = [example for example in examples if len(chat.encode_prompt(example)) <= max_prompt_tokens]
+
+def filter_by_tokenizer(examples, chat, max_dropped_share):
+    """(kept examples, number dropped). Dropped are those whose right reply, encoded and decoded, does not
+    score 1: tokenizers may change text, and a model cannot learn what it cannot write. Errors as above."""
+    usable = [score(chat.decode_reply(chat.encode_reply(example)), example.answer).reward == 1
+              for example in examples]
+    return _keep(examples, usable, max_dropped_share, "answers", "cannot score 1 after this tokenizer, which "
+                 "changes their text", "write it in its normal form (NFC) or raise data.max_dropped_share")
+
+
+def _keep(examples, usable, max_dropped_share, which, fault, remedy):
+    kept = [example for example, good in zip(examples, usable, strict=True) if good]
     dropped = len(examples) - len(kept)
     if dropped > max_dropped_share * len(examples):
-        raise ValueError(
-            f"{dropped} of {len(examples)} prompts ({dropped / len(examples):.1%}) are longer than "
-            f"{max_prompt_tokens} tokens, but only {max_dropped_share:.1%} may be dropped; raise one of both")
+        raise ValueError(f"{dropped} of {len(examples)} {which} ({dropped / len(examples):.1%}) {fault}, "
+                         f"but only {max_dropped_share:.1%} may be dropped; {remedy}")
     return kept, dropped
 
 
 def read_examples(path, heldout_path, heldout_fraction, seed, chat, max_prompt_tokens, max_dropped_share):
     """(training examples, held-out examples) of two jsonl files, or of one that is split by `seed`.
 
-    Prompts that are too long are dropped, and their number is printed. ValueError if no example is left.
+    What cannot be used is dropped, and its number printed. ValueError if no example is left, or if more than
+    MAX_OVERLAP of the held-out examples are of a conversation in the training file; fewer are printed.
     """
     training = read_jsonl(path)
     if heldout_path is None:
         training, heldout = split_examples(training, heldout_fraction, seed)
     else:
         heldout = read_jsonl(heldout_path)
+        keys = conversations([*training, *heldout])
+        seen, keys = set(keys[:len(training)]), keys[len(training):]
+        overlap = sum(key in seen for key in keys)
+        found = f"{heldout_path}: {overlap} of {len(heldout)} examples are of a conversation in {path}"
+        if overlap > MAX_OVERLAP * len(heldout):
+            raise ValueError(f"{found}, and at most {MAX_OVERLAP:.0%} may be; remove them from one of both, "
+                             "or leave out data.heldout")
+        if overlap:
+            print(f"warning: {found}")
     kept = []
     for name, examples in (("training", training), ("held-out", heldout)):
         examples, dropped = filter_by_prompt_tokens(examples, chat, max_prompt_tokens, max_dropped_share)
         if dropped:
             print(f"dropped {dropped} {name} examples: prompts of more than {max_prompt_tokens} tokens")
+        examples, dropped = filter_by_tokenizer(examples, chat, max_dropped_share)
+        if dropped:
+            print(f"dropped {dropped} {name} examples: the tokenizer changes their answer")
         if not examples:
             raise ValueError(f"{path if name == 'training' else heldout_path or path}: no {name} examples")
         kept.append(examples)

@@ -248,7 +248,7 @@ def generate(model, prompts, n, *, max_new_tokens, temperature, stop_ids, seeds_
     replies unfinished. ValueError if a setting is out of range, kv_memory_gib too little for one row, or a
     prompt empty, too long or with an unknown id.
     """
-    if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
+    if max_new_tokens < 1 or not 0 <= temperature < math.inf or not 0 < top_p <= 1:  # NaN fails these too
         raise ValueError(f"max_new_tokens {max_new_tokens}, temperature {temperature}, top_p {top_p}: they "
                          "must be at least 1, at least 0, and above 0 but at most 1")
     limit, ids = model.config.max_position_embeddings, model.config.vocab_size
@@ -259,6 +259,7 @@ def generate(model, prompts, n, *, max_new_tokens, temperature, stop_ids, seeds_
         if max(prompt) >= ids:
             raise ValueError(f"prompt {i} holds id {max(prompt)}, but the model's last is {ids - 1}; is this "
                              "the model's own tokenizer?")
+    assert n >= 0 and batch_size >= 1, f"n {n}, batch_size {batch_size}"
     assert len(seeds_P) == len(prompts), f"{len(seeds_P)} seeds for {len(prompts)} prompts"
     if not (rollouts := [Rollout(prompt) for prompt in prompts for _ in range(n)]):
         return []
@@ -283,8 +284,7 @@ def generate(model, prompts, n, *, max_new_tokens, temperature, stop_ids, seeds_
     cache = cache_class(model.config, dtype, device, min(batch_size, len(rows)), len(rows[-1].prompt.ids),
                         rows[-1].limit, STEPS[device.type], kv_memory_gib, kernel)
     draw = functools.partial(draw, temperature=temperature, top_p=top_p, vocab_size=vocab_size)
-    disable = None if progress else True  # None: shown on a terminal only
-    bar = tqdm(total=len(rows), desc=progress, disable=disable, leave=False, unit="reply")
+    bar = tqdm(total=len(rows), desc=progress, disable=None if progress else True, leave=False, unit="reply")
     with closing(Decoder(model, cache, draw, dtype, kernel)) as decoder, bar:
         decode_all(decoder, rows, max_new_tokens, frozenset(stop_ids), bar, on_token, should_stop)
     return rollouts

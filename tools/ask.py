@@ -6,6 +6,7 @@ import sys
 
 import torch
 
+from converters.schemas import bare_tools
 from data import Chat, Example
 from model import load_hf
 from reward import parse_reply
@@ -18,15 +19,22 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Ask a model: streams its reply, prints the tool calls.")
     parser.add_argument("model", help="folder in the Hugging Face layout, or a hub name")
     parser.add_argument("query", help="what the user says")
-    parser.add_argument("--tools", required=True, help="JSON file: a list of tool schemas")
-    parser.add_argument("--system_prompt", help="text file with {tools}; default: the project's own wording")
+    parser.add_argument("--tools", required=True, help="JSON file: tool schemas, in any form of the APIs")
+    parser.add_argument("--system_prompt", help="text file with {tools}; default: the model's own, from its "
+                        "folder, or else the project's")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--top_p", type=float, default=1.0)
     parser.add_argument("--max_new_tokens", type=int, default=1024)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kernel", default="auto", help="auto, reference (plain PyTorch) or fast")
     args = parser.parse_args(argv)
+    # A reply may hold characters that the terminal's encoding lacks: they print as "?".
+    sys.stdout.reconfigure(errors="replace")
     try:
+        if not -2**63 <= args.seed < 2**63:
+            raise ValueError(f"--seed is {args.seed}; it must be a signed 64-bit number")
+        if args.query.encode(errors="replace").decode() != args.query:
+            raise ValueError("the query holds bytes that are no text in the encoding of this terminal")
         tools = read_tools(args.tools)
         chat = Chat(args.model, args.system_prompt)
         device, bf16 = choose_device()
@@ -40,7 +48,7 @@ def main(argv=None):
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     print("" if rollout.finished else f"\n(cut off after {args.max_new_tokens} tokens)")
-    calls, error = parse_reply(chat.decode(rollout.ids))
+    calls, error = parse_reply(chat.decode_reply(rollout.ids))
     if calls is None:
         print(f"no calls: {error}")
     for call in calls or []:
@@ -64,8 +72,9 @@ def printer(chat):
 
 
 def read_tools(path):
-    """The list of tool schemas in a JSON file. ValueError if it holds anything else."""
-    tools = parse_json(read_text(path), path)
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) and "name" in tool for tool in tools):
-        raise ValueError(f'{path}: expected a JSON list of tool schemas, each an object with a "name"')
-    return tools
+    """The bare tool schemas in a JSON file, which may have any form of `bare_tools`. ValueError otherwise."""
+    value = parse_json(read_text(path), path)
+    try:
+        return bare_tools(value)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; expected a JSON list of tool schemas") from None
