@@ -59,12 +59,10 @@ def wilson(right, n, z=1.96):
     return max(0.0, (middle - half_width) / scale), min(1.0, (middle + half_width) / scale)
 
 
-def generate_texts(model, chat, prompts, n=1, temperature=0.0, **settings):
-    """n (reply text, whether it is finished) a prompt, prompt-major; greedy by default. The seeds are fixed.
-    settings: those of `generate`."""
-    rollouts = generate(model, prompts, n, temperature=temperature, stop_ids=chat.stop_ids,
-                        vocab_size=chat.vocab_size, seeds_P=prompt_seeds(0, 0, 0, len(prompts)), **settings)
-    return [(chat.decode(rollout.ids), rollout.finished) for rollout in rollouts]
+def generate_replies(model, chat, prompts, n=1, temperature=0.0, **settings):
+    """n rollouts a prompt, prompt-major; greedy by default. The seeds are fixed. settings: of `generate`."""
+    return generate(model, prompts, n, temperature=temperature, stop_ids=chat.stop_ids,
+                    vocab_size=chat.vocab_size, seeds_P=prompt_seeds(0, 0, 0, len(prompts)), **settings)
 
 
 def evaluate(model, chat, examples, *, max_new_tokens, batch_size=256, scheme="binary", progress=None,
@@ -77,15 +75,16 @@ def evaluate(model, chat, examples, *, max_new_tokens, batch_size=256, scheme="b
     example, with the query, the reply and the verdict. A reply is right if its reward is 1.
     """
     prompts = [chat.encode_prompt(example) for example in examples]
-    texts = generate_texts(model, chat, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size,
-                           progress=progress, kernel=kernel, **settings)
+    rollouts = generate_replies(model, chat, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size,
+                                progress=progress, kernel=kernel, **settings)
     replies = []
-    for example, (text, finished) in zip(examples, texts, strict=True):
-        verdict = judge(example, text, scheme)
+    for example, rollout in zip(examples, rollouts, strict=True):
+        verdict = judge(example, chat.decode_reply(rollout.ids), scheme)
         replies.append({"id": example.id, "category": example.source,
-                        "query": example.messages[-1]["content"], "answer": example.answer, "reply": text,
+                        "query": example.messages[-1]["content"], "answer": example.answer,
+                        "reply": chat.decode(rollout.ids),
                         "right": verdict.reward == 1, "format_ok": verdict.format_ok,
-                        "names_ok": verdict.names_ok, "finished": finished, "error": verdict.error})
+                        "names_ok": verdict.names_ok, "finished": rollout.finished, "error": verdict.error})
     return summarize(replies), replies
 
 
@@ -96,8 +95,9 @@ def evaluate_samples(model, chat, examples, n, temperature, *, scheme="binary", 
     equal lists get the same replies, up to rounding.
     """
     prompts = [chat.encode_prompt(example) for example in examples]
-    texts = generate_texts(model, chat, prompts, n, temperature, **settings)
-    right = [judge(examples[i // n], text, scheme).reward == 1 for i, (text, _) in enumerate(texts)]
+    rollouts = generate_replies(model, chat, prompts, n, temperature, **settings)
+    right = [judge(examples[i // n], chat.decode_reply(rollout.ids), scheme).reward == 1
+             for i, rollout in enumerate(rollouts)]
     return [sum(right[i * n:(i + 1) * n]) for i in range(len(examples))]
 
 
@@ -200,11 +200,12 @@ def answer_entries(model, chat, entries, prompts, replies, file, settings, *, ma
     with open(file, "a", encoding="utf-8") as out:
         for start in range(0, len(waiting), batch_size):
             batch = waiting[start:start + batch_size]
-            texts = generate_texts(model, chat, [prompts[entry.id] for entry in batch], progress="replies",
-                                   max_new_tokens=max_new_tokens, batch_size=batch_size, kernel=kernel)
-            for entry, (text, _) in zip(batch, texts, strict=True):
-                replies[entry.id] = text
-                out.write(reply_line(entry, prompts[entry.id], text))
+            rollouts = generate_replies(model, chat, [prompts[entry.id] for entry in batch], kernel=kernel,
+                                        max_new_tokens=max_new_tokens, batch_size=batch_size,
+                                        progress="replies")
+            for entry, rollout in zip(batch, rollouts, strict=True):
+                replies[entry.id] = chat.decode(rollout.ids)
+                out.write(reply_line(entry, prompts[entry.id], replies[entry.id]))
             out.flush()
             print(f"{min(start + batch_size, len(waiting))} of {len(waiting)} replies", flush=True)
     return replies
@@ -267,8 +268,8 @@ def results_folder(args):
 def make_folder(folder):
     """Make a folder of results and try it, so that no error of it comes after hours of replies."""
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder):
-        return folder
+    tempfile.TemporaryFile(dir=folder).close()
+    return folder
 
 
 def find_model(args):

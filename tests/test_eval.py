@@ -102,6 +102,22 @@ def test_accuracy_is_the_share_of_right_replies(monkeypatch, kernel):
                                 "names_ok", "finished", "error"]
 
 
+def test_every_stop_token_ends_a_right_reply(monkeypatch):
+    """A reply that ends with a stop token of the config is judged like one that ends with <|im_end|>."""
+    chat, examples = Chat("assets/tiny"), synthetic(4, 3, "heldout")
+    ends = sorted(chat.stop_ids) * 4
+    assert len(chat.stop_ids) > 1
+
+    def write_answers(model, prompts, n, **settings):
+        return [Rollout([], [*chat.encode(format_reply(example.answer)), ends[i]], [], True)
+                for i, example in enumerate(examples) for _ in range(n)]
+
+    monkeypatch.setattr(evaluation, "generate", write_answers)
+    rows, _ = evaluation.evaluate(None, chat, examples, max_new_tokens=4)
+    assert rows[-1]["right"] == 4
+    assert evaluation.evaluate_samples(None, chat, examples, 3, 0.5, max_new_tokens=4) == [3] * 4
+
+
 def test_a_reward_that_raises_makes_a_reply_wrong_and_not_the_evaluation(monkeypatch):
     def write_nothing(model, prompts, n, **settings):
         return [Rollout(prompt, [], [], True) for prompt in prompts]
@@ -470,7 +486,7 @@ def negate_weights(model):
      "2 of 4 replies, live_parallel_0 the first, are to other prompts"),
     (lambda model, prompt, data, _: edit(data / f"BFCL_v3_{[*SMALL][1]}.json", '"times"', '"often"'),
      "2 of 4 replies, live_parallel_multiple_0 the first, are to other prompts"),
-    (lambda model, prompt, data, patch: patch.setattr(bfcl, "hinted", lambda tool, language: tool),
+    (lambda model, prompt, data, patch: patch.setattr(bfcl, "hinted", lambda tool, _: tool),
      "4 of 4 replies")])
 def test_replies_of_other_bytes_are_refused_and_kept(answered, small, capsys, monkeypatch, change, named):
     """Every name stays the same: paths, ids, sizes. The last case is another wording in this code."""
