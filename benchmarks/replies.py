@@ -43,7 +43,7 @@ def read_replies(file, entries, settings, prompts, skipped=()):
                          f"prompt, so what made {file.name} is unknown; {REMEDY}")
     changed = [key for key in DIGESTS if earlier[key] != settings[key]]
     if changed:
-        raise ValueError(f"{file} was made with another {', another '.join(changed)}; {REMEDY}")
+        raise ValueError(f"{file} was made with other bytes of {', '.join(changed)}; {REMEDY}")
     for key in COMPARED:
         if earlier.get(key) != settings[key]:
             raise ValueError(f"{file} was made with {key} {earlier.get(key)!r}, not {settings[key]!r}; "

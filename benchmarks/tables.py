@@ -15,6 +15,7 @@ from runtime.files import write_text
 
 BENCHES = {"bfcl": bfcl, "api_bank": api_bank, "acebench": acebench}
 NEARLY_ALL = 0.9  # a share of lines that fail in one way: no model is that regular
+NO_CALL = 'no call could be read ("calls" is null)'
 FEW = 10  # lines; fewer may have one reason in common by chance
 
 
@@ -91,7 +92,7 @@ def write_scores(file, value):
 def form_fault(calls):
     """What is wrong with the form of the "calls" of one line, any JSON value; None if nothing is."""
     if calls is None:
-        return '"calls" is null, so no call could be read'
+        return NO_CALL
     if type(calls) is not list:
         kind = {str: "a text", dict: "one object"}.get(type(calls), "a single value")
         return f'"calls" is {kind}, not a list of objects'
@@ -122,8 +123,8 @@ def common_fault(calls, verdicts):
               if value != [] and not (value is None and verdicts[id][0])]
     fault, n = Counter(filter(None, faults)).most_common(1)[0] if any(faults) else (None, 0)
     if fault and n >= NEARLY_ALL * len(faults):
-        return (f'warning: in {n} of {len(calls)} lines {fault}; the right form is "calls": '
-                '[{"name": NAME, "arguments": {PARAMETER: VALUE, …}}, …]')
+        form = 'the right form is "calls": [{"name": NAME, "arguments": {PARAMETER: VALUE, …}}, …]'
+        return f"warning: in {n} of {len(calls)} lines {fault}" + ("" if fault == NO_CALL else f"; {form}")
     return common_reason(verdicts)
 
 

@@ -454,7 +454,7 @@ def right_lines(change=lambda call: call):
 
 @pytest.fixture
 def answered(small, toy, tmp_path):
-    """(words of a command, its folder of results, its model, its prompt), run once: four replies are there."""
+    """(words of a command that ran once, its folder of results with four replies, model, prompt)."""
     model, prompt = shutil.copytree(toy, tmp_path / "model"), tmp_path / "prompt.txt"
     prompt.write_text("Use {tools} well.")
     words = [model, "--bench=bfcl", "--data", small, "--categories", ",".join(SMALL), "--examples=2",
@@ -475,13 +475,13 @@ def negate_weights(model):
 
 
 @pytest.mark.parametrize("change, named", [
-    (lambda model, *_: negate_weights(model), "another weights;"),
+    (lambda model, *_: negate_weights(model), "other bytes of weights;"),
     (lambda model, *_: edit(model / "config.json", '"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'),
-     "another config;"),
-    (lambda model, *_: edit(model / "generation_config.json", "[", "[7, "), "another tokenizer;"),
-    (lambda model, prompt, *_: edit(prompt, "well", "badly"), "another system_prompt_text;"),
+     "other bytes of config;"),
+    (lambda model, *_: edit(model / "generation_config.json", "[", "[7, "), "other bytes of tokenizer;"),
+    (lambda model, prompt, *_: edit(prompt, "well", "badly"), "other bytes of system_prompt_text;"),
     (lambda model, prompt, *_: [edit(prompt, "{tools} well", "well {tools}"), negate_weights(model)],
-     "another weights, another system_prompt_text;"),
+     "other bytes of weights, system_prompt_text;"),
     (lambda model, prompt, data, _: edit(data / "BFCL_v3_live_parallel.json", "Beep as", "Hoot as"),
      "2 of 4 replies, live_parallel_0 the first, are to other prompts"),
     (lambda model, prompt, data, _: edit(data / f"BFCL_v3_{[*SMALL][1]}.json", '"times"', '"often"'),
