@@ -20,6 +20,22 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+def calls_of(function) -> int:
+    """How many Python and C functions `function()` calls: work that does not depend on the machine's pace."""
+    calls = 0
+
+    def count(frame, event, argument):
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    sys.setprofile(count)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return calls
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder that REAL_DATA names: public data sets, tokenizer, golden files. Skips if it is not set."""

@@ -45,6 +45,7 @@ from peers import hf_generate, liger_loss, trl_step  # noqa: E402
 from data import write_jsonl  # noqa: E402
 from grpo import group_advantages, pack, token_logprobs, token_logprobs_reference  # noqa: E402
 from model import ModelConfig, Qwen2, packed_attention, shared_prefix_attention  # noqa: E402
+from runtime.files import write_json  # noqa: E402
 from sample import fold, generate, prompt_seeds, sample_tokens  # noqa: E402
 from tools.synthetic import synthetic  # noqa: E402
 from train import grpo_updates, logprobs_of_pack, make_optimizer  # noqa: E402
@@ -485,7 +486,7 @@ def main(argv=None):
         for setting in SETTINGS[name][DEVICE]:
             setting_rows = BENCHMARKS[name](args.rounds, *setting)
             result["rows"] += [{"benchmark": name, **row} for row in setting_rows]
-            (args.out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            write_json(args.out / f"{name}.json", result)
             gc.collect()  # a trainer and its model refer to each other
     files = [file for name in names if (file := args.out / f"{name}.json").exists()]
     results = [json.loads(file.read_text(encoding="utf-8")) for file in files]

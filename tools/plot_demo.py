@@ -7,11 +7,15 @@ steps, the mean of the seeds as a thick line and each seed as a thin one, and th
     python tools/plot_demo.py
 """
 
-import json
+import sys
 from pathlib import Path
 from statistics import mean
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from runtime.files import read_json, write_text  # noqa: E402
+
 RESULTS, FIGURE = ROOT / "tools" / "results" / "demo.json", ROOT / "assets" / "demo.svg"
 
 WIDTH, HEIGHT = 720, 372  # pixels
@@ -125,8 +129,8 @@ def draw(rows, curves):
 
 
 def main():
-    results = json.loads(RESULTS.read_text(encoding="utf-8"))
-    FIGURE.write_text(draw(results["rows"], results["curves"]), encoding="utf-8")
+    results = read_json(RESULTS)
+    write_text(FIGURE, draw(results["rows"], results["curves"]))
 
 
 if __name__ == "__main__":
