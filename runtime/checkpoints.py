@@ -41,7 +41,8 @@ def incompatible_keys(earlier, now):
         may_change += ("train.steps", "train.epochs")
     if now["train.schedule"] == "cosine_time":
         may_change = tuple(key for key in may_change if key != "train.max_minutes")
-    earlier = {**earlier, "model.precision": precision_in_words(earlier["model.precision"])}
+    earlier, now = ({**settings, "model.precision": precision_in_words(settings["model.precision"])}
+                    for settings in (earlier, now))
     return [key for key in now if now[key] != earlier[key] and not key.startswith(may_change)]
 
 

@@ -80,13 +80,13 @@ def weight_files(folder):
                                  "refused")
     elif not (folder / files[0]).exists():
         refuse_adapter(folder)
-        shards, pickles = sorted(folder.glob("*.safetensors")), sorted(folder.glob("*.bin"))
+        shards, older = sorted(folder.glob("*.safetensors")), sorted(folder.glob("*.bin"))
         if shards:
             raise ValueError(f"{folder}: holds {shards[0].name}, but neither {files[0]} nor {INDEX}, which "
                              "says what is where; copy it from where the weights came from, or rename a "
                              f"single file to {files[0]}")
-        if pickles:
-            raise ValueError(f"{pickles[0]}: a pickle, which is never loaded, because it can run any code; "
+        if older:
+            raise ValueError(f"{older[0]}: weights of torch.save are not loaded, because they can hold code; "
                              "save the model as safetensors (in transformers: from_pretrained, then "
                              "save_pretrained)")
     return sorted(set(files))

@@ -63,7 +63,8 @@ def test_value_of_another_type_is_refused(word):
     ("--train.updates_per_step=3", "divide"), ("--train.micro_batch_tokens=100", "12288"),
     ("--stage=ppo", "grpo, sft"), ("--grpo.reward=exact", "binary"), ("--data.heldout_fraction=1", "share"),
     ("--train.warmup=1.5", "share"), ("--grpo.kl_coef=-0.1", "0 or above"),
-    ("--train.schedule=linear", "cosine"),
+    ("--train.schedule=linear", "cosine"), ("--train.schedule=cosine_time", "set the minutes"),
+    ("--train.threads=0", "above 0"), ("--eval.every=0", "above 0"),
     ("--data.heldout_fraction=0", "nothing to evaluate"), ("--checkpoint.keep=0", "above 0"),
     ("--model.kernel=cuda", "choose one of auto, reference, fast"), ("--out=", "not set")])
 def test_impossible_value_is_refused_with_what_is_possible(word, remedy):

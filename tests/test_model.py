@@ -178,6 +178,30 @@ def test_a_tied_folder_may_repeat_its_embedding_as_the_head(folder):
     assert model.head_weight() is model.embed_tokens.weight
 
 
+def test_rotary_frequencies_that_older_tools_saved_are_ignored(folder):
+    before = load_hf(folder).state_dict()
+    for name in ("model.layers.0.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq"):
+        edit_weights(folder, name, torch.ones(4))
+    after = load_hf(folder).state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("names, words", [
+    (["adapter_model.safetensors", "adapter_config.json"], "a LoRA adapter without its model; merge"),
+    (["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"], "copy it from where"),
+    (["consolidated.safetensors"], "rename a single file to model.safetensors"),
+    (["pytorch_model-00001-of-00003.bin", "training_args.bin"], "save the model as safetensors"),
+    ([], "no readable tensors")])
+def test_weights_in_another_form_are_one_line_with_advice(folder, names, words):
+    (folder / "model.safetensors").unlink()
+    for name in names:
+        (folder / name).write_bytes(b"")
+    with pytest.raises(ValueError) as caught:
+        load_hf(folder)
+    assert words in str(caught.value) and str(folder) in str(caught.value) and "\n" not in str(caught.value)
+    assert not names or sorted(names)[0] in str(caught.value)
+
+
 def test_loading_casts_to_the_dtype_asked_for_and_leaves_trainable_parameters(folder):
     model = load_hf(folder, dtype=torch.float64)
     assert all(parameter.dtype == torch.float64 and parameter.requires_grad and not parameter.is_meta

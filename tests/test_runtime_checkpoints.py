@@ -213,6 +213,91 @@ def test_with_a_constant_learning_rate_more_steps_are_exact_and_fewer_are_refuse
     assert status == 2 and "raise train.steps" in error
 
 
+def test_minutes_that_the_learning_rate_follows_may_not_change():
+    now = train.flat(train.Config())
+    for schedule, refused in (("cosine", []), ("cosine_time", ["train.max_minutes"])):
+        now |= {"train.schedule": schedule, "train.max_minutes": 30.0}
+        assert checkpoints.incompatible_keys({**now, "train.max_minutes": 20.0}, now) == refused
+
+
+def overwrite(file, content):
+    """Change a file but neither its size nor its times, as a copy that keeps times could."""
+    before = file.stat()
+    assert len(content) == before.st_size
+    file.write_bytes(content)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_a_base_model_whose_bytes_have_changed_is_refused_by_what_of_it_changed(files, tmp_path, capsys):
+    base, out = shutil.copytree(files / "base", tmp_path / "base"), tmp_path / "run"
+    words = [f"--model.path={base}", "--train.steps=2"]
+    train.main(arguments(files, out, *words))
+    shutil.rmtree(out / "checkpoints/step_000002", ignore_errors=False)
+    train.main(arguments(files, out, *words))  # from step 0, which compares nothing
+    before = (out / "metrics.jsonl").read_bytes()
+    for name, old, new, part in (
+            ("model.safetensors", None, None, "weights"),
+            ("tokenizer.json", b'"<|im_start|>"', b'"<|im_begin|>"', "tokenizer"),
+            ("config.json", b'"rms_norm_eps": 1e-06', b'"rms_norm_eps": 2e-06', "config")):
+        content = (base / name).read_bytes()
+        changed = content.replace(old, new) if old else content[:-1] + bytes([content[-1] ^ 1])
+        assert changed != content
+        overwrite(base / name, changed)
+        error, status = refusal(arguments(files, out, *words), capsys)
+        assert status == 2 and "step_000002: the contents of " in error
+        assert f"model.path ({part}) have changed since; going on would be another run." in error
+        assert "Restore them, or start anew with another --out" in error
+        overwrite(base / name, content)
+    assert (out / "metrics.jsonl").read_bytes() == before
+    train.main(arguments(files, out, *words))
+    printed = capsys.readouterr().out
+    assert "going on from" in printed and "earlier version" not in printed
+
+
+def test_nodes_that_have_different_weights_under_the_same_name_are_refused(files, tmp_path):
+    for rank in (0, 1):
+        (tmp_path / f"node{rank}").mkdir()
+        (tmp_path / f"node{rank}/configs").symlink_to(Path("configs").resolve())
+        base = shutil.copytree(files / "base", tmp_path / f"node{rank}/base")
+    content = (base / "model.safetensors").read_bytes()
+    overwrite(base / "model.safetensors", content[:-2] + bytes([content[-2] ^ 1]) + content[-1:])
+
+    def action(rank):
+        os.environ["LOCAL_RANK"] = "0"
+        os.chdir(tmp_path / f"node{rank}")
+        train.main(arguments(files, tmp_path / "run", "--model.path=base"))
+
+    statuses, texts = in_ranks(2, action, tmp_path / "log")
+    assert statuses == [2, 2], texts
+    assert "the ranks were not given the same settings and data; give each node the same files" in texts[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_auto_precision_of_a_resumed_run_is_the_one_that_it_began_with(files, tmp_path, monkeypatch, capsys):
+    def on_machine(has_amx, *more):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": has_amx}, raising=False)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx, raising=False)
+        words = arguments(files, tmp_path / f"{began}", "--checkpoint.every=1", "--eval.every=null",
+                          "--train.schedule=constant", *more)
+        return words if "--model.precision=bf16" in more else train.main(words)
+
+    for began, name in ((False, "fp32"), (True, "bf16")):
+        for has_amx, steps in ((began, 1), (not began, 2)):
+            on_machine(has_amx, "--model.precision=auto", f"--train.steps={steps}")
+            printed = capsys.readouterr().out
+            assert f"on cpu in {name}," in printed and f"step {steps}/{steps}" in printed
+        config = dict(train.read_yaml(tmp_path / f"{began}/config.yaml"))
+        assert config["model.precision"] == name
+    began = False
+    error, status = refusal(on_machine(True, "--model.precision=bf16", "--train.steps=2"), capsys)
+    assert status == 2 and "another model.precision" in error
+    # What an earlier version left.
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old/config.yaml").write_text("model: {precision: auto}\n")
+    for asked, precision in (("auto", "fp32"), ("bf16", "bf16")):
+        assert checkpoints.precision_of_run(tmp_path / "old", asked, train.read_yaml) == precision
+
+
 @pytest.mark.parametrize("key", ["data.train", "data.heldout", "data.system_prompt"])
 def test_changed_examples_and_a_changed_prompt_are_refused_by_their_keys(
         files, undisturbed, tmp_path, capsys, key):
@@ -617,7 +702,15 @@ def test_a_run_folder_of_an_earlier_version_resumes_to_the_same_end(
     replies = {file.name: file.read_bytes() for file in (old / "run/rollouts").iterdir()}
     monkeypatch.chdir(old)
     train.main(["run/config.yaml"])
-    assert "going on from run/checkpoints/step_000002\n" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "going on from run/checkpoints/step_000002\n" in printed and " on cpu in fp32, " in printed
+    line, = [line for line in printed.splitlines() if "earlier version" in line]
+    assert line.startswith("run/checkpoints/step_000002 is of an earlier version, without digests of "
+                           "model.path (weights), model.path (config), model.path (tokenizer): ")
+    digests = json.loads((old / "run/checkpoints/step_000004/training.json").read_text())["fingerprint"]
+    assert len(digests["model.path (weights)"]) == 64
+    train.main(["run/config.yaml"])
+    assert "earlier version" not in capsys.readouterr().out
     for ours, theirs in zip(rows(old / "run"), expected, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
     for name, text in replies.items():

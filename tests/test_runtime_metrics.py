@@ -21,6 +21,7 @@ from runtime.metrics import (
     rollout_lines,
     rollout_metrics,
     sampler_stats,
+    seconds_left,
 )
 from sample import Rollout
 
@@ -41,6 +42,18 @@ def test_the_reason_why_a_step_teaches_nothing_is_named_with_advice(changed, wor
 def test_a_healthy_step_and_a_step_of_supervised_learning_get_no_diagnosis():
     assert diagnose(HEALTHY) is None
     assert diagnose({"loss": 1.0}) is None
+
+
+def test_a_wandb_run_is_resumed_by_the_id_in_its_folder_and_a_start_from_step_0_is_another_run(
+        tmp_path, monkeypatch):
+    begun = []
+    run = types.SimpleNamespace(log=lambda metrics, step: None)
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(
+        init=lambda **settings: begun.append((settings["id"], settings["resume"])) or run))
+    for step in (0, 40, 0, 10, 20):
+        metrics.open_tracker("wandb", tmp_path, {}, step)
+    ids = [name for name, _ in begun]
+    assert ids[0] == ids[1] != ids[2] == ids[3] == ids[4] and {how for _, how in begun} == {"allow"}
 
 
 def test_a_tracker_gets_every_metric_and_a_missing_package_is_one_line(tmp_path, monkeypatch):
@@ -106,5 +119,14 @@ def test_the_console_line_leads_with_the_reward_or_with_the_loss_of_supervised_l
     assert console_line(7, 100, step, 61) == (
         "step   7/100  reward 0.250  all-0  50%  all-1   0%  length   2.0  kl off  1.5k tok/s  1:01 left")
     assert "  kl 0.0100  " in console_line(7, 100, {**step, "kl": 0.01}, 61)
+    for rate, shown in ((37.2, "37"), (3.25, "3.2"), (0.0412, "0.041"), (712.0, "712"), (12_345.0, "12.3k")):
+        assert f"  {shown} tok/s  " in console_line(7, 100, {**step, "tokens_per_s": rate}, 61)
     del step["reward/mean"]
     assert console_line(7, 8, step, 5) == "step 7/8  loss 0.5000  length   2.0  1.5k tok/s  0:05 left"
+
+
+def test_the_time_left_is_that_of_the_steps_or_of_the_minutes_whichever_end_first():
+    assert seconds_left([2.0, 4.0], 50, math.inf) == 150
+    assert seconds_left([2.0, 4.0], 50, 20.9) == 20
+    assert seconds_left([2.0, 4.0], 3, 20.9) == 9
+    assert seconds_left([2.0, 4.0], 50, -0.5) == 0, "the last step took longer than was left"

@@ -6,6 +6,8 @@ import math
 import os
 import signal
 import subprocess
+import sys
+import types
 
 import pytest
 from short_run import (
@@ -86,6 +88,48 @@ def test_a_process_killed_in_a_rename_of_the_logs_leaves_them_readable(files, un
     before = (out / "metrics.jsonl").read_bytes()
     killed(files, out, by=(at_call, os, "replace", 1, die), log=tmp_path / "log")
     assert (out / "metrics.jsonl").read_bytes() == before
+
+
+# ---- trackers
+
+
+class Writer:
+    """A stand-in for SummaryWriter: JSON lines in a file, of which a killed process loses what it has not
+    flushed."""
+
+    def __init__(self, folder, purge_step=None):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.file, self.waiting = folder / "events.jsonl", [["start", purge_step, 0]]
+
+    def add_scalar(self, key, value, step):
+        self.waiting.append([key, step, value])
+
+    def flush(self):
+        with open(self.file, "a") as file:
+            file.write("".join(json.dumps(event) + "\n" for event in self.waiting))
+        self.waiting = []
+
+
+def shown(folder):
+    """What TensorBoard shows: a start hides the earlier events from its purge_step on."""
+    events = []
+    for key, step, value in map(json.loads, (folder / "tensorboard/events.jsonl").read_text().splitlines()):
+        if key == "start" and step is not None:
+            events = [event for event in events if event[1] < step]
+        elif key != "start":
+            events.append((key, step, value))
+    return sorted(events)
+
+
+@pytest.mark.parametrize("call", [2, 6, 8])
+def test_tensorboard_has_each_step_once_after_a_kill(files, tmp_path, monkeypatch, call):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=Writer))
+    out, more = tmp_path / "run", ["--log.tracker=tensorboard", "--train.steps=8"]
+    killed(files, out, *more, by=(inside_generate, "generate", call, die), log=tmp_path / "log")
+    train.main(arguments(files, out, *more))
+    logged = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    assert shown(out) == sorted((key, row["step"], x) for row in logged for key, x in row.items()
+                                if key != "step")
 
 
 # ---- counters

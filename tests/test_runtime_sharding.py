@@ -215,9 +215,21 @@ def test_the_gradient_is_the_sum_over_ranks_and_not_the_mean(tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU does")
-def test_without_a_gpu_and_other_ranks_a_model_is_plain_and_in_fp32_unless_bf16_is_asked_for():
-    assert sharding.choose_device() == ("cpu", False) == sharding.choose_device("fp32")
+@pytest.mark.parametrize("has_amx", [True, False])
+def test_a_cpu_computes_in_bf16_where_torch_finds_amx_or_bf16_is_asked_for(monkeypatch, has_amx):
+    others = {"avx512_bf16": True, "amx_tile": True, "amx_int8": True}
+    for name, value in (("get_capabilities", {**others, "amx_bf16": has_amx}),
+                        ("_is_amx_tile_supported", has_amx)):
+        monkeypatch.setattr(torch.cpu, name, lambda value=value: value, raising=False)
+    assert sharding.choose_device() == sharding.choose_device("auto") == ("cpu", has_amx)
     assert sharding.choose_device("bf16") == ("cpu", True)
+    assert sharding.choose_device("fp32") == ("cpu", False)
+    monkeypatch.delattr(torch.cpu, "get_capabilities")  # an earlier torch
+    assert sharding.choose_device() == ("cpu", has_amx)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU does")
+def test_without_a_gpu_and_other_ranks_a_model_is_plain():
     assert sharding.sharder("cpu", True, True, False) == ("cpu", torch.float32, None)
     model = toy(tied=True)
     with sharding.unsharded(model) as plain:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from runtime import tensors
-from runtime.tensors import INDEX, open_weights, write_tensors, write_weights
+from runtime.tensors import INDEX, identity, open_weights, write_tensors, write_weights
 
 TENSORS = {f"w{i}": torch.arange(6.0).view(2, 3) + i for i in range(5)}  # 24 bytes each
 OTHERS = {name: tensor + 100 for name, tensor in TENSORS.items()}
@@ -174,3 +174,37 @@ def test_only_the_rows_asked_for_are_read(tmp_path):
     part = open_weights(tmp_path)["w3"]
     assert part.get_shape() == [2, 3]
     assert torch.equal(part[1:2], TENSORS["w3"][1:2]) and torch.equal(part[...], TENSORS["w3"])
+
+
+# Identity.
+
+
+def test_identity_is_of_the_bytes_that_are_read_whatever_their_times_and_names_of_shards(tmp_path):
+    write_weights(tmp_path / "a", TENSORS, CONFIG, 50)
+    first = identity(tmp_path / "a")
+    assert first.keys() == {"weights", "config", "tokenizer"} and {len(x) for x in first.values()} == {64}
+    assert identity(tmp_path / "a", weights=False) == {key: first[key] for key in ("config", "tokenizer")}
+    os.utime(tmp_path / "a/config.json", (0, 0))
+    (tmp_path / "a/model-00001-of-00009.safetensors").write_bytes(b"named by no index")
+    (tmp_path / "a/README.md").write_text("words")
+    assert identity(tmp_path / "a") == first
+    changes = {"model-00003-of-00003.safetensors": "weights", "config.json": "config",
+               "tokenizer_config.json": "tokenizer", "generation_config.json": "tokenizer"}
+    for name, part in changes.items():
+        file = tmp_path / "a" / name
+        content = file.read_bytes() if file.exists() else b""
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]) if content else b"{}")
+        found = identity(tmp_path / "a")
+        assert [key for key in first if found[key] != first[key]] == [part], name
+        file.write_bytes(content) if content else file.unlink()
+    assert identity(tmp_path / "a") == first
+
+
+def test_a_file_that_cannot_be_digested_is_named(tmp_path):
+    write_weights(tmp_path, TENSORS, CONFIG, 120)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"config\.json: cannot be read \(No such file or directory\)"):
+        identity(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"model\.safetensors: no readable tensors"):
+        identity(tmp_path)

@@ -291,7 +291,7 @@ def test_a_run_fits_after_the_changes_that_the_plan_names(arguments, capsys, tmp
     words = [*arguments, f"--model.path={tmp_path / '7b'}", "--gpu_memory", str(gib),
              "--train.micro_batch_tokens=30720", "--data.max_prompt_tokens=4096", "--grpo.kl_coef=0.001",
              "--train.prompts_per_step=60", "--rollout.max_new_tokens=8192",
-             "--grpo.reference_on_cpu=false"]
+             "--grpo.reference_on_cpu=false", "--model.precision=auto"]
     out = printed_plan([*words, "--gpus", str(gpus)], capsys)
     assert "does not fit" in out and "no setting here" not in out
     changes = re.findall(r"^  (?:take|and) (\S+|\d+ GPUs): ([\d.]+) GiB$", out, re.M)

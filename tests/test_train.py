@@ -11,6 +11,7 @@ import math
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -297,6 +298,13 @@ def test_cosine_schedule_falls_from_the_peak_towards_a_tenth():
     assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
 
 
+def test_cosine_by_time_follows_the_steps_or_the_minutes_whichever_end_first():
+    by_steps = [train.learning_rate(step, 100, 2.0, "cosine", 0.1) for step in range(101)]
+    for step, time_share, same_as in ((10, 0, 10), (40, 0.2, 40), (20, 0.75, 75), (1, 0.05, 5), (9, 1, 100)):
+        assert train.learning_rate(step, 100, 2.0, "cosine_time", 0.1, time_share) == by_steps[same_as]
+    assert by_steps[100] == pytest.approx(0.2)
+
+
 # Runs.
 
 SCORE = reward.score
@@ -435,6 +443,56 @@ def test_random_weights_need_a_config_and_a_tokenizer_only(files, tmp_path):
         0).state_dict().items())
 
 
+def test_a_run_that_its_minutes_end_anneals_by_time(files, tmp_path, monkeypatch):
+    def log_step(self, step, *more):
+        inside(self, step, *more)
+        self.trained_s = 15.0 * step  # a clock
+
+    inside = train.RunFolder.log_step
+    monkeypatch.setattr(train.RunFolder, "log_step", log_step)
+    train.main(arguments(files, tmp_path / "run", "--train.schedule=cosine_time", "--train.max_minutes=1",
+                         "--train.steps=40", "--stage=sft"))
+    rates = [line["lr"] for line in metrics_of(tmp_path / "run") if "lr" in line]
+    assert rates == [train.learning_rate(step, 40, 0.01, "cosine", 0) for step in (0, 10, 20, 30)]
+
+
+@pytest.mark.parametrize("every, ends, steps", [
+    ("null", "false", []), ("null", "true", [0, 4]), ("3", "false", [3]), ("2", "false", [2]),
+    ("2", "true", [0, 2, 4])])
+def test_evaluations_in_between_and_at_the_ends_are_chosen_apart(files, tmp_path, capsys, every, ends, steps):
+    train.main(arguments(files, tmp_path / "run", f"--eval.every={every}", f"--eval.ends={ends}",
+                         "--stage=sft"))
+    printed = capsys.readouterr().out
+    assert [line["step"] for line in metrics_of(tmp_path / "run") if "eval/all" in line] == steps
+    assert ("held-out accuracy in percent" in printed) == bool(steps)
+    assert f"run folder: {tmp_path / 'run'}" in printed
+
+
+def test_the_number_of_threads_is_set_where_it_is_given(files, tmp_path, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    for number in ("3", "null"):
+        train.main(arguments(files, tmp_path / "run", f"--train.threads={number}", "--stage=sft"))
+    assert chosen == [3, torch.get_num_threads()]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_a_character_that_stdout_cannot_show_is_printed_as_an_escape(files, tmp_path, monkeypatch, encoding):
+    examples = synthetic(6, 0, "heldout")
+    for example in examples:
+        example.messages[-1]["content"] += " \u2713 \U0001f600"
+    write_jsonl(tmp_path / "odd.jsonl", examples)
+    outs = [io.TextIOWrapper(io.BytesIO(), encoding=encoding, write_through=True) for _ in range(2)]
+    monkeypatch.setattr(sys, "stdout", outs[0])
+    monkeypatch.setattr(sys, "stderr", outs[1])
+    train.main(arguments(files, tmp_path / "run", f"--data.heldout={tmp_path / 'odd.jsonl'}", "--stage=sft"))
+    with pytest.raises(SystemExit):
+        train.main(arguments(files, tmp_path / "run", "--data.train=\u2713.jsonl"))
+    printed, errors = (out.buffer.getvalue().decode(encoding) for out in outs)
+    assert r" \u2713 \U0001f600" in printed and r"\u2713.jsonl" in errors
+    assert (tmp_path / "run/checkpoints/step_000004").exists()
+
+
 def test_help_prints_every_key_with_its_default(capsys):
     train.main(["--help"])
     printed = yaml.safe_load(capsys.readouterr().out.split("The defaults:")[1])
@@ -531,6 +589,15 @@ def test_an_index_that_leads_out_of_its_folder_is_refused(files, tmp_path, capsy
         json.dumps({"weight_map": {"model.norm.weight": "../base/model.safetensors"}}))
     error, status = refusal(arguments(files, tmp_path / "run", f"--model.path={base}"), capsys)
     assert status == 2 and "'../base/model.safetensors', not a file of this folder" in error
+
+
+def test_an_adapter_is_named_as_such_though_it_has_neither_config_nor_tokenizer(files, tmp_path, capsys):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").write_text("{}")
+    words = arguments(files, tmp_path / "run", f"--model.path={tmp_path / 'adapter'}")
+    error, status = refusal(words, capsys)
+    assert status == 2 and "adapter_config.json: a LoRA adapter without its model; merge" in error
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("size", [0, 7, 100, 10_000])
