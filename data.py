@@ -299,12 +299,9 @@ class Chat:
 
     def encode_prompt(self, example):
         """Ids of the prompt: system prompt with tools, conversation, start of the reply. Never truncated."""
-        # Servers send null for a description or parameters that are missing.
-        tools = ({"type": "function", "function": {
-            key: part for key, part in tool.items()
-            if part is not None or key not in ("description", "parameters")}} for tool in example.tools)
-        listed = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
-        system, messages = self.prompt.replace("{tools}", listed), example.messages
+        wrapped = ({"type": "function", "function": tool} for tool in example.tools)
+        tools = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in wrapped)
+        system, messages = self.prompt.replace("{tools}", tools), example.messages
         if messages[0]["role"] == "system":
             system, messages = f"{system}\n\n{messages[0]['content']}", messages[1:]
         return self.encode(self.render([{"role": "system", "content": system}, *messages], True))
@@ -355,30 +352,27 @@ def split_examples(examples, fraction, seed):
     return [examples[i] for i in range(len(examples)) if i not in held], [examples[i] for i in sorted(held)]
 
 
-def filter_by_prompt_tokens(examples, chat, max_prompt_tokens, max_dropped_share):
-    """(kept examples, number dropped). Longer prompts are dropped, because a truncated one would lack tools.
-    ValueError if more than a share (0 to 1) of the examples would be dropped."""
-    usable = [len(chat.encode_prompt(example)) <= max_prompt_tokens for example in examples]
-    fault = f"are longer than {max_prompt_tokens} tokens"
-    return _keep(examples, usable, max_dropped_share, "prompts", fault, "raise one of both")
+def usable_examples(name, examples, chat, max_prompt_tokens, max_dropped_share):
+    """Those whose prompt has at most max_prompt_tokens, because a truncated one would lack tools, and whose
+    right reply scores 1 after the tokenizer, which may change text. The number of others is printed.
 
-
-def filter_by_tokenizer(examples, chat, max_dropped_share):
-    """(kept examples, number dropped). Dropped are those whose right reply, encoded and decoded, does not
-    score 1: tokenizers may change text, and a model cannot learn what it cannot write. Errors as above."""
-    usable = [score(chat.decode_reply(chat.encode_reply(example)), example.answer).reward == 1
-              for example in examples]
-    return _keep(examples, usable, max_dropped_share, "answers", "cannot score 1 after this tokenizer, which "
-                 "changes their text", "write it in its normal form (NFC) or raise data.max_dropped_share")
-
-
-def _keep(examples, usable, max_dropped_share, which, fault, remedy):
-    kept = [example for example, good in zip(examples, usable, strict=True) if good]
-    dropped = len(examples) - len(kept)
-    if dropped > max_dropped_share * len(examples):
-        raise ValueError(f"{dropped} of {len(examples)} {which} ({dropped / len(examples):.1%}) {fault}, "
-                         f"but only {max_dropped_share:.1%} may be dropped; {remedy}")
-    return kept, dropped
+    ValueError if more than a share (0 to 1) would be dropped for one of the reasons. name: of the examples.
+    """
+    for what, fault, remedy, usable in (
+            ("prompts", f"are longer than {max_prompt_tokens} tokens", "raise one of both",
+             lambda e: len(chat.encode_prompt(e)) <= max_prompt_tokens),
+            ("answers", "cannot score 1, because the tokenizer changes their text",
+             "write them in its normal form (NFC) or raise data.max_dropped_share",
+             lambda e: score(chat.decode_reply(chat.encode_reply(e)), e.answer).reward == 1)):
+        kept = [example for example in examples if usable(example)]
+        dropped = len(examples) - len(kept)
+        if dropped > max_dropped_share * len(examples):
+            raise ValueError(f"{dropped} of {len(examples)} {what} ({dropped / len(examples):.1%}) {fault}, "
+                             f"but only {max_dropped_share:.1%} may be dropped; {remedy}")
+        if dropped:
+            print(f"dropped {dropped} {name} examples: {what} that {fault}")
+        examples = kept
+    return examples
 
 
 def read_examples(path, heldout_path, heldout_fraction, seed, chat, max_prompt_tokens, max_dropped_share):
@@ -401,18 +395,12 @@ def read_examples(path, heldout_path, heldout_fraction, seed, chat, max_prompt_t
                              "or leave out data.heldout")
         if overlap:
             print(f"warning: {found}")
-    kept = []
-    for name, examples in (("training", training), ("held-out", heldout)):
-        examples, dropped = filter_by_prompt_tokens(examples, chat, max_prompt_tokens, max_dropped_share)
-        if dropped:
-            print(f"dropped {dropped} {name} examples: prompts of more than {max_prompt_tokens} tokens")
-        examples, dropped = filter_by_tokenizer(examples, chat, max_dropped_share)
-        if dropped:
-            print(f"dropped {dropped} {name} examples: the tokenizer changes their answer")
-        if not examples:
+    sides = {"training": training, "held-out": heldout}
+    for name, examples in sides.items():
+        sides[name] = usable_examples(name, examples, chat, max_prompt_tokens, max_dropped_share)
+        if not sides[name]:
             raise ValueError(f"{path if name == 'training' else heldout_path or path}: no {name} examples")
-        kept.append(examples)
-    return kept
+    return list(sides.values())
 
 
 class Batches(Iterator):

@@ -2,7 +2,9 @@
 
 import json
 import os
+import random
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -81,6 +83,13 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
         (json.dumps({**vars(example()), "answer": {"name": "f"}}), "list of calls"),
         (json.dumps({**vars(example()), "answer": [{"name": "f", "arguments": {}}]}), "not offered"),
         (json.dumps({**vars(example()), "reasoning": "</think>"}), "cannot score 1"),
+        (json.dumps({**vars(example()), "id": 12.5}), "id is of type float, not a text"),
+        (json.dumps({**vars(example()), "source": {"set": "mine"}}), "source is of type dict, not a text"),
+        (json.dumps({**vars(example()), "reasoning": False}), "reasoning is of type bool, not a text"),
+        (
+            json.dumps({**vars(example()), "messages": [{"role": "user", "content": "", "tool_calls": [1]}]}),
+            "tool_calls",
+        ),
     ],
 )
 def test_a_bad_line_is_an_error_that_names_file_and_line(tmp_path, line, words):
@@ -285,7 +294,7 @@ def test_folders_without_tokenizer_or_end_of_sequence_are_errors(folder, tmp_pat
     bare["added_tokens"] = []
     bare["model"]["vocab"]["plain"] = bare["model"]["vocab"].pop("<|im_end|>")
     (tmp_path / "tokenizer.json").write_text(json.dumps(bare))
-    with pytest.raises(ValueError, match="eos_token"):
+    with pytest.raises(ValueError, match=r"chat format of Qwen2.5 needs <\|im_start\|> and <\|im_end\|>"):
         Chat(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match="tokenizer.json: not JSON"):
@@ -293,6 +302,141 @@ def test_folders_without_tokenizer_or_end_of_sequence_are_errors(folder, tmp_pat
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ValueError, match="no local folder"):
         Chat("not a/hub/name")
+
+
+# ---- the prompt in a checkpoint
+
+PIECES = ["plain", "Zürich 東京 😀", "{{ x }} {% raw %} {# c #}", "a 'b' \"c\" <d> & \\n", "\u2028\r\n\t "]
+
+
+def some_text(rng):
+    return "".join(rng.choices(PIECES, k=rng.randrange(4)))
+
+
+def some_value(rng, depth=0):
+    leaves = [some_text(rng), rng.randrange(-(10**12), 10**12), 1e30, 0.5, True, False, None, [], {}]
+    if depth > 2 or rng.random() < 0.6:
+        return rng.choice(leaves)
+    if rng.random() < 0.5:
+        return [some_value(rng, depth + 1) for _ in range(rng.randrange(3))]
+    return {some_text(rng): some_value(rng, depth + 1) for _ in range(rng.randrange(4))}
+
+
+def some_tool(rng):
+    tool = {"name": some_text(rng)}
+    optional = [
+        ("description", some_text(rng)),
+        ("parameters", {"type": "object", "properties": some_value(rng)}),
+        ("required", None),
+        ("results", some_value(rng)),
+    ]
+    return tool | {key: value for key, value in optional if rng.random() < 0.7}
+
+
+def some_messages(rng):
+    """Messages with text only, and the same ones with calls as APIs have them."""
+    plain, of_api = [], []
+    roles = ["system"] * rng.randrange(2) + rng.choices(
+        ["user", "assistant", "call", "tool", "tool", "system"], k=rng.randrange(1, 8)
+    )
+    for role in roles:
+        message = {"role": "assistant" if role == "call" else role, "content": some_text(rng)}
+        if role == "call":
+            calls = [
+                {"name": some_text(rng), "arguments": {some_text(rng): some_value(rng)}}
+                for _ in range(rng.randrange(1, 4))
+            ]
+            plain.append({"role": "assistant", "content": format_calls(calls)})
+            if rng.random() < 0.3:  # the arguments as a text
+                calls = [{**c, "arguments": json.dumps(c["arguments"], ensure_ascii=False)} for c in calls]
+            if rng.random() < 0.7:
+                calls = [{"id": "c1", "type": "function", "function": call} for call in calls]
+            content = rng.choice([None, "", "<think></think>"])
+            of_api.append({"role": "assistant", "content": content, "tool_calls": calls})
+        else:
+            plain.append(message)
+            of_api.append(message)
+    return plain, of_api
+
+
+def as_servers_send(tool):
+    """In the envelope, with null for what is missing."""
+    return {
+        "type": "function",
+        "function": {"description": None, "parameters": None, "strict": None} | tool
+        if len(tool) == 1
+        else tool,
+    }
+
+
+def same_prompt(chat, tokenizer, tools, messages, sent_tools, sent_messages):
+    ids = chat.encode_prompt(Example("", "", tools, messages, []))
+    arguments = {"tools": sent_tools, "add_generation_prompt": True}
+    text = tokenizer.apply_chat_template(sent_messages, tokenize=False, **arguments)
+    assert chat.encode(text) == ids
+    assert tokenizer.apply_chat_template(sent_messages, **arguments)["input_ids"] == ids
+    return text
+
+
+def checkpoint_of(folder, path, prompt):
+    """A copy of a tokenizer folder with the prompt that `Chat.save` writes, and its Chat."""
+    shutil.copytree(folder, path)
+    (path / "mine.txt").write_text(prompt)
+    Chat(path, path / "mine.txt").save(path)
+    return path, Chat(path)
+
+
+def test_the_chat_template_of_a_checkpoint_renders_the_training_prompt(tmp_path):
+    """Over generated tools and conversations, in text and ids, for bare tools and for enveloped ones."""
+    transformers = pytest.importorskip("transformers")
+    prompt = "Ä 😀 \"q\" 'a' \\n {{ x }} {% endif %} {# no #}\u2028\n<t>\n{tools}\n</t>\tPROMPT_TEXTS\n"
+    path, chat = checkpoint_of(ROOT / "assets" / "tiny", tmp_path / "c", prompt)
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(path)
+    for number in range(150):
+        rng = random.Random(number)
+        tools = [some_tool(rng) for _ in range(rng.randrange(4))]
+        plain, of_api = some_messages(rng)
+        enveloped = [as_servers_send(tool) for tool in tools]
+        text = same_prompt(chat, tokenizer, tools, plain, tools, plain)
+        assert text == same_prompt(chat, tokenizer, tools, plain, enveloped, of_api), number
+        if not tools:
+            assert text == same_prompt(chat, tokenizer, [], plain, None, plain)
+
+
+def test_the_request_and_the_reply_of_the_page_on_serving_are_in_our_format(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    page = (ROOT / "docs" / "serve.md").read_text()
+    request = json.loads(page.split(" -d '")[1].split("'\n```")[0])
+    written = re.search(r"writes `(<think>.*</think>)` and `(<tool_call>.*</tool_call>)`", page)
+    calls = json.loads(written[2].removeprefix("<tool_call>").removesuffix("</tool_call>"))
+    assert "\n".join(written.groups()) == format_reply(calls, "…")
+    answer = json.loads(page.split("comes back as\n\n```\n")[1].split("```")[0])["choices"][0]
+    functions = [call["function"] for call in answer["message"]["tool_calls"]]
+    assert [{**each, "arguments": json.loads(each["arguments"])} for each in functions] == calls
+    tools = [tool["function"] for tool in request["tools"]]
+    made = replace(example(), tools=tools, messages=request["messages"], answer=calls)
+    assert data._problem(made) is None
+    path, chat = checkpoint_of(ROOT / "assets" / "tiny", tmp_path / "c", "{tools}")
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(path)
+    result = {"role": "tool", "content": "no"}
+    earlier = [*request["messages"], {"role": "assistant", "content": format_calls(calls)}, result]
+    sent = [*request["messages"], answer["message"], result]
+    same_prompt(chat, tokenizer, tools, earlier, request["tools"], sent)
+
+
+def test_a_checkpoints_own_prompt_is_used_unless_another_is_given(folder, tmp_path):
+    path, chat = checkpoint_of(folder, tmp_path / "c", "Mine:\n{tools}\n")
+    ids = chat.encode_prompt(example())
+    assert "system\nMine:\n{" in chat.decode(ids) and ids != Chat(folder).encode_prompt(example())
+    assert ids == Chat(path, path / "mine.txt").encode_prompt(example())
+    ours = ROOT / "assets" / "system_prompt.txt"
+    assert Chat(path, ours).encode_prompt(example()) == Chat(folder).encode_prompt(example())
+    before = {name: (path / name).read_bytes() for name in os.listdir(path)}
+    Chat(path).save(path)
+    assert before == {name: (path / name).read_bytes() for name in os.listdir(path)}
+    (path / "system_prompt.txt").write_text("none")
+    with pytest.raises(ValueError, match=r"c/system_prompt.txt: 0 times {tools}, not 1"):
+        Chat(path)
 
 
 # ---- order
@@ -305,15 +449,105 @@ def test_split_is_seeded_disjoint_and_complete():
     assert (train, heldout) == data.split_examples(examples, 0.1, 0) != data.split_examples(examples, 0.1, 1)
 
 
-def test_long_prompts_are_dropped_and_counted_never_cut(folder):
+def test_without_siblings_the_split_is_that_of_earlier_versions():
+    examples = [example(n) for n in range(83)]
+    order = list(range(83))
+    random.Random("split/4").shuffle(order)
+    held = sorted(order[: round(0.13 * 83)])
+    assert data.split_examples(examples, 0.13, 4)[1] == [examples[i] for i in held]
+
+
+def dialogue(name, turns):
+    """The examples of a conversation: a call turn after each of its user turns, with the tools of its own."""
+    messages, made = [], []
+    for turn in range(turns):
+        messages.append({"role": "user", "content": f"{name} asks {turn}"})
+        call = {"name": "Get Weather (v2)", "arguments": {"city": name, "days": turn}}
+        made.append(example(id=f"{name}-{turn}", messages=list(messages), answer=[call]))
+        messages += [
+            {"role": "assistant", "content": format_calls([call])},
+            {"role": "tool", "content": '{"name": "Get Weather (v2)"}'},
+        ]
+    return made
+
+
+def test_conversations_and_equal_records_are_on_one_side_of_the_split():
+    """Also after some were masked or made irrelevant, which changes ids, tools and earlier calls."""
+    examples = [made for n in range(30) for made in dialogue(f"town{n}", 1 + n % 4)]
+    examples += [replace(made, id=f"again {made.id}") for made in examples[::7]]
+    examples = data.mask_names(data.make_irrelevant(examples, 0.3, 1), 0.5, 2)
+    for seed in range(20):
+        train, heldout = data.split_examples(examples, 0.25, seed)
+        towns = [{made.messages[0]["content"] for made in side} for side in (train, heldout)]
+        assert not towns[0] & towns[1] and len(train) + len(heldout) == len(examples)
+        assert abs(len(heldout) - 0.25 * len(examples)) <= 2
+    other_rule = random.Random("split/0").sample(examples, len(examples))[: len(examples) // 4]
+    assert Batches(other_rule, 1, 0).fingerprint != Batches(data.split_examples(examples, 0.25, 0)[1], 1, 0)
+
+
+def test_the_held_out_share_is_the_nearest_that_whole_conversations_allow():
+    three, four = dialogue("a", 3), dialogue("b", 4)
+    sizes = [len(data.split_examples([*three, *four], share, 0)[1]) for share in (0, 0.1, 0.3, 0.6, 1)]
+    assert sizes == [0, 0, 3, sizes[3], 7] and sizes[3] in (3, 4)
+
+
+@pytest.mark.parametrize("overlap", [0, 1, 2])
+def test_held_out_conversations_that_training_has_are_counted_and_refused(folder, tmp_path, capsys, overlap):
+    train, heldout = tmp_path / "train.jsonl", tmp_path / "heldout.jsonl"
+    talks = [dialogue(f"town{n}", 2) for n in range(overlap)]
+    write_jsonl(train, [*(talk[0] for talk in talks), *(example(n) for n in range(5))])
+    # The later turns of what training has, one of them masked
+    later = data.mask_names([talk[1] for talk in talks], 0.5, 0)
+    write_jsonl(heldout, [*later, *(example(n) for n in range(100, 210 - overlap))])
+    arguments = (train, heldout, 0.1, 0, Chat(folder), 10_000, 0)
+    if overlap == 2:
+        with pytest.raises(ValueError, match=f"{heldout}: 2 of 110 examples.*{train}"):
+            data.read_examples(*arguments)
+        return
+    assert [len(part) for part in data.read_examples(*arguments)] == [5 + overlap, 110]
+    assert ("1 of 110 examples are of a conversation" in capsys.readouterr().out) == (overlap == 1)
+
+
+@pytest.mark.parametrize("text", ["\u212b", "\u1112\u1161\u11ab", "e\u0301 in a key"])
+def test_answers_that_the_tokenizer_changes_are_dropped_and_counted(folder, tmp_path, capsys, text):
+    """The tokenizer writes the angstrom sign as a letter, and three Korean letters as one syllable."""
+    chat, path = Chat(folder), tmp_path / "x.jsonl"
+    answer = [{"name": "Get Weather (v2)", "arguments": {text: 1} if "key" in text else {"city": [text]}}]
+    changed = example(50, answer=answer)
+    assert score(chat.decode(chat.encode_reply(changed)), answer).reward == 0
+    examples = [example(n) for n in range(9)]
+    assert data.usable_examples("my", [*examples, changed], chat, 10_000, 0.1) == examples
+    assert capsys.readouterr().out.startswith("dropped 1 my examples: answers that cannot score 1")
+    with pytest.raises(ValueError, match=r"1 of 10 answers \(10.0%\) cannot score 1.*NFC.*max_dropped_share"):
+        data.usable_examples("my", [*examples, changed], chat, 10_000, 0.05)
+    write_jsonl(path, [changed, *examples])
+    training, heldout = data.read_examples(path, None, 0.3, 0, chat, 10_000, 0.5)
+    assert changed not in training + heldout and len(training + heldout) == 9
+    assert "examples: answers that cannot score 1, because the tokenizer" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("end", ["<|im_end|>", "</s>", "<|endoftext|>", None])
+def test_the_judged_text_has_no_stop_token_whichever_ended_the_reply(folder, tmp_path, end):
+    (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    (tmp_path / "config.json").write_text('{"eos_token_id": 0}')
+    chat, made = Chat(tmp_path), example()
+    ids = chat.encode(format_reply(made.answer)) + ([chat.tokenizer.token_to_id(end)] if end else [])
+    assert chat.decode_reply(ids) == format_reply(made.answer)
+    assert score(chat.decode_reply(ids), made.answer).reward == 1 and chat.decode_reply([]) == ""
+
+
+def test_long_prompts_are_dropped_and_counted_never_cut(folder, capsys):
     chat = Chat(folder)
     examples = [example(n) for n in range(9)]
     long = example(9, messages=[{"role": "user", "content": "long " * 2000}])
     limit = max(len(chat.encode_prompt(e)) for e in examples)
-    assert data.filter_by_prompt_tokens([long, *examples], chat, limit, 0.1) == (examples, 1)
+    assert data.usable_examples("my", [long, *examples], chat, limit, 0.1) == examples
+    printed = f"dropped 1 my examples: prompts that are longer than {limit} tokens\n"
+    assert capsys.readouterr().out == printed
     with pytest.raises(ValueError, match=r"1 of 10 prompts \(10.0%\).*raise"):
-        data.filter_by_prompt_tokens([*examples, long], chat, limit, 0.05)
-    assert data.filter_by_prompt_tokens([], chat, limit, 0.0) == ([], 0)
+        data.usable_examples("my", [*examples, long], chat, limit, 0.05)
+    assert data.usable_examples("my", [], chat, limit, 0.0) == []
 
 
 def test_every_epoch_deals_every_example_once_in_a_new_order():
@@ -355,14 +589,15 @@ def test_examples_are_read_from_two_files_or_one_that_is_split(folder, tmp_path,
     chat = Chat(folder)
     examples = [example(n) for n in range(10)]
     long = example(10, messages=[{"role": "user", "content": "long " * 2000}])
-    limit = max(len(chat.encode_prompt(e)) for e in examples)
+    limit = max(len(chat.encode_prompt(e)) for e in [*examples, example(20)])
     path, other = tmp_path / "x.jsonl", tmp_path / "heldout.jsonl"
     write_jsonl(path, [*examples, long])
-    write_jsonl(other, examples[:3])
+    others = [example(n) for n in range(20, 23)]
+    write_jsonl(other, others)
     heldout_path = other if apart else None
     training, heldout = data.read_examples(path, heldout_path, 0.2, 0, chat, limit, 0.5)
     if apart:
-        assert (training, heldout) == (examples, examples[:3])
+        assert (training, heldout) == (examples, others)
         assert capsys.readouterr().out.startswith("dropped 1 training examples")
     else:
         assert sorted(training + heldout, key=examples.index) == examples and len(heldout) <= 2
@@ -435,6 +670,23 @@ def test_golden_chats_and_encodings(qwen, real_data):
     assert len(golden) == 16 and all(qwen.encode(case["text"]) == case["ids"] for case in golden)
     assert qwen.stop_ids == {151643, 151645} and qwen.vocab_size == 151665
     assert qwen.decode([151935, 151645]) == "<|im_end|>"
+
+
+def test_the_chat_template_takes_the_place_of_qwens_own(real_data, tmp_path):
+    """With the golden conversations, bare and enveloped tools, in text and ids."""
+    transformers = pytest.importorskip("transformers")
+    path, chat = checkpoint_of(real_data / "qwen2.5", tmp_path / "c", "Tools:\n{tools}")
+    (path / "config.json").write_bytes((path / "configs" / "Qwen2.5-7B-Instruct.json").read_bytes())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    cases = json.loads((path / "golden_chat.json").read_text())
+    tools = [made for case in cases for made in case.get("tools", [])]
+    bare = [tool["function"] for tool in tools]
+    plain = [case["messages"] for case in cases if "tool_calls" not in json.dumps(case["messages"])]
+    assert len(plain) >= 20 and bare
+    for messages in plain:
+        text = same_prompt(chat, tokenizer, bare, messages, tools, messages)
+        assert text.startswith('<|im_start|>system\nTools:\n{"type": "function"')
+        same_prompt(chat, tokenizer, bare, messages, bare, messages)
 
 
 def test_answers_of_rlla_score_1_in_our_format(real_data):

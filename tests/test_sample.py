@@ -3,6 +3,7 @@ cache and schedule; what a rollout phase leaves behind."""
 
 import importlib.util
 import inspect
+import math
 import random
 import sys
 
@@ -404,6 +405,9 @@ def test_sampling_under_bf16_autocast_stays_near_fp32(sampled, cache):
     ([[1, VOCAB]], {}, r"prompt 0 holds id 48, but the model's last is 47"),
     ([[1]], {"max_new_tokens": 0}, "max_new_tokens 0"),
     ([[1]], {"temperature": -0.1}, "temperature -0.1"),
+    ([[1]], {"temperature": math.nan}, "temperature nan"),
+    ([[1]], {"temperature": math.inf}, "temperature inf"),
+    ([[1]], {"top_p": math.nan}, "top_p nan"),
     ([[1]], {"top_p": 0.0}, "top_p 0.0"),
     ([[1]], {"top_p": 1.5}, "top_p 1.5"),
 ])

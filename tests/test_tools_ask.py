@@ -1,6 +1,8 @@
 """The command line of sample.py: the streamed reply, the printed calls, errors in one line."""
 
+import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -65,7 +67,13 @@ def test_the_command_line_prints_the_calls_of_a_reply(toy_folder, capsys, monkey
     assert out.splitlines()[-2:] == ['get_weather({"city": "Zürich 東京"})', "now({})"]
 
 
-@pytest.mark.parametrize("content", [None, "[", '{"name": "f"}', '["f"]', '[{"title": "f"}]'])
+DEEP = '{"not": ' * 4000 + "{}" + "}" * 4000
+BAD_FILES = [None, "[", "{}", "7", '["f"]', '[{"title": "f"}]', '[{"name": 5}]', "[]", '{"tools": []}',
+             '[{"name": "f", "parameters": {"maximum": Infinity}}]', '{"name": "\\udc12"}', DEEP,
+             f'[{{"name": "f", "parameters": {DEEP}}}]']
+
+
+@pytest.mark.parametrize("content", BAD_FILES, ids=range(len(BAD_FILES)))
 def test_a_bad_tools_file_is_one_line_and_exit_status_2(toy_folder, tmp_path, capsys, content):
     tools = tmp_path / "tools.json"
     if content is not None:
@@ -77,13 +85,62 @@ def test_a_bad_tools_file_is_one_line_and_exit_status_2(toy_folder, tmp_path, ca
     assert err.startswith(f"error: {tools}: ") and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("setting", ["--top_p=0", "--temperature=-1", "--max_new_tokens=32768"])
+@pytest.mark.parametrize("form", [
+    "\ufeff" + json.dumps(TOOLS),
+    json.dumps(TOOLS[0]),
+    json.dumps({"tools": TOOLS}),
+    json.dumps([{"type": "function", "function": TOOLS[0]}]),
+    json.dumps({"tools": [{"function": TOOLS[0], "type": "function"}]}),
+    json.dumps([{"type": "function", "strict": True, **TOOLS[0]}]),
+])
+def test_every_form_of_a_tools_file_gives_the_same_prompt(toy_folder, tmp_path, form):
+    (tmp_path / "tools.json").write_text(form, encoding="utf-8")
+    chat, messages = Chat(toy_folder), [{"role": "user", "content": "Weather in Bern?"}]
+    assert (chat.encode_prompt(Example("", "", ask.read_tools(tmp_path / "tools.json"), messages, []))
+            == chat.encode_prompt(Example("", "", TOOLS, messages, [])))
+
+
+def test_the_prompt_of_the_folder_is_used_unless_another_is_given(toy_folder, tmp_path, capsys, monkeypatch):
+    own, other = shutil.copytree(toy_folder, tmp_path / "own"), tmp_path / "other.txt"
+    other.write_text("Other: {tools}")
+    (own / "system_prompt.txt").write_text("Own: {tools}")
+    asked = []
+    monkeypatch.setattr(ask, "generate", lambda model, prompts, *x, **y: asked.append(
+        Chat(own).decode(prompts[0])) or [Rollout(prompts[0], [], [], True)])
+    arguments = [str(own), "--tools", str(own / "tools.json"), "Weather?"]
+    sample.main(arguments)
+    sample.main([*arguments, "--system_prompt", str(other)])
+    starts = [text.removeprefix("<|im_start|>system\n").split(":")[0] for text in asked]
+    assert starts == ["Own", "Other"] and capsys.readouterr().err == ""
+
+
+def test_a_reply_that_the_terminal_cannot_show_does_not_end_the_command(toy_folder, monkeypatch):
+    calls = [{"name": "get_weather", "arguments": {"city": "Łódź"}}]
+    ids = Chat(toy_folder).encode_reply(Example("", "", TOOLS, [], calls))
+    monkeypatch.setattr(ask, "generate", lambda *x, on_token, **y: [on_token(0, token) for token in ids] and [
+        Rollout([], ids, [], True)])
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="latin-1"))
+    sample.main([str(toy_folder), "--tools", str(toy_folder / "tools.json"), "Wetter?"])
+    sys.stdout.flush()
+    shown = sys.stdout.buffer.getvalue().decode("latin-1")
+    assert r'"city": "\u0141ód\u017a"' in shown and shown.splitlines()[-1].startswith("get_weather(")
+
+
+@pytest.mark.parametrize("setting", ["--top_p=0", "--top_p=nan", "--top_p=1.5", "--temperature=-1",
+                                     "--temperature=nan", "--temperature=inf", "--max_new_tokens=32768",
+                                     "--max_new_tokens=0", f"--seed={2**63}", f"--seed={-2**63 - 1}"])
 def test_a_setting_out_of_range_is_one_line_and_exit_status_2(toy_folder, capsys, setting):
     with pytest.raises(SystemExit) as caught:
         sample.main([str(toy_folder), "--tools", str(toy_folder / "tools.json"), setting, "query"])
     assert caught.value.code == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_a_query_that_is_no_text_is_one_line_and_exit_status_2(toy_folder, capsys):
+    with pytest.raises(SystemExit) as caught:
+        sample.main([str(toy_folder), "--tools", str(toy_folder / "tools.json"), "Gr\udcf6\udcdfe"])
+    assert caught.value.code == 2 and capsys.readouterr().err.startswith("error: the query holds bytes")
 
 
 def test_the_command_ends_with_status_2_and_without_a_traceback(tmp_path):

@@ -28,8 +28,8 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kernel", default="auto", help="auto, reference (plain PyTorch) or fast")
     args = parser.parse_args(argv)
-    # A reply may hold characters that the terminal's encoding lacks: they print as "?".
-    sys.stdout.reconfigure(errors="replace")
+    for stream in (sys.stdout, sys.stderr):  # a reply may hold characters that their encoding lacks
+        stream.reconfigure(errors="backslashreplace")
     try:
         if not -2**63 <= args.seed < 2**63:
             raise ValueError(f"--seed is {args.seed}; it must be a signed 64-bit number")
