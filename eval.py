@@ -8,34 +8,42 @@ Replies are greedy. Held-out examples are scored by the reward of training, with
 
     interval = (p + z²/2n ± z √(p(1-p)/n + z²/4n²)) / (1 + z²/n),  z = 1.96         Wilson (1927)
 
+With --samples K they also get K sampled replies each: their mean accuracy, the share of examples with a right
+one (pass@K), and the share with right and wrong ones (mixed), which is what GRPO can learn from.
+
 The public benchmarks are scored as their official scorers do, by the rules in the modules of benchmarks/.
-Replies to them are appended to a file batch by batch, so an interrupted evaluation resumes. Missing replies
-count as wrong and are reported, so the denominator is fixed.
+Replies to them are appended to a file batch by batch, so an interrupted evaluation resumes, if the bytes of
+weights, config and tokenizer and the prompts are the same. Missing replies count as wrong and are reported,
+so the denominator is fixed.
 
 Axes: P prompts.
 """
 
 import argparse
-import json
 import math
 import os
 import sys
+import tempfile
+from hashlib import sha256
 from pathlib import Path
 
 import torch
 
-from benchmarks import bfcl
+from benchmarks import bfcl, choose_categories, tables
 from benchmarks.acebench import check_acebench as check_acebench
 from benchmarks.api_bank import check_api_bank as check_api_bank
 from benchmarks.bfcl import check_bfcl as check_bfcl
-from benchmarks.tables import BENCHES, bench_table, paper_table, read_outputs, score_calls
+from benchmarks.replies import read_replies, reply_line
+from benchmarks.tables import BENCHES, read_outputs
 from data import Chat, Example, read_jsonl
 from model import load_hf
 from reward import SCHEMES, judge
-from runtime.files import read_json, write_json, write_text
+from runtime.files import write_json
 from runtime.kernel import KERNELS
+from runtime.ranks import tolerant_output
 from runtime.sharding import choose_device
-from sample import generate
+from runtime.tensors import identity, resolve
+from sample import generate, prompt_seeds
 
 
 # ---- held-out examples
@@ -51,11 +59,10 @@ def wilson(right, n, z=1.96):
     return max(0.0, (middle - half_width) / scale), min(1.0, (middle + half_width) / scale)
 
 
-def generate_greedily(model, chat, prompts, max_new_tokens, batch_size, progress, **settings):
-    """One greedy rollout a prompt. Greedy decoding draws no noise, so the seeds do not matter."""
-    return generate(model, prompts, 1, max_new_tokens=max_new_tokens, temperature=0.0, stop_ids=chat.stop_ids,
-                    seeds_P=[0] * len(prompts), vocab_size=chat.vocab_size, batch_size=batch_size,
-                    progress=progress, **settings)
+def generate_replies(model, chat, prompts, n=1, temperature=0.0, **settings):
+    """n rollouts a prompt, prompt-major; greedy by default. The seeds are fixed. settings: of `generate`."""
+    return generate(model, prompts, n, temperature=temperature, stop_ids=chat.stop_ids,
+                    vocab_size=chat.vocab_size, seeds_P=prompt_seeds(0, 0, 0, len(prompts)), **settings)
 
 
 def evaluate(model, chat, examples, *, max_new_tokens, batch_size=256, scheme="binary", progress=None,
@@ -68,26 +75,52 @@ def evaluate(model, chat, examples, *, max_new_tokens, batch_size=256, scheme="b
     example, with the query, the reply and the verdict. A reply is right if its reward is 1.
     """
     prompts = [chat.encode_prompt(example) for example in examples]
-    rollouts = generate_greedily(model, chat, prompts, max_new_tokens, batch_size, progress, kernel=kernel,
-                                 **settings)
+    rollouts = generate_replies(model, chat, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size,
+                                progress=progress, kernel=kernel, **settings)
     replies = []
     for example, rollout in zip(examples, rollouts, strict=True):
-        text = chat.decode(rollout.ids)
-        verdict = judge(example, text, scheme)
+        verdict = judge(example, chat.decode_reply(rollout.ids), scheme)
         replies.append({"id": example.id, "category": example.source,
-                        "query": example.messages[-1]["content"], "answer": example.answer, "reply": text,
+                        "query": example.messages[-1]["content"], "answer": example.answer,
+                        "reply": chat.decode(rollout.ids),
                         "right": verdict.reward == 1, "format_ok": verdict.format_ok,
                         "names_ok": verdict.names_ok, "finished": rollout.finished, "error": verdict.error})
     return summarize(replies), replies
 
 
+def evaluate_samples(model, chat, examples, n, temperature, *, scheme="binary", **settings):
+    """How many of n sampled replies to each example are right: a list of integers from 0 to n.
+
+    temperature: above 0; settings: those of `generate`. Seeds depend on the place in `examples` only, so
+    equal lists get the same replies, up to rounding.
+    """
+    prompts = [chat.encode_prompt(example) for example in examples]
+    rollouts = generate_replies(model, chat, prompts, n, temperature, **settings)
+    right = [judge(examples[i // n], chat.decode_reply(rollout.ids), scheme).reward == 1
+             for i, rollout in enumerate(rollouts)]
+    return [sum(right[i * n:(i + 1) * n]) for i in range(len(examples))]
+
+
+def by_category(replies):
+    """Yield (category, its replies) for the rows of a table; the last one is "all"."""
+    rows_of = {name: {name, name.split("/")[0], "all"} for name in {reply["category"] for reply in replies}}
+    for category in [*sorted(set().union(*rows_of.values()) - {"all"}), "all"]:
+        yield category, [reply for reply in replies if category in rows_of[reply["category"]]]
+
+
+def summarize_samples(replies, n):
+    """[{"mean", "pass", "mixed"}…], shares for each row of `summarize`: of right samples, of replies with a
+    right one, and with both right and wrong ones. Each reply has "samples_right", how many of n are right."""
+    counts = [[reply["samples_right"] for reply in part] for _, part in by_category(replies)]
+    return [{"mean": sum(right) / (n * len(right)), "pass": sum(map(bool, right)) / len(right),
+             "mixed": sum(0 < k < n for k in right) / len(right)} for right in counts]
+
+
 def summarize(replies):
     """Table rows from the replies of `evaluate`: one a category in alphabetical order, then "all". Replies of
     a category such as "tools/single" also count in a row "tools", which comes before its parts."""
-    rows_of = {name: {name, name.split("/")[0], "all"} for name in {reply["category"] for reply in replies}}
     rows = []
-    for category in [*sorted(set().union(*rows_of.values()) - {"all"}), "all"]:
-        part = [reply for reply in replies if category in rows_of[reply["category"]]]
+    for category, part in by_category(replies):
         right = sum(reply["right"] for reply in part)
         low, high = wilson(right, len(part))
         share = {key: sum(reply[key] for reply in part) / max(1, len(part))
@@ -114,6 +147,15 @@ def accuracy_table(columns):
     return "\n".join(lines)
 
 
+def with_samples(table, rows, n):
+    """The text of `accuracy_table` with columns for the rows of `summarize_samples`."""
+    head, *lines = table.split("\n")
+    text = [f"{head}  {f'mean of {n}':>12}  {f'pass@{n}':>8}    mixed"]
+    text += [f"{line}  {100 * row['mean']:12.1f}  {100 * row['pass']:8.1f}  {100 * row['mixed']:7.1f}"
+             for line, row in zip(lines, rows, strict=True)]
+    return "\n".join(text)
+
+
 def print_evaluation(step, rows, replies):
     """Print the accuracies at a training step on one line, then query, text and verdict of `replies`."""
     by_category = "  ".join(f"{row['category']} {row['accuracy']:.1%}" for row in rows[:-1]
@@ -133,20 +175,15 @@ def evenly_spaced(examples, n):
 
 
 # ---- the public benchmarks
-def answer_entries(model, chat, bench, entries, file, settings, *, max_new_tokens, batch_size,
+def answer_entries(model, chat, entries, prompts, replies, file, settings, *, max_new_tokens, batch_size,
                    kernel="auto"):
-    """Greedy replies to the entries of a benchmark, {id: reply text}. Those in `file` are not made again.
+    """Greedy replies to the entries of a benchmark, {id: reply text}, the given `replies` among them.
 
-    After every batch its replies are appended to `file`, a line {"id", "category", "reply"} each; `settings`
-    are saved in settings.json in the same folder. ValueError if `file` holds replies of other settings or a
-    line that is no reply, or if a prompt is too long for the model.
+    prompts: {id: ids}. After every batch its replies are appended to `file`, a line {"id", "category",
+    "prompt", "reply"} each, where prompt is a digest; `settings` are saved in settings.json in the same
+    folder. ValueError if a prompt is too long for the model.
     """
-    replies = read_replies(file, entries, settings)
-    prompts = {}
-    for entry in entries:
-        if entry.id not in replies:
-            tools, messages = bench.prompt(entry, settings["paper_prompt"])
-            prompts[entry.id] = chat.encode_prompt(Example(entry.id, entry.category, tools, messages, []))
+    replies, prompts = dict(replies), {id: ids for id, ids in prompts.items() if id not in replies}
     room = model.config.max_position_embeddings - max_new_tokens
     long = [id for id, prompt in prompts.items() if len(prompt) > room]
     if long:
@@ -158,38 +195,30 @@ def answer_entries(model, chat, bench, entries, file, settings, *, max_new_token
     waiting.sort(key=lambda entry: len(prompts[entry.id]), reverse=True)
     if replies:
         print(f"{file}: {len(replies)} replies are there, {len(waiting)} to go", flush=True)
+    if not file.exists():
+        write_json(file.with_name("settings.json"), settings)
     with open(file, "a", encoding="utf-8") as out:
         for start in range(0, len(waiting), batch_size):
             batch = waiting[start:start + batch_size]
-            rollouts = generate_greedily(model, chat, [prompts[entry.id] for entry in batch],
-                                         max_new_tokens, batch_size, "replies", kernel=kernel)
+            rollouts = generate_replies(model, chat, [prompts[entry.id] for entry in batch], kernel=kernel,
+                                        max_new_tokens=max_new_tokens, batch_size=batch_size,
+                                        progress="replies")
             for entry, rollout in zip(batch, rollouts, strict=True):
                 replies[entry.id] = chat.decode(rollout.ids)
-                line = {"id": entry.id, "category": entry.category, "reply": replies[entry.id]}
-                out.write(json.dumps(line, ensure_ascii=False) + "\n")
+                out.write(reply_line(entry, prompts[entry.id], replies[entry.id]))
             out.flush()
             print(f"{min(start + batch_size, len(waiting))} of {len(waiting)} replies", flush=True)
     return replies
 
 
-def read_replies(file, entries, settings):
-    """{id: reply text} of an earlier evaluation with these settings; an incomplete last line is cut off."""
-    settings_file = file.with_name("settings.json")
-    if not file.exists():
-        write_json(settings_file, settings)
-        return {}
-    if not settings_file.exists():
-        raise ValueError(f"{file} has no {settings_file.name} beside it, so what made it is unknown; choose "
-                         "another --out, or remove it")
-    earlier = read_json(settings_file)
-    for key in settings:
-        if earlier.get(key) != settings[key]:
-            raise ValueError(f"{file} was made with {key} {earlier.get(key)!r}, not {settings[key]!r}; "
-                             "choose another --out, or remove it")
-    content = file.read_bytes()  # the incomplete line may end inside a character
-    if not content.endswith(b"\n"):
-        write_text(file, content[:content.rfind(b"\n") + 1].decode(errors="replace"))
-    return {id: line["reply"] for id, line in read_outputs(file, entries, "reply").items()}
+def bench_settings(args, folder, chat):
+    """What the replies to a benchmark depend on, besides the prompts. Names are for people to read; the
+    digests say what they hold, and only these are compared. folder: of the model."""
+    prompt = chat.decode(chat.encode_prompt(
+        Example("", "", [{"name": "f"}], [{"role": "user", "content": "q"}], [])))
+    return {"model": args.model, "data": args.data, "system_prompt": args.system_prompt, "bench": args.bench,
+            "paper_prompt": args.paper_prompt, "max_new_tokens": args.max_new_tokens, **identity(folder),
+            "system_prompt_text": sha256(prompt.encode()).hexdigest()}
 
 
 # ---- command line
@@ -200,19 +229,29 @@ def main(argv=None):
     parser.add_argument("--data", required=True, help="the benchmark's folder; heldout: a file of examples")
     parser.add_argument("--score", metavar="FILE", help='lines {"id", "category", "calls"}; needs no model')
     parser.add_argument("--out", type=Path, help="folder of results; default: BENCH in MODEL, or here")
-    parser.add_argument("--examples", type=int, help="only so many of each category, evenly spaced")
-    parser.add_argument("--system_prompt", help="text file with {tools}; default: our own wording")
+    parser.add_argument("--categories", metavar="NAME,…", help="only these; files of others are not needed")
+    parser.add_argument("--examples", type=int, metavar="N", help="N of each category, evenly spaced, so "
+                        "13 N of all of bfcl; what is left out counts as wrong (default: all)")
+    parser.add_argument("--system_prompt", help="text file with {tools}; default: the model's, else ours")
     parser.add_argument("--paper_prompt", action="store_true", help="leave out an entry's own system message")
     parser.add_argument("--export_official", type=Path, metavar="DIR", help="bfcl: files for its own scorer")
-    parser.add_argument("--scheme", default="binary", help="heldout: scheme of the reward (default: binary)")
+    parser.add_argument("--scheme", default="binary", help="heldout: of the reward (default: binary)")
+    parser.add_argument("--samples", type=int, metavar="K", help="heldout: also mean accuracy and pass@K of "
+                        "K sampled replies an example, which say whether GRPO can start")
+    parser.add_argument("--temperature", type=float, help="of these samples (default: 1)")
     parser.add_argument("--max_new_tokens", type=int, default=1024, help="tokens a reply (default: 1024)")
     parser.add_argument("--batch_size", type=int, default=256, help="replies at once (default: 256)")
     parser.add_argument("--kernel", default="auto", choices=KERNELS, help="of decoding (default: auto)")
     args = parser.parse_args(argv)
+    tolerant_output()
     try:
-        for name in ("examples", "max_new_tokens", "batch_size"):
+        for name in ("examples", "samples", "max_new_tokens", "batch_size"):
             if getattr(args, name) is not None and getattr(args, name) < 1:
                 raise ValueError(f"--{name} is {getattr(args, name)}; it must be at least 1")
+        if (args.samples or args.temperature is not None) and args.bench in BENCHES:
+            raise ValueError("--samples and --temperature are for heldout; the public benchmarks are greedy")
+        if args.temperature is not None and not (args.samples and 0 < args.temperature < math.inf):
+            raise ValueError(f"--temperature {args.temperature}: give it with --samples, as a number above 0")
         if args.bench in BENCHES:
             evaluate_bench(args)
         else:
@@ -223,17 +262,38 @@ def main(argv=None):
 
 
 def results_folder(args):
-    if args.out:
-        return args.out
-    return Path(args.model if args.model and os.path.isdir(args.model) else ".") / args.bench
+    return args.out or Path(args.model if os.path.isdir(args.model or "") else ".") / args.bench
 
 
-def load_model(args):
+def make_folder(folder):
+    """Make a folder of results and try it, so that no error of it comes after hours of replies."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()
+    return folder
+
+
+def find_model(args):
+    """(folder of the model, its Chat); a hub name is looked up once, so both are of one snapshot."""
     if not args.model:
         raise ValueError("no model: name its folder or hub name first, or give existing outputs with --score")
-    chat = Chat(args.model, args.system_prompt)
+    folder = resolve(args.model)
+    return folder, Chat(folder, args.system_prompt)
+
+
+def load_model(folder):
     device, bf16 = choose_device()
-    return load_hf(args.model, device, torch.bfloat16 if bf16 else torch.float32), chat
+    return load_hf(folder, device, torch.bfloat16 if bf16 else torch.float32)
+
+
+def heldout_examples(args):
+    """The examples that --data, --categories and --examples name; a category "a/b" is also one of "a"."""
+    examples = read_jsonl(args.data)
+    names = [{example.source, example.source.split("/")[0]} for example in examples]
+    chosen = set(choose_categories(sorted(set().union(*names)), args.categories))
+    examples = [example for example, own in zip(examples, names, strict=True) if own & chosen]
+    if not examples:
+        raise ValueError(f"{args.data}: no examples")
+    return of_each(examples, args.examples, lambda example: example.source)
 
 
 def evaluate_heldout(args):
@@ -241,18 +301,26 @@ def evaluate_heldout(args):
         raise ValueError("--score and --export_official are for the public benchmarks, not for heldout")
     if args.scheme not in SCHEMES:
         raise ValueError(f"unknown reward scheme {args.scheme!r}: choose one of {', '.join(SCHEMES)}")
-    examples = of_each(read_jsonl(args.data), args.examples, lambda example: example.source)
-    if not examples:
-        raise ValueError(f"{args.data}: no examples")
-    model, chat = load_model(args)
-    rows, replies = evaluate(model, chat, examples, max_new_tokens=args.max_new_tokens,
-                             batch_size=args.batch_size, scheme=args.scheme, progress="evaluation",
-                             kernel=args.kernel)
-    print(accuracy_table({"accuracy": rows}))
-    out = results_folder(args) / "scores.json"
-    write_json(out, {"model": args.model, "data": args.data, "scheme": args.scheme, "rows": rows,
-                     "replies": replies})
-    print(f"written: {out}")
+    examples = heldout_examples(args)
+    model_folder, chat = find_model(args)
+    folder, model = make_folder(results_folder(args)), load_model(model_folder)
+    settings = {"max_new_tokens": args.max_new_tokens, "batch_size": args.batch_size, "scheme": args.scheme,
+                "kernel": args.kernel}
+    rows, replies = evaluate(model, chat, examples, progress="evaluation", **settings)
+    table, temperature = accuracy_table({"accuracy": rows}), args.temperature or 1.0
+    if args.samples:
+        right = evaluate_samples(model, chat, examples, args.samples, temperature, progress="samples",
+                                 **settings)
+        replies = [reply | {"samples_right": k} for reply, k in zip(replies, right, strict=True)]
+        shares = summarize_samples(replies, args.samples)
+        rows = [row | share for row, share in zip(rows, shares, strict=True)]
+        table = with_samples(table, shares, args.samples)
+    warning = tables.common_reason({reply["id"]: (reply["right"], reply["error"]) for reply in replies})
+    print("\n".join(filter(None, (table, warning))))
+    of_samples = {"samples": args.samples, "temperature": temperature} if args.samples else {}
+    write_json(folder / "scores.json", {"model": args.model, "data": args.data, "scheme": args.scheme,
+                                        **of_samples, "rows": rows, "replies": replies})
+    print(f"written: {folder / 'scores.json'}")
 
 
 def evaluate_bench(args):
@@ -260,38 +328,44 @@ def evaluate_bench(args):
         raise ValueError("--export_official writes the result files of BFCL; use it with --bench bfcl")
     if args.score and args.model:
         raise ValueError("--score scores existing outputs; leave out the model")
-    bench = BENCHES[args.bench]
-    entries = of_each(bench.load(args.data), args.examples, lambda entry: entry.category)
-    folder = results_folder(args)
+    bench, folder = BENCHES[args.bench], results_folder(args)
+    counts = bench.categories(args.data)
+    chosen = choose_categories(counts, args.categories)
+    skipped = [name for name in counts if name not in chosen]
+    known = bench.load(args.data, chosen)
+    entries = of_each(known, args.examples, lambda entry: entry.category)
     if args.score:
-        calls = {id: line["calls"] for id, line in read_outputs(args.score, entries, "calls").items()}
+        lines = read_outputs(args.score, known, "calls", skipped)
+        calls = {entry.id: lines[entry.id]["calls"] for entry in entries if entry.id in lines}
     else:
-        model, chat = load_model(args)
-        settings = {"model": args.model, "bench": args.bench, "data": args.data,
-                    "paper_prompt": args.paper_prompt, "system_prompt": args.system_prompt,
-                    "max_new_tokens": args.max_new_tokens}
-        folder.mkdir(parents=True, exist_ok=True)
-        replies = answer_entries(model, chat, bench, entries, folder / "replies.jsonl", settings,
-                                 max_new_tokens=args.max_new_tokens, batch_size=args.batch_size,
-                                 kernel=args.kernel)
-        calls = {id: bench.decode(reply) for id, reply in replies.items()}
-    verdicts = score_calls(bench, entries, calls)
-    rows = {metric: bench.summarize(of_metric) for metric, of_metric in verdicts.items()}
+        calls = bench_calls(args, bench, known, entries, skipped, folder)
     name = args.score or args.model
-    lines = [{"id": entry.id, "category": entry.category, "calls": calls[entry.id],
-              **{metric: verdicts[metric][entry.category][entry.id] for metric in verdicts}}
-             for entry in entries if entry.id in calls]
-    write_json(folder / "scores.json", {"model": name, "bench": args.bench, "data": args.data, "rows": rows,
-                                        "verdicts": lines})
+    text, rows, verdicts = tables.report(args.bench, entries, calls, counts, chosen, Path(name).name)
     if args.export_official:
-        outputs = {entry.category: {} for entry in entries}
-        for line in lines:
-            outputs[line["category"]][line["id"]] = line["calls"]
-        print(f"written: {len(bfcl.export_official(outputs, args.export_official))} official result files")
-    print(bench_table(rows))
-    print()
-    print(paper_table(args.bench, rows, Path(name).name))
-    print(f"\nwritten: {folder / 'scores.json'}")
+        outputs = {category: {entry.id: calls[entry.id] for entry in entries if entry.id in calls
+                              and entry.category == category} for category in counts}
+        paths = bfcl.export_official(outputs, args.export_official, chosen)
+        print(f"written: {len(paths)} official result files")
+    print(f"{text}\n")
+    tables.write_scores(folder / "scores.json", {"model": name, "bench": args.bench, "data": args.data,
+                                                 "rows": rows, "verdicts": verdicts})
+    print(f"written: {folder / 'scores.json'}")
+
+
+def bench_calls(args, bench, known, entries, skipped, folder):
+    """{id: calls} of the model's replies to `entries`. All that can be checked is, before the first reply."""
+    model_folder, chat = find_model(args)
+    prompts = {entry.id: chat.encode_prompt(Example(entry.id, entry.category,
+               *bench.prompt(entry, args.paper_prompt), [])) for entry in entries}
+    for each in (folder, args.export_official):
+        if each:
+            make_folder(each)
+    file, settings = folder / "replies.jsonl", bench_settings(args, model_folder, chat)
+    replies = read_replies(file, known, settings, prompts, skipped)
+    replies = answer_entries(load_model(model_folder), chat, entries, prompts, replies, file, settings,
+                             max_new_tokens=args.max_new_tokens, batch_size=args.batch_size,
+                             kernel=args.kernel)
+    return {id: bench.decode(reply) for id, reply in replies.items()}
 
 
 def of_each(items, n, category):

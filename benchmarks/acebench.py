@@ -44,7 +44,7 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks import json_lines
+from benchmarks import json_lines, rows_of_chosen
 from benchmarks.bfcl import decode as decode  # one reply format, one way to read it
 
 ATOM = dict.fromkeys((f"normal_atom_{name}" for name in (
@@ -52,6 +52,7 @@ ATOM = dict.fromkeys((f"normal_atom_{name}" for name in (
 SINGLE_TURN = dict.fromkeys((f"normal_single_turn_{name}_function" for name in ("single", "parallel")), 100)
 CATEGORIES = ATOM | SINGLE_TURN  # and how many entries each has
 METRICS = ("official", "strict")
+GROUPS = {}
 PAPER = {"LLaMA-3.1-8B": 50.63, "GPT-4o-mini": 81.63, "Tool-N1-7B": 82.34, "Tool-N1-14B": 86.00,
          "GPT-4o": 87.00}  # percent
 
@@ -83,14 +84,23 @@ class Entry(NamedTuple):
 
 
 # ---- files, prompts, replies
-def load(folder):
+def categories(folder):
+    """{category: number of entries}, of whatever folder."""
+    return CATEGORIES
+
+
+def load(folder, chosen=None):
     """The 500 entries, in the order of CATEGORIES and of the files.
+
+    chosen: the categories to read, None for all; files of others need not exist.
 
     ValueError, naming file, line and id: a missing file, a line that is not such a record, a duplicate or
     unknown id, an unexpected number of entries.
     """
     entries = []
     for category, expected in CATEGORIES.items():
+        if chosen is not None and category not in chosen:
+            continue
         path = Path(folder) / f"data_{category}.json"
         answers_path = path.parent / "possible_answer" / path.name
         questions = read_lines(path, {"id": str, "question": str, "function": list, "time": str})
@@ -344,19 +354,23 @@ def _n(value):
 
 
 # ---- table
-def summarize(results):
+def summarize(results, chosen=None):
     """{category: {id: (valid, reason)}} -> rows {"label", "n", "expected", "right", "accuracy"}.
 
-    A row a category, then the official means over categories, Atom and Single-turn, then all pooled. n of the
-    `expected` entries were scored. Missing ones count as wrong, so the denominator is fixed. ValueError: an
-    unknown category, or more verdicts than it has entries.
+    chosen: the categories that were evaluated, None for all; see `rows_of_chosen`. A row a category, then the
+    official means over categories, Atom and Single-turn, then all pooled. n of the `expected` entries were
+    scored. Missing ones count as wrong, so the denominator is fixed. ValueError: an unknown category, or more
+    verdicts than it has entries.
     """
     check_results(results, CATEGORIES)
     rows = {category: row(category, results, {category: n}) for category, n in CATEGORIES.items()}
     for label, group in (("Atom mean", ATOM), ("Single-turn mean", SINGLE_TURN)):
         mean = sum(rows[category]["accuracy"] for category in group) / len(group)
         rows[label] = row(label, results, group) | {"accuracy": mean}
-    return [*rows.values(), row("Pooled", results, CATEGORIES)]
+    rows["Pooled"] = row("Pooled", results, CATEGORIES)
+    parts = {category: [category] for category in CATEGORIES}
+    parts |= {"Atom mean": ATOM, "Single-turn mean": SINGLE_TURN, "Pooled": CATEGORIES}
+    return rows_of_chosen(rows.values(), parts, chosen)
 
 
 def row(label, results, categories):

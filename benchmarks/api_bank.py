@@ -27,9 +27,13 @@ The official scorer executes instead: it searches [Name(key='value')] with a reg
 Python tool in a fresh set of tools, without the earlier calls of the dialogue, and the tool compares input,
 output and exception with the recorded ones, over the 389. The official answers score 328 of them, 84.3 % (332
 if an online translator answers): nested quotes break the expression (all 19 RecordHealthData calls, lists of
-attendees), `device_id` is rejected, the state of earlier calls is missing, some recordings are stale. The
-figures of the paper (arXiv 2505.00024, Figure 3) are near that ceiling, and their fractions imply
-denominators from 390 to 394; their protocol is not published, so neither metric here is theirs.
+attendees), `device_id` is rejected, the state of earlier calls is missing, some recordings are stale.
+
+The paper's author says (github.com/NVlabs/Tool-N1, issue 12) that the paper (arXiv 2505.00024, Figure 3)
+scores first-step calls only, without tool feedback. 212 entries are such: no earlier call is in their
+dialogue. They have a row, and the paper's figures are shown beside it. How the paper compares calls and which
+entries it counts is not published: none of its five figures is a fraction of 212, three are fractions of 197
+or 394 and those of Tool-N1 of 219. So no row here is certain to be the same measurement.
 """
 
 import json
@@ -38,11 +42,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks import rows_of_chosen
 from benchmarks.acebench import check_results, malformed, outsized, read_lines, row
 from benchmarks.bfcl import decode as decode  # one reply format, one way to read it
 from reward import format_calls
 
 CATEGORIES = {"level1": 389, "level1_repeated": 10}  # and how many entries each has
+FIRST_STEP = {"first_step": 212}  # a part of level1: no earlier call in the dialogue
 METRICS = ("exact", "lenient")
 PAPER = {"LLaMA-3.1-8B": 60.41, "GPT-4o-mini": 73.10, "GPT-4o": 77.16, "Tool-N1-7B": 81.28,
          "Tool-N1-14B": 82.19}  # percent
@@ -69,9 +75,23 @@ class Entry(NamedTuple):
     answer: dict
 
 
+def is_first_step(entry):
+    """Whether the dialogue has no earlier call, so the model sees no feedback of a tool."""
+    return all(message["role"] != "tool" for message in entry.messages)
+
+
+GROUPS = {"first_step": is_first_step}
+
+
 # ---- files, prompts
-def load(folder):
-    """The 399 entries, in the order of the file: level1_call.jsonl if it exists, else level-1-api.json.
+def categories(folder):
+    """{category: number of entries}, of whatever folder."""
+    return CATEGORIES
+
+
+def load(folder, chosen=None):
+    """The 399 entries, in the order of the file: level1_call.jsonl if it exists, else level-1-api.json. Or
+    those of the `chosen` categories.
 
     ValueError, naming file and line or sample: a missing file, a record that is not a sample, a duplicate, an
     unexpected number of entries.
@@ -87,7 +107,7 @@ def load(folder):
         n = sum(entry.category == category for entry in entries)
         if n != expected:
             raise ValueError(f"{path}: {n} entries of {category}, expected {expected}; get the file again")
-    return entries
+    return [entry for entry in entries if chosen is None or entry.category in chosen]
 
 
 def _official_samples(path):
@@ -295,12 +315,17 @@ _NORMAL = {
 
 
 # ---- table
-def summarize(results):
+def summarize(results, chosen=None):
     """{category: {id: (valid, reason)}} -> rows {"label", "n", "expected", "right", "accuracy"}.
 
-    Two rows: all 399 entries, and the 389 without repeated calls. n of the `expected` entries were scored;
-    missing ones count as wrong. ValueError: an unknown category, or more verdicts than it has entries.
+    results: besides the categories, the group first_step holds the verdicts on such entries once more.
+    chosen: the categories that were evaluated, None for all; see `rows_of_chosen`. Three rows: all 399
+    entries, the 389 without repeated calls, and the 212 first-step calls. n of the `expected` entries were
+    scored; missing ones count as wrong. ValueError: an unknown category, or more verdicts than its entries.
     """
-    check_results(results, CATEGORIES)
-    return [row("All entries", results, CATEGORIES),
-            row("Without repeated calls", results, {"level1": CATEGORIES["level1"]})]
+    check_results(results, CATEGORIES | FIRST_STEP)
+    without_repeated = {"level1": CATEGORIES["level1"]}
+    rows = [row("All entries", results, CATEGORIES), row("Without repeated calls", results, without_repeated),
+            row("First-step calls", results, FIRST_STEP)]
+    return rows_of_chosen(rows, {"All entries": CATEGORIES, "Without repeated calls": without_repeated,
+                                 "First-step calls": without_repeated}, chosen)

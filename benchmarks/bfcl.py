@@ -40,7 +40,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks import json_lines
+from benchmarks import json_lines, rows_of_chosen
 from benchmarks.bfcl_languages import LISTS, TYPES, from_java, from_javascript, hinted, language_of
 from reward import CALL, END_CALL, OFFICIAL_DEPTH, OFFICIAL_DIGITS, loads_within
 from runtime.files import write_text
@@ -53,6 +53,7 @@ V4_NAMES = {"simple": "simple_python", "java": "simple_java", "javascript": "sim
 V4 = {V4_NAMES.get(name, name): n for name, n in V3.items()} | {"live_irrelevance": 884, "live_relevance": 16}
 COUNTS = {"v3": V3, "v4": V4}
 METRICS = ("official",)
+GROUPS = {}
 
 # Table 1 in percent: Simple, Multiple, Parallel, Parallel Multiple, those four live, Non-live, Live, Overall.
 PAPER = {
@@ -81,22 +82,32 @@ class Entry(NamedTuple):
 
 
 # ---- data
-def load(folder):
-    """All entries of a folder with the files of v3 or v4, in the order of COUNTS, then of the files.
+def categories(folder):
+    """{category: number of entries} of the version, v3 or v4, whose files a folder has. ValueError: it has
+    none, or both."""
+    versions = [version for version in COUNTS if any(Path(folder).glob(f"BFCL_{version}_*.json"))]
+    if len(versions) != 1:
+        found = " and ".join(versions) or "no"
+        raise ValueError(f"{folder}: {found} BFCL files; name a folder with those of v3 or of v4")
+    return COUNTS[versions[0]]
+
+
+def load(folder, chosen=None):
+    """The entries of a folder with the files of v3 or v4, in the order of COUNTS, then of the files.
+
+    chosen: the categories to read, None for all; files of others need not exist.
 
     Questions and answers are paired by line, because an id of the data of April 2025 differs between the two.
     In that data live_relevance also has a duplicate id; the second entry is renamed as in later data.
     ValueError, naming file and line: a missing file, a line that cannot be read, a duplicate id, an
     unexpected number of entries.
     """
-    folder = Path(folder)
-    versions = [version for version in COUNTS if any(folder.glob(f"BFCL_{version}_*.json"))]
-    if len(versions) != 1:
-        found = " and ".join(versions) or "no"
-        raise ValueError(f"{folder}: {found} BFCL files; name a folder with those of v3 or of v4")
+    folder, counts = Path(folder), categories(folder)
     entries, seen = [], set()
-    for category, expected in COUNTS[versions[0]].items():
-        path = folder / f"BFCL_{versions[0]}_{category}.json"
+    for category, expected in counts.items():
+        if chosen is not None and category not in chosen:
+            continue
+        path = folder / f"BFCL_{_version(counts)}_{category}.json"
         questions = _read(path, ("id", "question", "function"), expected)
         answers = [(None, {"ground_truth": None})] * expected
         if "relevance" not in category:
@@ -335,10 +346,10 @@ def _clip(text, most=100):
 
 
 # ---- the table
-def summarize(results):
+def summarize(results, chosen=None):
     """{category: {id: (valid, reason)}} -> rows {"label", "n", "expected", "right", "accuracy"}.
 
-    A row a category, then
+    chosen: the categories that were evaluated, None for all; see `rows_of_chosen`. A row a category, then
         Simple AST               mean of the accuracies of Python, Java and JavaScript
         Non-Live AST             mean of Simple AST and the other three: the paper's Non-live
         Live AST                 all entries of the four live ones: the paper's Live in its Tool-N1 rows
@@ -355,7 +366,7 @@ def summarize(results):
         if len(verdicts) > counts.get(category, 0):
             expected = counts.get(category, "no such category")
             raise ValueError(f"{category}: {len(verdicts)} verdicts, expected {expected}")
-    rows = {}
+    rows, leaves = {}, {category: [category] for category in counts}
     for category, expected in counts.items():
         verdicts = results.get(category, {}).values()
         right = sum(valid for valid, _ in verdicts)
@@ -368,6 +379,7 @@ def summarize(results):
         mean = sum(part["accuracy"] for part in parts) / len(parts)
         accuracy = row["right"] / row["expected"] if over_entries else mean
         rows[label] = {"label": label, **row, "accuracy": accuracy}
+        leaves[label] = [leaf for name in names for leaf in leaves[name]]
 
     others = ("multiple", "parallel", "parallel_multiple")
     live = [f"live_{name}" for name in ("simple", *others)]
@@ -379,16 +391,18 @@ def summarize(results):
     average("Relevance", ["live_relevance"])
     average("Overall", ["Non-Live AST", "Live AST"])
     average("Overall, v3 leaderboard", ["Non-Live AST", "Live, v3 leaderboard"])
-    return list(rows.values())
+    return rows_of_chosen(rows.values(), leaves, chosen)
 
 
-def _version(categories):
-    return "v4" if any(name in categories for name in V4_NAMES.values()) else "v3"
+def _version(names):
+    return "v4" if any(name in names for name in V4_NAMES.values()) else "v3"
 
 
 # ---- files for the official command line
-def export_official(results_by_category, folder):
+def export_official(results_by_category, folder, chosen=None):
     """Write {category: {id: calls}}, calls as for `check`, as result files of the official tool -> paths.
+
+    chosen: the categories to write, None for all of them.
 
     They have the paths in `folder` and the names, of v4 or v3, of results of OFFICIAL_MODEL, so that
         bfcl evaluate --model Qwen/Qwen3-8B-FC --test-category single_turn --result-dir FOLDER
@@ -400,6 +414,8 @@ def export_official(results_by_category, folder):
     for category, outputs in results_by_category.items():
         if category not in COUNTS[version]:
             raise ValueError(f"{category}: no such category in BFCL {version}")
+        if chosen is not None and category not in chosen:
+            continue
         # v4 expects the files in two folders, v3 directly in the folder of the model.
         group = {"v3": ".", "v4": "live" if category.startswith("live") else "non_live"}[version]
         path = model_folder / group / f"BFCL_{version}_{category}_result.json"

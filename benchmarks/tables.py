@@ -1,19 +1,30 @@
 """Outputs of a public benchmark: reading, scoring, and the tables of the scores.
 
 In:  files of JSON lines {"id", "category", ...}; the entries of a benchmark and the calls for them.
-Out: {id: line}; verdicts; text tables. Nothing needs torch.
+Out: {id: line}; verdicts; text tables; a warning where nearly all lines fail in the same way. Nothing needs
+     torch.
 """
 
+import json
+from collections import Counter
 from pathlib import Path
 
 from benchmarks import acebench, api_bank, bfcl, json_lines
+from benchmarks.acebench import outsized
+from runtime.files import write_text
 
 BENCHES = {"bfcl": bfcl, "api_bank": api_bank, "acebench": acebench}
+NEARLY_ALL = 0.9  # a share of lines that fail in one way: no model is that regular
+NO_CALL = 'no call could be read ("calls" is null)'
+FEW = 10  # lines; fewer may have one reason in common by chance
 
 
-def read_outputs(file, entries, key):
-    """{id: line} of a file of JSON lines with "id" and `key`. ValueError, naming file, line and id: an
-    unreadable line, an unknown or duplicate id, another category than the entry has."""
+def read_outputs(file, entries, key, skipped=()):
+    """{id: line} of a file of JSON lines with "id" and `key`, without the lines of `skipped` categories.
+
+    ValueError, naming file, line and id: an unreadable line, an unknown or duplicate id, another category
+    than the entry has.
+    """
     categories = {entry.id: entry.category for entry in entries}
     lines = {}
     try:
@@ -24,6 +35,8 @@ def read_outputs(file, entries, key):
         if not isinstance(line, dict) or not isinstance(line.get("id"), str) or key not in line:
             raise ValueError(f'{file}:{number}: not an object with "id" and "{key}"')
         id = line["id"]
+        if id not in categories and line.get("category") in skipped:
+            continue
         if id not in categories:
             raise ValueError(f"{file}:{number}: unknown id {id!r}; is it of this benchmark and version?")
         if line.get("category", categories[id]) != categories[id]:
@@ -34,54 +47,155 @@ def read_outputs(file, entries, key):
     return lines
 
 
-def score_calls(bench, entries, calls):
-    """{metric: {category: {id: (valid, reason)}}} of {id: calls}; entries without calls are left out."""
+def score_calls(bench, entries, calls, categories=()):
+    """{metric: {category: {id: (valid, reason)}}} of {id: calls}; entries without calls are left out.
+
+    categories: all that the data have, also those without an entry. The bench's GROUPS are further keys.
+    """
     verdicts = {}
     for metric in bench.METRICS:
-        of_metric = verdicts[metric] = {entry.category: {} for entry in entries}
+        names = [*categories, *(entry.category for entry in entries), *bench.GROUPS]
+        of_metric = verdicts[metric] = {name: {} for name in names}
         for entry in entries:
             if entry.id in calls:
-                of_metric[entry.category][entry.id] = bench.check(entry, calls[entry.id], metric)
+                verdict = bench.check(entry, calls[entry.id], metric)
+                for name in (entry.category, *(name for name, has in bench.GROUPS.items() if has(entry))):
+                    of_metric[name][entry.id] = verdict
     return verdicts
 
 
+def report(name, entries, calls, categories, chosen, model):
+    """(text, rows of each metric, verdicts) of a benchmark's calls, {id: calls}.
+
+    categories: all that the data have; chosen: those that were evaluated; model: its name. text: both tables
+    and, where nearly all lines fail in one way, a warning; verdicts: one dictionary a line.
+    """
+    bench = BENCHES[name]
+    verdicts = score_calls(bench, entries, calls, categories)
+    rows = {metric: bench.summarize(of_metric, chosen) for metric, of_metric in verdicts.items()}
+    of_first = {id: verdict for part in verdicts[bench.METRICS[0]].values() for id, verdict in part.items()}
+    lines = [{"id": entry.id, "category": entry.category,
+              "calls": "too large to repeat" if outsized(calls[entry.id]) else calls[entry.id],
+              **{metric: verdicts[metric][entry.category][entry.id] for metric in verdicts}}
+             for entry in entries if entry.id in calls]
+    warning = common_fault(calls, of_first)
+    text = f"{bench_table(rows)}\n\n{paper_table(name, rows, model)}" + (f"\n\n{warning}" if warning else "")
+    return text, rows, lines
+
+
+def write_scores(file, value):
+    """Write JSON. A lone surrogate, which a call may hold and UTF-8 may not, is written as an escape."""
+    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    write_text(file, text.encode("utf-8", "backslashreplace").decode())
+
+
+def form_fault(calls):
+    """What is wrong with the form of the "calls" of one line, any JSON value; None if nothing is."""
+    if calls is None:
+        return NO_CALL
+    if type(calls) is not list:
+        kind = {str: "a text", dict: "one object"}.get(type(calls), "a single value")
+        return f'"calls" is {kind}, not a list of objects'
+    for call in calls:
+        if type(call) is not dict:
+            return "a call is a text, not an object" if type(call) is str else "a call is not an object"
+        if type(call.get("function")) is dict:
+            return 'a call is wrapped as {"function": {…}}'
+        if "name" not in call and len(call) == 1:
+            return "a call has the form {NAME: ARGUMENTS}"
+        if not {"name", "arguments"} <= call.keys():
+            return f"a call has the keys {', '.join(map(repr, sorted(call)))}"[:200]
+        if type(call["name"]) is not str:
+            return "the name of a call is not a text"
+        if type(call["arguments"]) is not dict:
+            kind = "a text" if type(call["arguments"]) is str else "not an object"
+            return f"the arguments of a call are {kind}"
+    return None
+
+
+def common_fault(calls, verdicts):
+    """One line that says in which way nearly all lines fail, or None.
+
+    calls: {id: calls of a line}; verdicts: {id: (valid, reason)}. A wrong form counts where the verdict is
+    right too: a category without right calls counts what cannot be read as right.
+    """
+    faults = [form_fault(value) for id, value in calls.items()
+              if value != [] and not (value is None and verdicts[id][0])]
+    fault, n = Counter(filter(None, faults)).most_common(1)[0] if any(faults) else (None, 0)
+    if fault and n >= NEARLY_ALL * len(faults):
+        form = 'the right form is "calls": [{"name": NAME, "arguments": {PARAMETER: VALUE, …}}, …]'
+        return f"warning: in {n} of {len(calls)} lines {fault}" + ("" if fault == NO_CALL else f"; {form}")
+    return common_reason(verdicts)
+
+
+def common_reason(verdicts):
+    """One line that says for which reason nearly all of {id: (valid, reason)} are wrong, or None."""
+    # A reason is the error type, a colon and details; the type may begin with the name of a checker.
+    kinds = {id: reason.split(": ")[0].split(":")[-1]
+             for id, (valid, reason) in verdicts.items() if not valid}
+    kind, n = Counter(kinds.values()).most_common(1)[0] if kinds else (None, 0)
+    if n < max(FEW, NEARLY_ALL * len(verdicts)):
+        return None
+    id = next(id for id in kinds if kinds[id] == kind)
+    return f"warning: {n} of {len(verdicts)} are wrong for one reason, as {id} is: {verdicts[id][1]}"
+
+
 def bench_table(rows_by_metric):
-    """A text table of {metric: rows of `summarize`}, a column a metric; missing replies are mentioned."""
+    """A text table of {metric: rows of `summarize`}, a column a metric; missing replies and categories are
+    mentioned."""
     first = next(iter(rows_by_metric.values()))
     width = max(len(row["label"]) for row in first)
     lines = [f"{'':<{width}}      n" + "".join(f"  {metric:>9}" for metric in rows_by_metric)]
     for i, row in enumerate(first):
-        cells = "".join(f"  {100 * rows[i]['accuracy']:9.2f}" for rows in rows_by_metric.values())
+        cells = "".join(f"  {percent(rows[i]['accuracy']):>9}" for rows in rows_by_metric.values())
         covered = ""
-        if row["n"] < row["expected"]:
+        if row["accuracy"] is None:
+            others = len(row["missing"]) - 3
+            covered = f"   needs also {', '.join(row['missing'][:3])}" + f" and {others} more" * (others > 0)
+        elif row["n"] < row["expected"]:
             share = row["n"] / row["expected"]
             covered = f"   only {row['n']} scored ({share:.1%}); the rest counts as wrong"
         lines.append(f"{row['label']:<{width}}  {row['expected']:>5}{cells}{covered}")
     return "\n".join(lines)
 
 
+def percent(share):
+    """A share as percent with two decimals; "-" for None, which is no share."""
+    return "-" if share is None else f"{100 * share:.2f}"
+
+
 def paper_table(name, rows_by_metric, model):
-    """A text table of the paper's figures on a benchmark, then those of this model, in percent."""
-    found = {metric: {row["label"]: 100 * row["accuracy"] for row in rows}
+    """A text table of the paper's figures on a benchmark, then those of this model, in percent. What needs a
+    category that was not chosen is "-"."""
+    found = {metric: {row["label"]: row["accuracy"] for row in rows}
              for metric, rows in rows_by_metric.items()}
+    paper = {who: [x / 100 for x in (figures if type(figures) is tuple else [figures])]
+             for who, figures in BENCHES[name].PAPER.items()}
     if name == "bfcl":
         rows = found["official"]
-        ours = [rows[label] for label in (
+        ours = [rows.get(label) for label in (
             "Simple AST", "multiple", "parallel", "parallel_multiple", "live_simple", "live_multiple",
             "live_parallel", "live_parallel_multiple", "Non-Live AST")]
         lines = {label + ("" if label in bfcl.PAPER_LIVE_IS_AST_ONLY else " *"): row
-                 for label, row in bfcl.PAPER.items()}
-        lines[model] = [*ours, rows["Live AST"], rows["Overall"]]
-        lines[model + " *"] = [*ours, rows["Live, v3 leaderboard"], rows["Overall, v3 leaderboard"]]
+                 for label, row in paper.items()}
+        lines[model] = [*ours, rows.get("Live AST"), rows.get("Overall")]
+        lines[model + " *"] = [*ours, rows.get("Live, v3 leaderboard"), rows.get("Overall, v3 leaderboard")]
         heads = ("Simple", "Mult.", "Par.", "P.Mult.", "L-Sim.", "L-Mult.", "L-Par.", "L-P.M.",
                  "NonLive", "Live", "Overall")
         note = "* Live counts live_irrelevance and live_relevance, as the v3 leaderboard: compare * with *"
+    elif name == "api_bank":
+        lines = {who: [None, *figures] for who, figures in paper.items()}
+        lines |= {f"{model}, {metric}": [rows.get("All entries"), rows.get("First-step calls")]
+                  for metric, rows in found.items()}
+        heads = ("all", "first-step")
+        note = ("the paper's author says that it scores first-step calls only (NVlabs/Tool-N1, issue 12); "
+                "the rest of its protocol is not published; see benchmarks/api_bank.py")
     else:
-        label = {"api_bank": "All entries", "acebench": "Pooled"}[name]
-        lines = {who: [figure] for who, figure in BENCHES[name].PAPER.items()}
-        lines |= {f"{model}, {metric}": [rows[label]] for metric, rows in found.items()}
+        lines = paper | {f"{model}, {metric}": [rows.get("Pooled")] for metric, rows in found.items()}
         heads, note = ("accuracy",), f"the paper's protocol is not published; see benchmarks/{name}.py"
     width = max(map(len, lines))
-    text = [f"{'':<{width}}" + "".join(f"  {head:>8}" for head in heads)]
-    text += [f"{who:<{width}}" + "".join(f"  {x:8.2f}" for x in figures) for who, figures in lines.items()]
+    columns = [max(8, len(head)) for head in heads]
+    text = [f"{'':<{width}}" + "".join(f"  {head:>{n}}" for head, n in zip(heads, columns, strict=True))]
+    text += [f"{who:<{width}}" + "".join(f"  {percent(x):>{n}}" for x, n in zip(row, columns, strict=True))
+             for who, row in lines.items()]
     return "\n".join([*text, note])

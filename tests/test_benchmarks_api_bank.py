@@ -309,12 +309,29 @@ def test_the_table_has_both_denominators_and_what_is_missing_counts_as_wrong():
                "level1_repeated": {str(i): (True, "") for i in range(10)}}
     assert api_bank.summarize(results) == [
         {"label": "All entries", "n": 390, "expected": 399, "right": 310, "accuracy": 310 / 399},
-        {"label": "Without repeated calls", "n": 380, "expected": 389, "right": 300, "accuracy": 300 / 389}]
-    assert [row["n"] for row in api_bank.summarize({})] == [0, 0]
+        {"label": "Without repeated calls", "n": 380, "expected": 389, "right": 300, "accuracy": 300 / 389},
+        {"label": "First-step calls", "n": 0, "expected": 212, "right": 0, "accuracy": 0}]
+    results["first_step"] = {str(i): (i < 106, "") for i in range(200)}
+    assert api_bank.summarize(results)[2] == {
+        "label": "First-step calls", "n": 200, "expected": 212, "right": 106, "accuracy": 0.5}
+    assert [row["n"] for row in api_bank.summarize({})] == [0, 0, 0]
     with pytest.raises(ValueError, match="level2: 1 verdicts, expected no such category"):
         api_bank.summarize({"level2": {"x": (True, "")}})
     with pytest.raises(ValueError, match="level1_repeated: 11 verdicts, expected 10"):
         api_bank.summarize({"level1_repeated": {i: (True, "") for i in range(11)}})
+
+
+def test_a_call_is_a_first_step_if_no_call_comes_before_it(folder):
+    entries = api_bank.load(folder)
+    assert not any(map(api_bank.is_first_step, entries)), "every sample shows a call of RecordHealthData"
+    first = entries[0]._replace(messages=[entries[0].messages[0], {"role": "assistant", "content": "Which?"}])
+    assert api_bank.is_first_step(first)
+
+
+@pytest.mark.parametrize("chosen, n", [(["level1"], 389), (["level1_repeated"], 10), (None, 399), ([], 0)])
+def test_entries_of_chosen_categories_are_loaded(folder, chosen, n):
+    assert len(api_bank.load(folder, chosen)) == n
+    assert [*api_bank.categories(folder)] == ["level1", "level1_repeated"]
 
 
 # ---- the real benchmark
@@ -338,7 +355,7 @@ def test_all_399_answers_are_right_by_both_metrics_as_texts_and_as_typed_values(
         for entry in entries:
             results[entry.category][entry.id] = api_bank.check(entry, [entry.answer], metric)
             assert check_api_bank([typed(entry)], entry.answer, metric)
-        assert [(row["right"], row["expected"]) for row in api_bank.summarize(results)] == [
+        assert [(row["right"], row["expected"]) for row in api_bank.summarize(results)[:2]] == [
             (399, 399), (389, 389)]
 
 
@@ -348,6 +365,14 @@ def test_answers_of_other_entries_are_right_where_they_are_equal_and_leniently_l
     lenient = [check_api_bank([a], b, "lenient") for a, b in pairs]
     assert exact == [a == b for a, b in pairs]
     assert sum(exact) < sum(lenient) < 1.05 * sum(exact)
+
+
+def test_first_steps_are_212_of_the_entries_and_none_is_a_repetition(entries):
+    steps = [entry for entry in entries if api_bank.is_first_step(entry)]
+    assert len(steps) == 212 and {entry.category for entry in steps} == {"level1"}
+    shares = [figure for figure in api_bank.PAPER.values()
+              if any(round(100 * right / 212, 2) == figure for right in range(213))]
+    assert shares == [], "as the docstring says, no figure of the paper is a fraction of 212"
 
 
 def test_the_official_file_gives_the_same_entries(entries, real_data, tmp_path):

@@ -346,6 +346,20 @@ def test_what_has_no_result_counts_as_wrong_and_shows():
     assert rows["Simple AST"]["accuracy"] == pytest.approx((1 / 400 + 1 / 50) / 3)
 
 
+def test_rows_of_chosen_categories_are_complete_or_have_no_accuracy():
+    chosen = ["live_irrelevance", "live_relevance", "irrelevance", "simple_java"]
+    empty = {category: {} for category in bfcl.V4}
+    rows = {row["label"]: row for row in bfcl.summarize(
+        empty | {name: found for name, found in results("v4").items() if name in chosen}, chosen)}
+    assert rows["live_irrelevance"]["expected"] == 884 and rows["Relevance"]["accuracy"] == 1 / 16
+    assert rows["Irrelevance"]["accuracy"] == pytest.approx((1 / 240 + 1 / 884) / 2)
+    assert rows["Simple AST"]["accuracy"] is None
+    assert rows["Simple AST"]["missing"] == ["simple_python", "simple_javascript"]
+    assert "Live AST" not in rows and "multiple" not in rows
+    everything = bfcl.summarize(results("v3"), [*bfcl.V3])
+    assert everything == bfcl.summarize(results("v3")) and all("missing" not in row for row in everything)
+
+
 def test_results_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="exec_simple: 1 verdicts, expected no such category"):
         bfcl.summarize({"exec_simple": {"a": (True, "")}})
