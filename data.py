@@ -36,7 +36,7 @@ from converters import toolace, xlam
 from converters.nulls import undo_nulls
 from converters.schemas import bare_tools, contradictions_of, rename_parameters
 from reward import IM_END, IM_START, format_calls, format_reply, score
-from runtime.files import atomically, parse_json, read_text, write_text
+from runtime.files import atomically, parse_json, read_text, tolerant_output, write_text
 from runtime.records import convert_records, print_report, print_shortfall, read_records
 
 ASSETS = Path(__file__).parent / "assets"
@@ -437,9 +437,7 @@ def main(argv=None):
     convert.add_argument("--strict_schema", action="store_true", help="drop answers against their schema")
     convert.add_argument("out", help="the .jsonl file to write")
     convert.add_argument("--seed", type=int, default=0)
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a caller may have put another object in its place
-            stream.reconfigure(errors="backslashreplace")
+    tolerant_output()
     args = parser.parse_args(argv)
     try:
         write_and_count(args.out, _convert(args))

@@ -38,9 +38,8 @@ from benchmarks.tables import BENCHES, read_outputs
 from data import Chat, Example, read_jsonl
 from model import load_hf
 from reward import SCHEMES, judge
-from runtime.files import write_json
+from runtime.files import tolerant_output, write_json
 from runtime.kernel import KERNELS
-from runtime.ranks import tolerant_output
 from runtime.sharding import choose_device
 from runtime.tensors import identity, resolve
 from sample import generate, prompt_seeds

@@ -73,7 +73,6 @@ steps and tokens. The defaults:
 
 
 def main(argv=None):
-    ranks.tolerant_output()
     argv = sys.argv[1:] if argv is None else argv
     if {"-h", "--help"} & set(argv):
         print(USAGE)
@@ -210,9 +209,9 @@ def setup(c, run):
     optimizer = make_optimizer(policy, c.train.weight_decay, c.train.beta2)
     if checkpoint:
         read_moments(checkpoint, policy, optimizer)
-    run.open(dataclasses.asdict(c), {"config": flat(c), "fingerprint": fingerprint}, c.log.tracker,
-             functools.partial(write_state, model=policy, optimizer=optimizer, save_model=save_hf, base=base,
-                               save_prompt=getattr(chat, "save", None)),
+    save = functools.partial(write_state, model=policy, optimizer=optimizer, save_model=save_hf, base=base,
+                             save_prompt=chat.save)
+    run.open(dataclasses.asdict(c), {"config": flat(c), "fingerprint": fingerprint}, c.log.tracker, save,
              c.checkpoint.keep)
     heldout = evenly_spaced(heldout, c.eval.examples)
     millions = sum(parameter.numel() for parameter in policy.parameters()) / 1e6
@@ -259,7 +258,7 @@ def roll_out(s, examples_P, prompts_P, seeds_P, updates, scheme, poll, sampling)
                             progress=is_first_rank() and "rollout", **sampling)
     poll()
     examples = [examples_P[p] for p in mine_P for _ in range(sampling["n"])]
-    verdicts = [judge(example, s.chat.decode(rollout.ids), scheme)
+    verdicts = [judge(example, s.chat.decode_reply(rollout.ids), scheme)
                 for example, rollout in zip(examples, rollouts, strict=True)]
     return gather_in_order(mine_P, rollouts), gather_in_order(mine_P, verdicts)
 

@@ -12,8 +12,17 @@ import fcntl
 import json
 import os
 import subprocess
+import sys
 from hashlib import sha256
 from pathlib import Path
+
+
+def tolerant_output():
+    """Let stdout and stderr print a character that they cannot encode as an escape such as \\u2192, where
+    Python would raise an error. For the main of every program."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a caller may have put another object in its place
+            stream.reconfigure(errors="backslashreplace")
 
 
 def read_text(path):

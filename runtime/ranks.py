@@ -14,6 +14,8 @@ import traceback
 import torch
 import torch.distributed as dist
 
+from runtime.files import tolerant_output
+
 
 class RankError(ValueError):
     """A ValueError that is raised identically on all ranks; only rank 0 prints it."""
@@ -49,14 +51,6 @@ def join_ranks(device, timeout_minutes):
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timeout)
-
-
-def tolerant_output():
-    """Let stdout and stderr print a character that they cannot encode as an escape such as \\u2192, where
-    Python would raise an error. For the main of every program."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a caller may have put another object in its place
-            stream.reconfigure(errors="backslashreplace")
 
 
 def run_and_exit(function):

@@ -10,7 +10,7 @@ from converters.schemas import bare_tools
 from data import Chat, Example
 from model import load_hf
 from reward import parse_reply
-from runtime.files import parse_json, read_text
+from runtime.files import parse_json, read_text, tolerant_output
 from runtime.sharding import choose_device
 from sample import generate, prompt_seeds
 
@@ -28,8 +28,7 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kernel", default="auto", help="auto, reference (plain PyTorch) or fast")
     args = parser.parse_args(argv)
-    for stream in (sys.stdout, sys.stderr):  # a reply may hold characters that their encoding lacks
-        stream.reconfigure(errors="backslashreplace")
+    tolerant_output()
     try:
         if not -2**63 <= args.seed < 2**63:
             raise ValueError(f"--seed is {args.seed}; it must be a signed 64-bit number")
