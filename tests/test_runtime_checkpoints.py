@@ -655,6 +655,18 @@ def test_all_of_a_checkpoint_is_on_the_disk_before_its_manifest_and_its_name(sav
     assert names <= {name for what, name in done[:-6] if what == "fsync"}
 
 
+def test_the_prompt_of_the_run_is_in_the_sealed_checkpoint_in_place_of_the_template_of_the_base(
+        files, tmp_path, monkeypatch):
+    base = shutil.copytree(files / "base", tmp_path / "base")
+    (base / "chat_template.jinja").write_text("of the base")
+    monkeypatch.setattr(train.Chat, "save", lambda chat, folder: (folder / "chat_template.jinja").write_text(
+        "of the run"), raising=False)
+    train.main(arguments(files, tmp_path / "run", f"--model.path={base}", "--train.steps=1", "--stage=sft"))
+    folder = tmp_path / "run/checkpoints/step_000001"
+    assert (folder / "chat_template.jinja").read_text() == "of the run"
+    check_seal(folder)
+
+
 def test_death_at_any_operation_of_a_save_leaves_a_checkpoint_that_loads(saving, capsys):
     kept = []
     for last in range(1, operations_of_a_save(saving) + 1):

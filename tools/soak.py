@@ -71,11 +71,10 @@ def arguments(folder, data, args):
     settings = {
         "out": folder, "stage": args.stage, "data.train": data / "train.jsonl",
         "data.heldout": data / "heldout.jsonl", "train.steps": args.steps, "train.prompts_per_step": 4,
-        "train.updates_per_step": 2, "rollout.n": 3, "rollout.max_new_tokens": 32, "eval.every": 5,
-        "eval.max_new_tokens": 32, "grpo.kl_coef": 0.001, "checkpoint.every": 1, "checkpoint.keep": 2,
-        "log.rollouts_every": 1, "train.timeout_minutes": 5,
-        # At the demo's rate 4 prompts a step may lead to a policy without spread, and the run then ends.
-        "train.lr": 1e-5,
+        # At the demo's rate so few prompts a step let the policy collapse, which ends a run.
+        "train.updates_per_step": 2, "train.lr": 5e-5, "rollout.n": 3, "rollout.max_new_tokens": 32,
+        "eval.every": 5, "eval.max_new_tokens": 32, "grpo.kl_coef": 0.001, "checkpoint.every": 1,
+        "checkpoint.keep": 2, "log.rollouts_every": 1, "train.timeout_minutes": 5,
     }
     return ["configs/demo.yaml", *(f"--{key}={value}" for key, value in settings.items())]
 
