@@ -57,7 +57,7 @@ def test_two_grpo_steps_on_real_prompts_then_the_checkpoint_loads_and_is_evaluat
     out = tmp_path / "run"
     train.main([f"--out={out}", f"--model.path={qwen_folder}", f"--data.train={real_examples}",
                 "--train.steps=2", "--train.prompts_per_step=4", "--train.updates_per_step=2",
-                "--rollout.n=2",
+                "--rollout.n=2", "--model.precision=fp32",
                 "--rollout.max_new_tokens=8", "--train.micro_batch_tokens=8192", "--train.weight_decay=0",
                 "--eval.examples=2", "--eval.max_new_tokens=4", "--log.rollouts_every=1"])
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

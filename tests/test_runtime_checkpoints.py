@@ -237,7 +237,7 @@ def test_a_base_model_whose_bytes_have_changed_is_refused_by_what_of_it_changed(
     before = (out / "metrics.jsonl").read_bytes()
     for name, old, new, part in (
             ("model.safetensors", None, None, "weights"),
-            ("tokenizer.json", b'"<|im_start|>"', b'"<|im_begin|>"', "tokenizer"),
+            ("tokenizer.json", b'"<|endoftext|>"', b'"<|endoftexx|>"', "tokenizer"),
             ("config.json", b'"rms_norm_eps": 1e-06', b'"rms_norm_eps": 2e-06', "config")):
         content = (base / name).read_bytes()
         changed = content.replace(old, new) if old else content[:-1] + bytes([content[-1] ^ 1])
