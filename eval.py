@@ -280,8 +280,8 @@ def find_model(args):
 
 
 def load_model(folder):
-    device, bf16 = choose_device()
-    return load_hf(folder, device, torch.bfloat16 if bf16 else torch.float32)
+    device, bf16 = choose_device()  # weights stay fp32 on a CPU, so that figures do not depend on AMX
+    return load_hf(folder, device, torch.bfloat16 if bf16 and device == "cuda" else torch.float32)
 
 
 def heldout_examples(args):

@@ -161,3 +161,8 @@ def test_every_knob_has_a_comment_and_a_default():
         for knob in dataclasses.fields(settings) if settings else [section]:
             line, = [x for x in lines if x.startswith(f"    {knob.name}: ") and "factory" not in x][:1]
             assert "  # " in line, f"{knob.name} has no comment"
+
+
+def test_a_seed_that_the_keys_of_the_noise_cannot_hold_is_refused():
+    assert load_config([*SET, f"--seed={2**63 - 1}"]).seed == 2**63 - 1
+    assert "seed is 9223372036854775808; it must be below 2^63" in refusal([*SET, f"--seed={2**63}"])

@@ -37,7 +37,8 @@ def main(argv=None):
         tools = read_tools(args.tools)
         chat = Chat(args.model, args.system_prompt)
         device, bf16 = choose_device()
-        model = load_hf(args.model, device, torch.bfloat16 if bf16 else torch.float32)
+        dtype = torch.bfloat16 if bf16 and device == "cuda" else torch.float32
+        model = load_hf(args.model, device, dtype)
         example = Example("query", "query", tools, [{"role": "user", "content": args.query}], [])
         rollout, = generate(model, [chat.encode_prompt(example)], 1, max_new_tokens=args.max_new_tokens,
                             temperature=args.temperature, stop_ids=chat.stop_ids, top_p=args.top_p,
