@@ -247,7 +247,7 @@ def check(config):
     c, r, t = config, config.rollout, config.train
     longest = c.data.max_prompt_tokens + r.max_new_tokens
     rules = (
-        (c.seed >= 2**63, f"seed is {c.seed}; it must be below 2^63, as keys of the noise are 64-bit numbers"),
+        (c.seed >= 2**63, f"seed is {c.seed}; it must be below 2^63: keys of the noise are 64-bit numbers"),
         (r.n < 2, f"rollout.n is {r.n}; a group needs at least 2 replies to compare"),
         (r.top_p != 1, f"rollout.top_p is {r.top_p}; it must be 1: training scores the whole softmax"),
         (t.prompts_per_step % t.updates_per_step, f"train.updates_per_step is {t.updates_per_step}; it must "
