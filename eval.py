@@ -35,7 +35,7 @@ from benchmarks.api_bank import check_api_bank as check_api_bank
 from benchmarks.bfcl import check_bfcl as check_bfcl
 from benchmarks.replies import read_replies, reply_line
 from benchmarks.tables import BENCHES, read_outputs
-from data import Chat, Example, read_jsonl
+from data import Chat, Example, read_jsonl, usable_examples
 from model import load_hf
 from reward import SCHEMES, judge
 from runtime.files import tolerant_output, write_json
@@ -251,10 +251,7 @@ def main(argv=None):
             raise ValueError("--samples and --temperature are for heldout; the public benchmarks are greedy")
         if args.temperature is not None and not (args.samples and 0 < args.temperature < math.inf):
             raise ValueError(f"--temperature {args.temperature}: give it with --samples, as a number above 0")
-        if args.bench in BENCHES:
-            evaluate_bench(args)
-        else:
-            evaluate_heldout(args)
+        (evaluate_bench if args.bench in BENCHES else evaluate_heldout)(args)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -284,12 +281,14 @@ def load_model(folder):
     return load_hf(folder, device, torch.bfloat16 if bf16 and device == "cuda" else torch.float32)
 
 
-def heldout_examples(args):
-    """The examples that --data, --categories and --examples name; a category "a/b" is also one of "a"."""
+def heldout_examples(args, chat):
+    """The examples that --data, --categories and --examples name; a category "a/b" is also one of "a". What
+    cannot be answered right with the tokenizer of `chat` is dropped and counted."""
     examples = read_jsonl(args.data)
     names = [{example.source, example.source.split("/")[0]} for example in examples]
     chosen = set(choose_categories(sorted(set().union(*names)), args.categories))
-    examples = [example for example, own in zip(examples, names, strict=True) if own & chosen]
+    named = [example for example, own in zip(examples, names, strict=True) if own & chosen]
+    examples = usable_examples("held-out", named, chat, math.inf, 1.0)
     if not examples:
         raise ValueError(f"{args.data}: no examples")
     return of_each(examples, args.examples, lambda example: example.source)
@@ -300,8 +299,8 @@ def evaluate_heldout(args):
         raise ValueError("--score and --export_official are for the public benchmarks, not for heldout")
     if args.scheme not in SCHEMES:
         raise ValueError(f"unknown reward scheme {args.scheme!r}: choose one of {', '.join(SCHEMES)}")
-    examples = heldout_examples(args)
     model_folder, chat = find_model(args)
+    examples = heldout_examples(args, chat)
     folder, model = make_folder(results_folder(args)), load_model(model_folder)
     settings = {"max_new_tokens": args.max_new_tokens, "batch_size": args.batch_size, "scheme": args.scheme,
                 "kernel": args.kernel}

@@ -1,5 +1,6 @@
 """eval.py: held-out accuracy, intervals, the table; public benchmarks scored, generated, resumed, refused."""
 
+import dataclasses
 import io
 import json
 import shutil
@@ -197,7 +198,7 @@ def test_samples_and_categories_without_sense_are_refused_before_any_reply(drawn
 @pytest.mark.parametrize("chosen, ids", [("s/b", [3, 4]), ("s", [0, 1, 2, 3, 4]), (" s/b , s/a", range(5))])
 def test_heldout_categories_are_sources_or_their_first_parts(drawn, chosen, ids):
     args = types.SimpleNamespace(data=drawn[0], categories=chosen, examples=None)
-    examples = evaluation.heldout_examples(args)
+    examples = evaluation.heldout_examples(args, Chat("assets/tiny"))
     everyone = [example.id for example in read_jsonl(drawn[0])]
     assert [example.id for example in examples] == [everyone[i] for i in ids]
 
@@ -608,3 +609,17 @@ def test_a_reply_with_a_lone_surrogate_is_scored(small, toy, tmp_path, monkeypat
         tmp_path)
     verdicts = json.loads((tmp_path / "scores.json").read_text())["verdicts"]
     assert verdicts[0]["calls"] == [{"name": "\udc9f", "arguments": {}}]
+
+
+def test_answers_that_the_tokenizer_changes_are_dropped_from_an_evaluation_and_counted(tmp_path, capsys):
+    examples = synthetic(4, 0, "heldout")
+    call = {"name": examples[0].tools[0]["name"], "arguments": {"street": "Ve\u0301lizy"}}
+    examples[0] = dataclasses.replace(examples[0], answer=[call])
+    write_jsonl(tmp_path / "held.jsonl", examples)
+    args = types.SimpleNamespace(data=tmp_path / "held.jsonl", categories=None, examples=None)
+    kept = evaluation.heldout_examples(args, Chat("assets/tiny"))
+    assert [example.id for example in kept] == [example.id for example in examples[1:]]
+    assert "dropped 1 held-out examples: answers that cannot score 1" in capsys.readouterr().out
+    write_jsonl(tmp_path / "held.jsonl", examples[:1])
+    with pytest.raises(ValueError, match="held.jsonl: no examples"):
+        evaluation.heldout_examples(args, Chat("assets/tiny"))
