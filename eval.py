@@ -345,8 +345,8 @@ def evaluate_bench(args):
         paths = bfcl.export_official(outputs, args.export_official, chosen)
         print(f"written: {len(paths)} official result files")
     print(f"{text}\n")
-    tables.write_scores(folder / "scores.json", {"model": name, "bench": args.bench, "data": args.data,
-                                                 "rows": rows, "verdicts": verdicts})
+    write_json(folder / "scores.json", {"model": name, "bench": args.bench, "data": args.data, "rows": rows,
+                                        "verdicts": verdicts})
     print(f"written: {folder / 'scores.json'}")
 
 

@@ -5,13 +5,11 @@ Out: {id: line}; verdicts; text tables; a warning where nearly all lines fail in
      torch.
 """
 
-import json
 from collections import Counter
-from pathlib import Path
 
 from benchmarks import acebench, api_bank, bfcl, json_lines
 from benchmarks.acebench import outsized
-from runtime.files import write_text
+from runtime.files import read_text
 
 BENCHES = {"bfcl": bfcl, "api_bank": api_bank, "acebench": acebench}
 NEARLY_ALL = 0.9  # a share of lines that fail in one way: no model is that regular
@@ -27,11 +25,7 @@ def read_outputs(file, entries, key, skipped=()):
     """
     categories = {entry.id: entry.category for entry in entries}
     lines = {}
-    try:
-        text = Path(file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: cannot be read as UTF-8 text ({error})") from None
-    for number, line in json_lines(file, text):
+    for number, line in json_lines(file, read_text(file)):
         if not isinstance(line, dict) or not isinstance(line.get("id"), str) or key not in line:
             raise ValueError(f'{file}:{number}: not an object with "id" and "{key}"')
         id = line["id"]
@@ -81,12 +75,6 @@ def report(name, entries, calls, categories, chosen, model):
     warning = common_fault(calls, of_first)
     text = f"{bench_table(rows)}\n\n{paper_table(name, rows, model)}" + (f"\n\n{warning}" if warning else "")
     return text, rows, lines
-
-
-def write_scores(file, value):
-    """Write JSON. A lone surrogate, which a call may hold and UTF-8 may not, is written as an escape."""
-    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-    write_text(file, text.encode("utf-8", "backslashreplace").decode())
 
 
 def form_fault(calls):

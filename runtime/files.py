@@ -75,7 +75,9 @@ def write_text(path, text):
 
 
 def write_json(path, value):
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    """Write JSON. A lone surrogate, which JSON may hold and UTF-8 may not, is written as an escape."""
+    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    write_text(path, text.encode("utf-8", "backslashreplace").decode())
 
 
 @contextlib.contextmanager

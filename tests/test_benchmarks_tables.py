@@ -101,9 +101,9 @@ def test_every_metric_gets_a_verdict_for_each_entry_that_has_calls():
 
 
 def test_entries_of_a_group_are_scored_in_it_too():
-    answer, told = {"name": "Stop", "arguments": {}}, {"role": "tool", "content": ""}
+    answer, result = {"name": "Stop", "arguments": {}}, {"role": "tool", "content": ""}
     entries = [api_bank.Entry(f"e{i}", "level1", [], messages, answer)
-               for i, messages in enumerate(([], [told], [{"role": "user", "content": ""}]))]
+               for i, messages in enumerate(([], [result], [{"role": "user", "content": ""}]))]
     verdicts = score_calls(api_bank, entries, {entry.id: [answer] for entry in entries},
                            api_bank.CATEGORIES)["exact"]
     assert {name: [*verdicts[name]] for name in verdicts} == {

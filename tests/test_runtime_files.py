@@ -121,6 +121,12 @@ def test_what_is_written_is_read_back(tmp_path):
     assert read_text(tmp_path / "x") == "with a byte order mark"
 
 
+def test_json_with_half_a_surrogate_pair_is_written_as_an_escape_and_read_back(tmp_path):
+    write_json(tmp_path / "x.json", {"town": "\udc4a and Zoë"})
+    assert read_json(tmp_path / "x.json") == {"town": "\udc4a and Zoë"}
+    assert "\\udc4a and Zoë" in read_text(tmp_path / "x.json")
+
+
 @pytest.mark.parametrize("content", [None, b"\xff\xfe"])
 def test_a_text_that_is_missing_or_no_utf_8_is_one_line(tmp_path, content):
     if content is not None:
