@@ -25,14 +25,12 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import reward  # noqa: E402
 import train  # noqa: E402
 from data import Chat, read_jsonl, write_jsonl  # noqa: E402
-from eval import summarize  # noqa: E402
+from eval import by_category, evaluate_samples, summarize_samples  # noqa: E402
 from model import load_hf  # noqa: E402
 from runtime.files import read_json, write_json  # noqa: E402
 from runtime.run_folder import read_evaluations  # noqa: E402
-from sample import generate, prompt_seeds  # noqa: E402
 from tools.make_base import lazy  # noqa: E402
 from tools.synthetic import synthetic  # noqa: E402
 
@@ -91,14 +89,11 @@ def control(run, extra):
 
 def pass_at(model, chat, examples, k):
     """{category: percent of its examples for which one of k replies at temperature 1 is right}."""
-    rollouts = generate(model, [chat.encode_prompt(example) for example in examples], k, max_new_tokens=128,
-                        temperature=1.0, stop_ids=chat.stop_ids, vocab_size=chat.vocab_size,
-                        seeds_P=prompt_seeds(0, 0, 0, len(examples)), progress=f"pass@{k}")
-    marks = [reward.judge(examples[i // k], chat.decode(rollout.ids), "binary").calls_ok
-             for i, rollout in enumerate(rollouts)]
-    replies = [{"category": example.source, "right": any(marks[i * k:(i + 1) * k]), "format_ok": True,
-                "names_ok": True, "finished": True} for i, example in enumerate(examples)]
-    return {row["category"]: 100 * row["accuracy"] for row in summarize(replies)}
+    right = evaluate_samples(model, chat, examples, k, 1.0, max_new_tokens=128, progress=f"pass@{k}")
+    replies = [{"category": example.source, "samples_right": n}
+               for example, n in zip(examples, right, strict=True)]
+    rows = zip(by_category(replies), summarize_samples(replies, k), strict=True)
+    return {category: 100 * row["pass"] for (category, _), row in rows}
 
 
 def interval(values):
