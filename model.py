@@ -91,21 +91,22 @@ class ModelConfig:
                 "use_sliding_window": False, "attention_dropout": 0.0, **asdict(self)}
 
 
-def rope_tables(positions_T, head_dim, theta):
-    """cos and sin of position · theta^(-2i/E) for i < E/2: two fp32 [T, 1, E/2] (arXiv 2104.09864)."""
+def rope_tables(positions_T, head_dim, theta, dtype=torch.float32):
+    """(cos, cos) and (-sin, sin) of the angles position · theta^(-2i/E), i < E/2: two [T, 1, E] of `dtype`
+    (arXiv 2104.09864)."""
     exponent = torch.arange(0, head_dim, 2, device=positions_T.device, dtype=torch.float32) / head_dim
     # The weights were trained with a product with the reciprocal; at large positions a quotient rounds to
     # another angle.
     angle = positions_T[:, None, None].float() * (1.0 / theta**exponent)
-    return angle.cos(), angle.sin()
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
 
 
 def rotate(x_THE, cos, sin):
     """Rotate the pair of elements i and i + E/2 of each head by the angle of its token. The published weights
     use this pairing."""
-    a, b = x_THE.chunk(2, -1)
-    cos, sin = cos.to(x_THE.dtype), sin.to(x_THE.dtype)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+    cos, sin = cos.to(x_THE.dtype), sin.to(x_THE.dtype)  # under autocast the products have another dtype
+    return torch.addcmul(x_THE * cos, x_THE.roll(x_THE.shape[-1] // 2, -1), sin)
 
 
 class Attention(nn.Module):
@@ -182,7 +183,7 @@ class Qwen2(nn.Module):
         head(hidden_TD): called inside forward, where alone `head_weight()` of a sharded model is gathered.
         """
         x_TD = self.embed_tokens(tokens_T)
-        cos, sin = rope_tables(positions_T, self.config.head_dim, self.config.rope_theta)
+        cos, sin = rope_tables(positions_T, self.config.head_dim, self.config.rope_theta, x_TD.dtype)
         for layer, block in enumerate(self.layers):
             if self.checkpoint_blocks and torch.is_grad_enabled():
                 block = functools.partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)
