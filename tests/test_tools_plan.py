@@ -129,7 +129,7 @@ def test_activations_are_what_autograd_saves(config):
     x = plan.Shape.of(groups)
     blocks = plan.saved_by_block(setup(config), x) + 4 * x.T * config.hidden_size
     norm = 4 * x.T * (2 * config.hidden_size + 1)  # the last one
-    rotary, tokens = 4 * x.T * config.head_dim, 8 * x.T
+    rotary, tokens = 4 * x.T * 2 * config.head_dim, 8 * x.T
     assert bytes_of(saved) == config.num_hidden_layers * blocks + norm + rotary + tokens
 
 

@@ -241,7 +241,7 @@ def sampling_memory(s, prompts, n, reply, free=math.inf):
         # Sampling raises an error if the pool cannot hold one row.
         first = most = page * max(pages + 1, min(slots * pages + 1, given // page))
     at_once = min(math.ceil(slots / n) * (s.prompt - 1), max(sample.PREFILL_TOKENS, s.prompt - 1))
-    mlp = 3 * (c.intermediate_size + c.hidden_size) * w + 4 * c.head_dim
+    mlp = (3 * (c.intermediate_size + c.hidden_size) + 2 * c.head_dim) * w
     logits = slots * c.vocab_size * (w if s.device == "cuda" else 20)
     return largest(plus(parts, {KV: first, ACTIVATIONS: at_once * (token + max(token, mlp))}),
                    plus(parts, {KV: most, LOGITS: logits}))
