@@ -26,7 +26,7 @@ from short_run import (
 
 import train
 from data import write_jsonl
-from model import ModelConfig, Qwen2, load_hf, packed_attention, save_hf
+from model import ModelConfig, RopeScaling, Transformer, load_hf, packed_attention, save_hf
 from runtime import sharding
 from runtime.ranks import join_ranks, leave_ranks
 from sample import Rollout, generate
@@ -35,11 +35,18 @@ from tools.synthetic import synthetic
 limit = pytest.fixture(autouse=True)(limit_time)
 
 
-def toy(tied):
+MODELS = {  # one of each family, one of them tied
+    "tied": {"tie_word_embeddings": True},
+    "untied": {},
+    "llama": {"model_type": "llama", "attention_bias": True, "rope_scaling": RopeScaling(8.0, 1.0, 4.0, 8)},
+    "qwen3": {"model_type": "qwen3"}}
+
+
+def toy(name):
     config = ModelConfig(vocab_size=37, hidden_size=16, intermediate_size=24, num_hidden_layers=3,
                          num_attention_heads=4, num_key_value_heads=2, head_dim=4, initializer_range=0.25,
-                         tie_word_embeddings=tied)
-    return Qwen2(config).init_weights(0)
+                         **MODELS[name])
+    return Transformer(config).init_weights(0)
 
 
 def launch_nodes(folder):
@@ -66,8 +73,8 @@ def folder(tmp_path_factory):
     make_base(folder / "base")
     write_jsonl(folder / "train.jsonl", synthetic(16, 0, "train"))
     write_jsonl(folder / "heldout.jsonl", synthetic(2, 0, "heldout"))
-    for name in ("tied", "untied"):
-        model = toy(name == "tied")
+    for name in MODELS:
+        model = toy(name)
         save_hf(model, folder / name)
         # One group is long and all others are short, so that ranks differ in their micro-batches.
         rollouts_N = generate(model, PROMPTS, 3, max_new_tokens=25, temperature=TEMPERATURE, stop_ids=STOPS,
@@ -106,6 +113,17 @@ def test_an_update_does_not_depend_on_the_number_of_ranks(found, ranks, name, ki
     assert metrics.keys() == alone_metrics.keys()
     for key, value in alone_metrics.items():
         assert metrics[key] == pytest.approx(value, rel=1e-6, abs=1e-6, nan_ok=True), key
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_a_step_of_another_family_does_not_depend_on_the_number_of_ranks(found, ranks, name):
+    (metrics, change), (alone_metrics, alone) = (found[n][name]["updates"] for n in (ranks, 1))
+    assert found[ranks][name]["ids"] == found[1][name]["ids"]
+    for weight, expected in alone.items():
+        assert expected.abs().max() > 1e-6, weight
+        torch.testing.assert_close(change[weight], expected, rtol=1e-9, atol=1e-12, msg=weight)
+    assert metrics["grad_norm"] == pytest.approx(alone_metrics["grad_norm"], rel=1e-9)
 
 
 @pytest.mark.parametrize("name", ["tied", "untied"])
@@ -189,11 +207,11 @@ def test_a_run_on_several_ranks_leaves_the_folder_that_one_rank_leaves(found, fo
 def summed_gradient(rank):
     """On two ranks: the gradient of a model whose loss has a share on each of them."""
     join_ranks("cpu", 3)
-    model = toy(tied=True)
+    model = toy("tied")
     _, _, shard = sharding.sharder("cpu", False, trained=True, on_cpu=False)
     shard(model)
     loss_of_share(model, rank).backward()
-    expected = toy(tied=True)
+    expected = toy("tied")
     sum(loss_of_share(expected, each) for each in (0, 1)).backward()
     for parameter, whole in zip(model.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(parameter.grad.full_tensor(), whole.grad)
@@ -231,7 +249,7 @@ def test_a_cpu_computes_in_bf16_where_torch_finds_amx_or_bf16_is_asked_for(monke
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU does")
 def test_without_a_gpu_and_other_ranks_a_model_is_plain():
     assert sharding.sharder("cpu", True, True, False) == ("cpu", torch.float32, None)
-    model = toy(tied=True)
+    model = toy("tied")
     with sharding.unsharded(model) as plain:
         assert plain is model
     weight = model.embed_tokens.weight
