@@ -1,0 +1,159 @@
+"""LoRA (arXiv 2106.09685): two small trained matrices beside each frozen linear layer.
+
+    y = x Wᵀ + b + scale (x Aᵀ) Bᵀ      A [rank, in], B [out, rank], scale = alpha / rank; B starts at zero
+
+In:  a model. Out: the same model with adapters in its blocks, of which only A and B are trained; its plain
+weights without the adapters (the KL reference) or merged, W + scale B A (rollouts, exports); and PEFT's
+folder format. Head and embedding get no adapter. Knows a model only as a module with a list `layers`.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from runtime.files import write_json
+from runtime.ranks import is_first_rank
+from runtime.sharding import own_rows
+from runtime.tensors import ADAPTER, open_tensors, write_tensors
+
+NAMES = ("lora_A", "lora_B")
+
+
+class LoRALinear(nn.Linear):
+    """A linear layer with an adapter, which shares the weight and bias of `layer`: x [T, in] -> [T, out]."""
+
+    def __init__(self, layer, rank, alpha):
+        super().__init__(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+        self.weight, self.bias, self.scale = layer.weight, layer.bias, alpha / rank
+        fp32 = {"dtype": torch.float32, "device": layer.weight.device}
+        self.lora_A = nn.Parameter(torch.empty(rank, layer.in_features, **fp32))
+        self.lora_B = nn.Parameter(torch.empty(layer.out_features, rank, **fp32))
+
+    def forward(self, x):
+        return super().forward(x) + F.linear(F.linear(x, self.lora_A), self.lora_B) * self.scale
+
+
+class MergedWeight:
+    """W + scale B A of one layer, not computed yet: `full_tensor()` adds in fp32 and casts to W's dtype."""
+
+    def __init__(self, layer):
+        self.layer, self.dtype, self.shape, self.nbytes = (
+            layer, layer.weight.dtype, layer.weight.shape, layer.weight.nbytes)
+
+    def parts(self):
+        """(W, scale B A), both whole and at least fp32."""
+        W, A, B = (whole(getattr(self.layer, name)) for name in ("weight", *NAMES))
+        dtype = torch.promote_types(W.dtype, torch.float32)
+        return W.to(dtype), (B.to(dtype) @ A.to(dtype)) * self.layer.scale
+
+    @torch.no_grad()
+    def full_tensor(self):
+        W, change = self.parts()
+        return (W + change).to(self.dtype)
+
+
+def whole(tensor):
+    """Collective: the detached whole tensor of one that may be sharded."""
+    return tensor.full_tensor().detach() if hasattr(tensor, "full_tensor") else tensor.detach()
+
+
+def has_adapters(model):
+    return any(isinstance(module, LoRALinear) for module in model.modules())
+
+
+def add_adapters(model, rank, alpha):
+    """Put an adapter of `rank` beside every linear layer of the blocks, in place, and freeze the rest. A and
+    B have no values yet. ValueError for a rank that is larger than a layer."""
+    model.requires_grad_(False)
+    for block in model.layers:
+        for parent in list(block.modules()):
+            for name, layer in list(parent.named_children()):
+                if type(layer) is nn.Linear:
+                    if rank > min(layer.weight.shape):
+                        raise ValueError(f"model.lora_rank is {rank}, more than {name} of shape "
+                                         f"{list(layer.weight.shape)} has; lower it")
+                    setattr(parent, name, LoRALinear(layer, rank, alpha))
+
+
+@torch.no_grad()
+def init_adapters(model, seed):
+    """B = 0 and A uniform within ±1/√in, as PEFT draws it. The result depends on `seed` only."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        local, rows = own_rows(parameter)
+        if name.endswith("lora_A"):
+            A = torch.rand(parameter.shape, generator=generator) * 2 - 1
+            local.copy_(A[rows] / parameter.shape[1] ** 0.5)
+        elif name.endswith("lora_B"):
+            local.zero_()
+
+
+def plain_weights(model, merged=True):
+    """{name: weight} of the model without its adapters, sharded ones as they are: merged, the adapted layers
+    as a MergedWeight, which has the dtype, shape, nbytes and full_tensor() of a sharded tensor."""
+    weights = {name: weight for name, weight in model.state_dict().items()
+               if name.rpartition(".")[2] not in NAMES}
+    for name, layer in model.named_modules() if merged else ():
+        if isinstance(layer, LoRALinear):
+            weights[f"{name}.weight"] = MergedWeight(layer)
+    return weights
+
+
+@torch.no_grad()
+def plain_model(model, merged=True):
+    """Collective: a model without adapters on whole weights. Weights that are neither merged nor gathered are
+    those of `model`; merged ones are new tensors, and the base is never written."""
+    with torch.device("meta"):
+        plain = type(model)(model.config)  # the class that FSDP puts in front makes a model without FSDP
+    weights = {name: whole(weight) for name, weight in plain_weights(model, merged).items()}
+    plain.load_state_dict(weights, assign=True)
+    return plain.requires_grad_(False)
+
+
+@torch.no_grad()
+def share_lost(model):
+    """Collective: the share of the adapters' change that the cast to the weights' dtype loses in merging, as
+    the norm of what is lost over the norm of the change; 0.0 where there is no change."""
+    lost = total = 0.0
+    for weight in plain_weights(model).values():
+        if isinstance(weight, MergedWeight):
+            W, change = weight.parts()
+            lost += float(((W + change).to(weight.dtype).to(W.dtype) - W - change).square().sum())
+            total += float(change.square().sum())
+    return (lost / total) ** 0.5 if total else 0.0
+
+
+# PEFT's format: adapter_config.json and adapter_model.safetensors.
+
+
+def peft_name(name, hf_name):
+    """The name that PEFT gives to an adapter's parameter: hf_name(name) is the one in a checkpoint."""
+    return f"base_model.model.{hf_name(name)}.weight"
+
+
+def write_adapter(folder, model, base, hf_name):
+    """Collective: write A and B in fp32, and the config that PEFT reads. base: the name of the base model."""
+    tensors = {peft_name(name, hf_name): parameter for name, parameter in model.named_parameters()
+               if name.rpartition(".")[2] in NAMES}
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoRALinear)}
+    rank = len(next(iter(layers.values())).lora_A)
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base), "r": rank,
+              "lora_alpha": next(iter(layers.values())).scale * rank, "lora_dropout": 0.0, "bias": "none",
+              "target_modules": sorted({name.rpartition(".")[2] for name in layers}), "inference_mode": True}
+    if is_first_rank():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / ADAPTER[0], config)
+    write_tensors(folder / ADAPTER[1], tensors)
+
+
+@torch.no_grad()
+def read_adapter(folder, model, hf_name):
+    """Fill A and B from a folder that `write_adapter` wrote; each rank reads its own rows. ValueError, naming
+    the file, where a tensor is missing or of another shape."""
+    slices = open_tensors(folder / ADAPTER[1])
+    for name, parameter in model.named_parameters():
+        if name.rpartition(".")[2] in NAMES:
+            key, (local, rows) = peft_name(name, hf_name), own_rows(parameter)
+            if key not in slices or slices[key].get_shape() != list(parameter.shape):
+                raise ValueError(f"{folder / ADAPTER[1]}: no tensor {key!r} of shape {list(parameter.shape)}")
+            local.copy_(slices[key][rows])
