@@ -62,7 +62,7 @@ def bytes_of(tensors):
 
 def setup(config, **changes):
     defaults = {"prompt": 0, "reply": 0, "n": 1, "samplings": (), "batch_size": 256, "kv_gib": None,
-                "micro_batch_tokens": 0, "checkpointed": False, "reference": "none", "ranks": 1,
+                "updates": 1, "micro_batch_tokens": 0, "checkpointed": False, "reference": "none", "ranks": 1,
                 "sharded": False, "device": "cpu", "itemsize": 4}
     return plan.Setup(config, **defaults | changes)
 
