@@ -35,6 +35,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from runtime.adapters import plain_weights
 from runtime.files import read_json
 from runtime.kernel import choose_kernel
 from runtime.sharding import own_rows
@@ -351,6 +352,7 @@ def load_hf(path, device="cpu", dtype=torch.float32, shard=None, seed=None):
     """The model of a Hugging Face folder or hub name, its tensors cast to `dtype` on `device`.
 
     shard(model): shards the parameters over the ranks before they have memory; each rank then reads its rows.
+    It may add parameters, which get no values.
     seed: read config.json only and draw the weights. ValueError, naming the folder and the tensor, where one
     is missing, unknown or of another shape. The head that some tied checkpoints repeat must equal the
     embedding. Rotary frequencies that older tools saved are ignored, because rope_theta gives them.
@@ -378,8 +380,9 @@ def load_hf(path, device="cpu", dtype=torch.float32, shard=None, seed=None):
         shard(model)
     model.to_empty(device=device)
     for name, parameter in model.named_parameters():
-        local, rows = own_rows(parameter)
-        local.copy_(slices[hf_name(name)][rows])
+        if hf_name(name) in slices:
+            local, rows = own_rows(parameter)
+            local.copy_(slices[hf_name(name)][rows])
     _, rows = own_rows(model.embed_tokens.weight)
     if head is not None and not torch.equal(head[rows], slices["model.embed_tokens.weight"][rows]):
         raise ValueError(f"{folder}: config.json ties the head to the embedding, but lm_head.weight differs")
@@ -388,12 +391,12 @@ def load_hf(path, device="cpu", dtype=torch.float32, shard=None, seed=None):
 
 def save_hf(model, path, max_shard_bytes=5_000_000_000):
     """Collective: write config.json and safetensors, in the dtype of the parameters, for `transformers`, vLLM
-    and `load_hf`. Rank 0 writes; sharded parameters are gathered one at a time.
+    and `load_hf`. Rank 0 writes; sharded parameters are gathered one at a time, adapters merged into them.
 
     More than `max_shard_bytes` of weights become numbered shards with an index; other weights in the folder
     are removed. ValueError, naming the file, where one cannot be written: the folder is then as before.
     """
-    tensors = {hf_name(name): tensor for name, tensor in model.state_dict().items()}
+    tensors = {hf_name(name): tensor for name, tensor in plain_weights(model).items()}
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     config = {**model.config.to_hf(), "torch_dtype": dtype}
     write_weights(path, tensors, {"config.json": config}, max_shard_bytes)

@@ -38,23 +38,14 @@ import sys
 from hashlib import sha256
 from typing import Any, NamedTuple
 
-from runtime import ranks, sharding  # isort: skip (it sets a variable that torch reads)
+from runtime import adapters, ranks, sharding  # isort: skip (it sets a variable that torch reads)
 import torch
 import yaml
 
+import grpo
 from configs.schema import Config, check_fits, flat, load_config, number_of_steps, read_yaml
 from data import Batches, Chat, read_examples
 from eval import accuracy_table, evaluate, evenly_spaced, print_evaluation, summarize
-from grpo import (
-    MicroBatch,
-    group_advantages,
-    grpo_loss,
-    make_micro_batches,
-    pack,
-    pack_micro_batches,
-    sft_loss,
-    token_logprobs,
-)
 from model import ModelConfig, load_hf, save_hf, shared_prefix_attention
 from reward import judge
 from runtime.checkpoints import precision_of_run, read_moments, write_state
@@ -132,7 +123,7 @@ def take_steps(c, run, signals):
                 rollouts_N, verdicts_N = roll_out(s, examples_P, prompts_P, seeds_P, c.train.updates_per_step,
                                                   c.grpo.reward, signals.poll, sampling)
             rewards_PG = torch.tensor([verdict.reward for verdict in verdicts_N]).view(-1, c.rollout.n)
-            adv_PG = group_advantages(rewards_PG, c.grpo.normalize)
+            adv_PG = grpo.group_advantages(rewards_PG, c.grpo.normalize)
             with run.phase(f"update of step {step + 1}"):
                 metrics = grpo_updates(s.policy, s.reference, s.optimizer, rollouts_N, adv_PG,
                                        **loss_settings, **update_settings)
@@ -146,6 +137,7 @@ def take_steps(c, run, signals):
                 metrics = sft_updates(s.policy, s.optimizer, prompts_P, replies_P, **update_settings)
             if metrics["skipped_updates"]:
                 run.save_lines(step + 1, map(vars, examples_P))
+        metrics |= adapters.metrics(s.policy)
         run.log_step(step + 1, s.steps, metrics | {"lr": lr, "epoch": s.batches.epoch}, c.train.max_minutes)
     if is_first_rank() and (columns := run.first_and_last_evaluation()):
         print("\nheld-out accuracy in percent, greedy, with 95 % confidence intervals")
@@ -202,11 +194,18 @@ def setup(c, run):
     if run.step > steps:
         raise ranks.RankError(f"{checkpoint} is past the {steps} steps of this run; raise train.steps")
     seed = c.seed if c.model.init == "random" else None
-    policy = load_model(checkpoint or base, device, bf16, seed=None if checkpoint else seed)
+    lora = c.model.lora_rank and (c.model.lora_rank, c.model.lora_alpha)
+    whole = None if lora else checkpoint  # a checkpoint's weights are merged, and adapters need their base
+    policy = load_model(whole or base, device, bf16, seed=None if whole else seed, lora=lora)
+    if lora:
+        adapters.init_adapters(policy, c.seed)
+    if lora and checkpoint:
+        adapters.read_adapter(checkpoint / "adapter", policy)
     policy.checkpoint_blocks = c.train.activation_checkpointing
     reference = None
     if c.stage == "grpo" and c.grpo.kl_coef > 0:
-        reference = load_model(base, device, bf16, trained=False, on_cpu=c.grpo.reference_on_cpu, seed=seed)
+        reference = policy if lora else load_model(base, device, bf16, trained=False, seed=seed,
+                                                   on_cpu=c.grpo.reference_on_cpu)
     optimizer = make_optimizer(policy, c.train.weight_decay, c.train.beta2)
     if checkpoint:
         read_moments(checkpoint, policy, optimizer)
@@ -223,13 +222,22 @@ def setup(c, run):
                    sharding.autocast(device, bf16), kernel)
 
 
-def load_model(path, device, bf16, trained=True, on_cpu=False, seed=None):
+def load_model(path, device, bf16, trained=True, on_cpu=False, seed=None, lora=None):
     """Load a model and shard it by rows with FSDP2 (a single process on a CPU does not shard).
 
-    on_cpu: keep the shards in host memory; seed: draw random weights instead of reading them.
+    on_cpu: keep the shards in host memory; seed: draw random weights instead of reading them; lora: train
+    adapters of this (rank, alpha), which have no values yet, and freeze the weights.
     """
-    device, dtype, shard = sharding.sharder(device, bf16, trained, on_cpu)
-    return load_hf(path, device, dtype, shard, seed).requires_grad_(trained)
+    device, dtype, shard = sharding.sharder(device, bf16, trained, on_cpu, frozen=bool(lora))
+
+    def adapt_and_shard(model):
+        model.requires_grad_(trained)
+        if lora:
+            adapters.add_adapters(model, *lora)
+        if shard:
+            shard(model)
+
+    return load_hf(path, device, dtype, adapt_and_shard, seed)
 
 
 # One step: evaluation, rollouts, updates. All ranks must call these functions together.
@@ -267,33 +275,34 @@ def roll_out(s, examples_P, prompts_P, seeds_P, updates, scheme, poll, sampling)
 def logprobs_of_pack(model, pack, temperature, vocab_size, autocast, kernel="auto"):
     """(logp_L, entropy_L) of the reply tokens of a pack. Only their hidden states reach the head."""
     def head(hidden_TD):
-        logp_L, entropy_L = token_logprobs(hidden_TD[pack.predictor_L], model.head_weight(), pack.targets_L,
-                                           temperature, vocab_size, kernel)
+        logp_L, entropy_L = grpo.token_logprobs(hidden_TD[pack.predictor_L], model.head_weight(),
+                                                pack.targets_L, temperature, vocab_size, kernel)
         return logp_L.clone(), entropy_L  # FSDP's hooks warn about an output that is a view
 
     with autocast:
         return model(pack.tokens_T, pack.positions_T, shared_prefix_attention(pack.groups, kernel), head)
 
 
-def grpo_updates(policy, reference, optimizer, rollouts_N, adv_PG, *, temperature, kl_coef, clip_low,
-                 clip_high, updates, vocab_size, micro_batch_tokens, grad_clip, autocast, kernel="auto",
-                 poll=lambda _: None):
+def grpo_updates(policy, reference, optimizer, rollouts_N, adv_PG, *, temperature, kl_coef, updates,
+                 vocab_size, micro_batch_tokens, grad_clip, autocast, kernel="auto", poll=lambda _: None,
+                 **clipping):
     """The optimizer updates of one step, one for each mini-batch of whole groups, in order. Returns metrics.
 
     Each loss is a sum over its tokens divided by the reply tokens of its whole mini-batch, so neither
     micro-batches nor ranks change the gradient. Every rank gets the whole batch and trains on its share.
+    clipping: clip_low and clip_high of `grpo_loss`.
     poll(mid_update) is called before every pass, True after the first update, by all ranks; it may raise.
     """
     (P, G), device = adv_PG.shape, policy.embed_tokens.weight.device
     batches_U, tokens_U = [], []  # the micro-batches of each update, its reply tokens
     for prompts in mini_batches(P, updates):
         live_P = [p for p in my_share(prompts) if kl_coef or adv_PG[p].any()]  # others have no gradient
-        batches_U.append(make_micro_batches(rollouts_N, adv_PG, live_P, micro_batch_tokens, device))
+        batches_U.append(grpo.make_micro_batches(rollouts_N, adv_PG, live_P, micro_batch_tokens, device))
         tokens_U.append(sum(len(rollouts_N[i].ids) for i in range(prompts.start * G, prompts.stop * G)))
-    batches_U = pad_to_longest(batches_U, MicroBatch.empty(device))
+    batches_U = pad_to_longest(batches_U, grpo.MicroBatch.empty(device))
     logprobs = functools.partial(logprobs_of_pack, temperature=temperature, vocab_size=vocab_size,
                                  autocast=autocast, kernel=kernel)
-    with torch.no_grad(), sharding.unsharded(reference) as whole_reference:  # gathered once a step
+    with torch.no_grad(), sharding.unsharded(reference, merged=False) as whole_reference:
         for u, batches in enumerate(batches_U):
             for batch in batches:
                 poll(False)
@@ -309,8 +318,8 @@ def grpo_updates(policy, reference, optimizer, rollouts_N, adv_PG, *, temperatur
             poll(bool(done))
             logp_L, entropy_L = logprobs(policy, batch.pack)
             old_logp_L = logp_L.detach() if batch.old_logp_L is None else batch.old_logp_L
-            loss, loss_stats = grpo_loss(logp_L, old_logp_L, batch.ref_logp_L, batch.adv_L, clip_low=clip_low,
-                                         clip_high=clip_high, kl_coef=kl_coef, denominator=denominator)
+            loss, loss_stats = grpo.grpo_loss(logp_L, old_logp_L, batch.ref_logp_L, batch.adv_L,
+                                              kl_coef=kl_coef, denominator=denominator, **clipping)
             loss.backward()
             stats.append(loss_stats | sampler_stats(entropy_L, old_logp_L, batch.sampled_logp_L))
             bar.update()
@@ -329,16 +338,16 @@ def sft_updates(policy, optimizer, prompts_P, replies_P, *, updates, vocab_size,
     packs_U, losses, done = [], [], []
     for prompt_range in mini_batches(len(prompts_P), updates):
         mine = my_share(prompt_range)
-        packs_U.append(pack_micro_batches([prompts_P[p] for p in mine], [[replies_P[p]] for p in mine],
+        packs_U.append(grpo.pack_micro_batches([prompts_P[p] for p in mine], [[replies_P[p]] for p in mine],
                                           micro_batch_tokens))
-    packs_U = pad_to_longest(packs_U, pack([], []))
+    packs_U = pad_to_longest(packs_U, grpo.pack([], []))
     for prompt_range, packs in zip(mini_batches(len(prompts_P), updates), packs_U, strict=True):
         tokens = sum(len(replies_P[p]) for p in prompt_range)
         losses.append(0.0)
         for micro_batch in packs:
             poll(bool(done))
             logp_L, _ = logprobs_of_pack(policy, micro_batch.to(device), 1.0, vocab_size, autocast, kernel)
-            loss = sft_loss(logp_L, tokens)
+            loss = grpo.sft_loss(logp_L, tokens)
             loss.backward()
             losses[-1] += loss.item()
         done.append(apply_update(optimizer, grad_clip, losses[-1]))
@@ -353,9 +362,9 @@ def sft_updates(policy, optimizer, prompts_P, replies_P, *, updates, vocab_size,
 
 
 def make_optimizer(model, weight_decay, beta2):
-    """AdamW on fp32 weights; weight decay on matrices only."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
+    """AdamW on the fp32 weights that are trained; weight decay on matrices only."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices, vectors = [p for p in trained if p.dim() >= 2], [p for p in trained if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, betas=(0.9, beta2))
 

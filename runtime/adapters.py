@@ -123,17 +123,22 @@ def share_lost(model):
     return (lost / total) ** 0.5 if total else 0.0
 
 
+def metrics(model):
+    """Collective: {"lora/lost": share_lost} of a model with adapters, else {}."""
+    return {"lora/lost": share_lost(model)} if has_adapters(model) else {}
+
+
 # PEFT's format: adapter_config.json and adapter_model.safetensors.
 
 
-def peft_name(name, hf_name):
-    """The name that PEFT gives to an adapter's parameter: hf_name(name) is the one in a checkpoint."""
-    return f"base_model.model.{hf_name(name)}.weight"
+def peft_name(name):
+    """The name that PEFT gives to an adapter's parameter of a block."""
+    return f"base_model.model.model.{name}.weight"
 
 
-def write_adapter(folder, model, base, hf_name):
+def write_adapter(folder, model, base):
     """Collective: write A and B in fp32, and the config that PEFT reads. base: the name of the base model."""
-    tensors = {peft_name(name, hf_name): parameter for name, parameter in model.named_parameters()
+    tensors = {peft_name(name): parameter for name, parameter in model.named_parameters()
                if name.rpartition(".")[2] in NAMES}
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoRALinear)}
     rank = len(next(iter(layers.values())).lora_A)
@@ -147,13 +152,13 @@ def write_adapter(folder, model, base, hf_name):
 
 
 @torch.no_grad()
-def read_adapter(folder, model, hf_name):
+def read_adapter(folder, model):
     """Fill A and B from a folder that `write_adapter` wrote; each rank reads its own rows. ValueError, naming
     the file, where a tensor is missing or of another shape."""
     slices = open_tensors(folder / ADAPTER[1])
     for name, parameter in model.named_parameters():
         if name.rpartition(".")[2] in NAMES:
-            key, (local, rows) = peft_name(name, hf_name), own_rows(parameter)
+            key, (local, rows) = peft_name(name), own_rows(parameter)
             if key not in slices or slices[key].get_shape() != list(parameter.shape):
                 raise ValueError(f"{folder / ADAPTER[1]}: no tensor {key!r} of shape {list(parameter.shape)}")
             local.copy_(slices[key][rows])

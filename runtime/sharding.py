@@ -36,13 +36,13 @@ def autocast(device, bf16):
     return torch.autocast("cpu", torch.bfloat16) if bf16 and device == "cpu" else contextlib.nullcontext()
 
 
-def sharder(device, bf16, trained, on_cpu):
+def sharder(device, bf16, trained, on_cpu, frozen=False):
     """How a model is sharded by rows with FSDP2: (device, dtype, shard) as `model.load_hf` takes them; shard
     is None for a single process on a CPU. Each block is all-gathered while it computes.
 
     Embedding, final norm and head are one group, because they may share a weight; trained: the group stays
-    gathered from forward to backward. On a GPU with bf16 the gathered weights are bf16, while shards,
-    gradient sums and moments are fp32. on_cpu: the shards live in host memory.
+    gathered from forward to backward. On a GPU with bf16 the gathered weights are bf16, while gradient sums
+    and moments are fp32, and so are shards unless they are frozen. on_cpu: the shards live in host memory.
     """
     if not dist.is_initialized():
         return device, torch.float32, None
@@ -50,7 +50,7 @@ def sharder(device, bf16, trained, on_cpu):
     dtype, options = torch.float32, {}
     if device == "cuda" and bf16:
         options["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
-        dtype = torch.float32 if trained else torch.bfloat16
+        dtype = torch.float32 if trained and not frozen else torch.bfloat16
     if device == "cuda" and on_cpu:
         options["offload_policy"], device = CPUOffloadPolicy(), "cpu"
 
@@ -77,9 +77,14 @@ def own_rows(tensor):
 
 
 @contextlib.contextmanager
-def unsharded(model):
+def unsharded(model, merged=True):
     """Collective: a plain model on the gathered weights, on the device that computes, for a phase without
-    collectives: a rollout, the passes of a reference. No model (None) stays None."""
+    collectives: a rollout, the passes of a reference. No model (None) stays None. Adapters are merged into
+    new weights, or left out (merged=False)."""
+    from runtime.adapters import has_adapters, plain_model  # imports this module
+    if model is not None and has_adapters(model):
+        yield plain_model(model, merged)
+        return
     if model is None or not dist.is_initialized():
         yield model
         return

@@ -172,6 +172,6 @@ def write_tensors(file, tensors):
     with open(file if is_writer() else os.devnull, "wb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
-            gather = getattr(tensor, "full_tensor", tensor.detach)
+            gather = tensor.full_tensor if hasattr(tensor, "full_tensor") else tensor.detach
             # No variable keeps a full tensor while the next one is gathered.
             out.write(gather().cpu().contiguous().flatten().view(torch.uint8).numpy().data)

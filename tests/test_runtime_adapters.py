@@ -5,7 +5,7 @@ import torch
 import transformers
 from torch.func import functional_call
 
-from model import ModelConfig, Transformer, hf_name, load_hf, packed_attention, save_hf
+from model import ModelConfig, Transformer, load_hf, packed_attention, save_hf
 from runtime import adapters
 from runtime.adapters import LoRALinear, MergedWeight
 
@@ -123,7 +123,7 @@ def test_peft_reads_the_adapter_and_gives_the_same_logits(tmp_path, family):
 
     save_hf(base_model(**family), tmp_path / "base")
     model = adapted(base_model(**family))
-    adapters.write_adapter(tmp_path / "adapter", model, tmp_path / "base", hf_name)
+    adapters.write_adapter(tmp_path / "adapter", model, tmp_path / "base")
     peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
     peer = peft.PeftModel.from_pretrained(peer, tmp_path / "adapter").eval()
     with torch.no_grad():
@@ -134,19 +134,19 @@ def test_peft_reads_the_adapter_and_gives_the_same_logits(tmp_path, family):
 def test_an_adapter_survives_its_folder_bit_for_bit(tmp_path):
     save_hf(base_model(), tmp_path / "base")
     before, after = adapted(base_model()), load_hf(tmp_path / "base")
-    adapters.write_adapter(tmp_path / "adapter", before, tmp_path / "base", hf_name)
+    adapters.write_adapter(tmp_path / "adapter", before, tmp_path / "base")
     adapters.add_adapters(after, RANK, ALPHA)
-    adapters.read_adapter(tmp_path / "adapter", after, hf_name)
+    adapters.read_adapter(tmp_path / "adapter", after)
     for (name, a), b in zip(before.state_dict().items(), after.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
 
 
 def test_an_adapter_of_another_rank_is_one_clear_line(tmp_path):
-    adapters.write_adapter(tmp_path, adapted(base_model()), "base", hf_name)
+    adapters.write_adapter(tmp_path, adapted(base_model()), "base")
     other = base_model()
     adapters.add_adapters(other, RANK + 1, ALPHA)
     with pytest.raises(ValueError, match=r"adapter_model\.safetensors: no tensor .*lora_A\.weight' of shape"):
-        adapters.read_adapter(tmp_path, other, hf_name)
+        adapters.read_adapter(tmp_path, other)
 
 
 def test_a_rank_larger_than_a_layer_is_one_clear_line():
