@@ -43,10 +43,13 @@ from typing import NamedTuple
 SCHEMES = ("binary", "binary_no_reasoning", "partial_format", "partial_format_names", "official")
 
 THINK, END_THINK, CALL, END_CALL = "<think>", "</think>", "<tool_call>", "</tool_call>"
-IM_START, IM_END = "<|im_start|>", "<|im_end|>"  # ChatML: Qwen2.5, Qwen3, SmolLM2
-BEGIN, HEADER, END_HEADER, EOT = "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"
-STOP_TOKENS = (IM_END, "<|endoftext|>", EOT, "<|eom_id|>", "<|end_of_text|>")  # the last three of Llama-3
-CHAT_MARKERS = (IM_START, BEGIN, HEADER, END_HEADER, *STOP_TOKENS)
+IM_START, IM_END = "<|im_start|>", "<|im_end|>"
+HEADER, END_HEADER = "<|start_header_id|>", "<|end_header_id|>"
+# The tokens of a chat format; the last one ends a turn. chatml is that of Qwen2.5, Qwen3 and SmolLM2.
+CHAT_FORMATS = {"chatml": (IM_START, IM_END),
+                "llama3": ("<|begin_of_text|>", HEADER, END_HEADER, "<|eot_id|>")}
+STOP_TOKENS = (IM_END, "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>")
+CHAT_MARKERS = (IM_START, "<|begin_of_text|>", HEADER, END_HEADER, *STOP_TOKENS)
 BLANKS = " \t\r\n"
 MAX_DEPTH, MAX_BYTES, MAX_DIGITS = 64, 64 * 1024, 40
 # The released scorer crashes at limits that depend on the interpreter and the call stack. These are fixed.
