@@ -44,8 +44,12 @@ SCHEMES = ("binary", "binary_no_reasoning", "partial_format", "partial_format_na
 
 THINK, END_THINK, CALL, END_CALL = "<think>", "</think>", "<tool_call>", "</tool_call>"
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
-STOP_TOKENS = (IM_END, "<|endoftext|>")
-CHAT_MARKERS = (IM_START, *STOP_TOKENS)
+HEADER, END_HEADER = "<|start_header_id|>", "<|end_header_id|>"
+# The tokens of a chat format; the last one ends a turn. chatml is that of Qwen2.5, Qwen3 and SmolLM2.
+CHAT_FORMATS = {"chatml": (IM_START, IM_END),
+                "llama3": ("<|begin_of_text|>", HEADER, END_HEADER, "<|eot_id|>")}
+STOP_TOKENS = (IM_END, "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>")
+CHAT_MARKERS = (IM_START, "<|begin_of_text|>", HEADER, END_HEADER, *STOP_TOKENS)
 BLANKS = " \t\r\n"
 MAX_DEPTH, MAX_BYTES, MAX_DIGITS = 64, 64 * 1024, 40
 # The released scorer crashes at limits that depend on the interpreter and the call stack. These are fixed.
@@ -169,7 +173,8 @@ def _strict_calls(text):
 
 
 def _official_calls(reply):
-    text = reply[max(reply.rfind(f"{IM_START}assistant"), 0) :]
+    headers = (f"{IM_START}assistant", f"{HEADER}assistant{END_HEADER}")
+    text = reply[max(0, *map(reply.rfind, headers)) :]
     payload, at = None, 0
     # From left to right, each opening tag is paired with the next closing tag, as a regular expression does.
     while (start := text.find(CALL, at)) >= 0 and (end := text.find(END_CALL, start)) >= 0:
