@@ -172,7 +172,7 @@ def setup(c, run):
     c = dataclasses.replace(c, model=dataclasses.replace(c.model, precision="bf16" if bf16 else "fp32"))
     kernel = kernel_of_run(c.model.kernel, device)
     base = resolve(c.model.path)
-    chat = Chat(base, c.data.system_prompt)
+    chat = Chat(base, c.data.system_prompt, c.data.chat_format)
     train_set, heldout = read_examples(c.data.train, c.data.heldout, c.data.heldout_fraction, c.seed, chat,
                                        c.data.max_prompt_tokens, c.data.max_dropped_share)
     check_fits(c, examples=len(train_set), positions=ModelConfig.from_hf(base).max_position_embeddings)

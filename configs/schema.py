@@ -19,7 +19,7 @@ from pathlib import Path
 
 import yaml
 
-from reward import SCHEMES
+from reward import CHAT_FORMATS, SCHEMES
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class DataSettings:
     heldout: str | None = None  # JSON lines of held-out examples; null: split from train by heldout_fraction
     heldout_fraction: float = 0.1  # share of train that is held out (code: 10 %, shuffled; here by seed)
     system_prompt: str | None = None  # text file with {tools}; null: the project's own wording
+    chat_format: str = "auto"  # chatml | llama3 | auto: by the tokens of the tokenizer (docs/chat_formats.md)
     max_prompt_tokens: int = 4096  # longer prompts are dropped and counted, never truncated (paper)
     max_dropped_share: float = 0.05  # an error if a larger share of the prompts is dropped
 
@@ -229,7 +230,7 @@ def check(config):
     choices = {"stage": ("grpo", "sft"), "resume": ("auto", True, False), "grpo.normalize": ("std", "none"),
                "model.precision": ("auto", "bf16", "fp32"), "model.init": ("trained", "random"),
                "train.schedule": ("constant", "cosine", "cosine_time"),
-               "model.kernel": ("auto", "reference", "fast"),
+               "model.kernel": ("auto", "reference", "fast"), "data.chat_format": ("auto", *CHAT_FORMATS),
                "grpo.reward": SCHEMES, "log.tracker": ("none", "tensorboard", "wandb")}
     older_names = {"model.kernel": ("triton",)}  # of "fast"
     required = ("out", "model.path", "data.train")

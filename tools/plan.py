@@ -428,7 +428,7 @@ def read_lengths(c, folder):
     else:
         heldout = read_jsonl(c.data.heldout)
     try:
-        chat = Chat(folder, c.data.system_prompt)
+        chat = Chat(folder, c.data.system_prompt, c.data.chat_format)
     except ValueError:
         return len(examples), len(heldout), None, "some may be too long: there is no tokenizer to tell"
     lengths, heldout = ([length for length in (len(chat.encode_prompt(example)) for example in part)
