@@ -22,12 +22,12 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import accumulate
 
-from runtime.kernel import choose_kernel  # isort: skip (it sets a variable that torch reads)
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
 from model import packed_attention
+from runtime.kernel import choose_kernel
 
 GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit number: 2^64 / golden ratio
 PREFILL_TOKENS = 2**14  # prompt tokens computed at once, which bounds the memory of MLP activations

@@ -51,12 +51,16 @@ class RolloutSettings:
     max_new_tokens: int = 8192  # tokens a reply, stop token included (paper)
     batch_size: int = 256  # replies decoded at once
     kv_memory_gib: float | None = None  # of the KV cache; null: the free memory of a GPU, no limit on a CPU
+    refill: int = 0  # further batches a step may draw until all its groups have spread (arXiv 2503.14476)
 
 
 @dataclass(frozen=True)
 class GrpoSettings:
     reward: str = "binary"  # scheme of reward.score (paper: binary)
     normalize: str = "std"  # advantages: std (eq. 4) | none (centred only)
+    ratio: str = "token"  # token (paper) | sequence: its geometric mean over a reply (arXiv 2507.18071)
+    clip: str = "ppo"  # ppo (paper) | cispo: clipped weight times log-prob (arXiv 2506.13585)
+    average: str = "token"  # over tokens | reply: their means | constant: over max_new_tokens a reply
     clip_low: float = 0.2  # the ratio is clipped below 1 - clip_low (code)
     clip_high: float = 0.2  # the ratio is clipped above 1 + clip_high (code)
     kl_coef: float = 1e-3  # weight of KL(policy, reference) (paper); 0: no reference model is loaded
@@ -228,13 +232,15 @@ def flat(config):
 def check(config):
     """ValueError for a value that cannot work; the message names one that can."""
     choices = {"stage": ("grpo", "sft"), "resume": ("auto", True, False), "grpo.normalize": ("std", "none"),
+               "grpo.ratio": ("token", "sequence"), "grpo.clip": ("ppo", "cispo"),
+               "grpo.average": ("token", "reply", "constant"),
                "model.precision": ("auto", "bf16", "fp32"), "model.init": ("trained", "random"),
                "train.schedule": ("constant", "cosine", "cosine_time"),
                "model.kernel": ("auto", "reference", "fast"), "data.chat_format": ("auto", *CHAT_FORMATS),
                "grpo.reward": SCHEMES, "log.tracker": ("none", "tensorboard", "wandb")}
     older_names = {"model.kernel": ("triton",)}  # of "fast"
     required = ("out", "model.path", "data.train")
-    may_be_zero = ("seed", "grpo.kl_coef", "train.weight_decay")
+    may_be_zero = ("seed", "rollout.refill", "grpo.kl_coef", "train.weight_decay")
     shares = ("data.max_dropped_share", "data.heldout_fraction", "train.warmup", "train.beta2")
     for key, value in flat(config).items():
         if key in required and not value:
@@ -255,6 +261,8 @@ def check(config):
         (r.top_p != 1, f"rollout.top_p is {r.top_p}; it must be 1: training scores the whole softmax"),
         (t.prompts_per_step % t.updates_per_step, f"train.updates_per_step is {t.updates_per_step}; it must "
                                                   f"divide train.prompts_per_step, {t.prompts_per_step}"),
+        (c.grpo.ratio == "sequence" and c.grpo.clip == "cispo",
+         "grpo.clip is cispo, but grpo.ratio is sequence; choose grpo.clip ppo or grpo.ratio token"),
         (t.micro_batch_tokens < longest,
          f"train.micro_batch_tokens is {t.micro_batch_tokens}; it must hold the longest prompt and reply: "
          f"data.max_prompt_tokens + rollout.max_new_tokens = {longest}"),

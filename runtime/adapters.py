@@ -76,16 +76,23 @@ def add_adapters(model, rank, alpha):
 
 
 @torch.no_grad()
-def init_adapters(model, seed):
-    """B = 0 and A uniform within ±1/√in, as PEFT draws it. The result depends on `seed` only."""
-    generator = torch.Generator().manual_seed(seed)
+def fill_adapters(model, seed, checkpoint=None):
+    """Give A and B their values, if there are any: those that `write_adapter` put into a checkpoint, of which
+    each rank reads its own rows; without one B = 0 and A uniform within ±1/√in, drawn from `seed`, as PEFT
+    does. ValueError, naming the file, where a tensor is missing or of another shape."""
+    generator, file = torch.Generator().manual_seed(seed), checkpoint and checkpoint / "adapter" / ADAPTER[1]
+    slices = open_tensors(file) if file and has_adapters(model) else {}
     for name, parameter in model.named_parameters():
-        local, rows = own_rows(parameter)
-        if name.endswith("lora_A"):
+        if name.rpartition(".")[2] not in NAMES:
+            continue
+        key, (local, rows) = peft_name(name), own_rows(parameter)
+        if not file:
             A = torch.rand(parameter.shape, generator=generator) * 2 - 1
-            local.copy_(A[rows] / parameter.shape[1] ** 0.5)
-        elif name.endswith("lora_B"):
-            local.zero_()
+            local.copy_(A[rows] / parameter.shape[1] ** 0.5 if name.endswith("lora_A") else torch.tensor(0.0))
+        elif key in slices and slices[key].get_shape() == list(parameter.shape):
+            local.copy_(slices[key][rows])
+        else:
+            raise ValueError(f"{file}: no tensor {key!r} of shape {list(parameter.shape)}")
 
 
 def plain_weights(model, merged=True):
@@ -136,8 +143,9 @@ def peft_name(name):
     return f"base_model.model.model.{name}.weight"
 
 
-def write_adapter(folder, model, base):
-    """Collective: write A and B in fp32, and the config that PEFT reads. base: the name of the base model."""
+def write_adapter(checkpoint, model, base):
+    """Collective: write `adapter/` into a checkpoint, A and B in fp32 and the config that PEFT reads. base:
+    the name of the base model."""
     tensors = {peft_name(name): parameter for name, parameter in model.named_parameters()
                if name.rpartition(".")[2] in NAMES}
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoRALinear)}
@@ -145,20 +153,9 @@ def write_adapter(folder, model, base):
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base), "r": rank,
               "lora_alpha": next(iter(layers.values())).scale * rank, "lora_dropout": 0.0, "bias": "none",
               "target_modules": sorted({name.rpartition(".")[2] for name in layers}), "inference_mode": True}
+    folder = checkpoint / "adapter"
     if is_first_rank():
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / ADAPTER[0], config)
     write_tensors(folder / ADAPTER[1], tensors)
 
-
-@torch.no_grad()
-def read_adapter(folder, model):
-    """Fill A and B from a folder that `write_adapter` wrote; each rank reads its own rows. ValueError, naming
-    the file, where a tensor is missing or of another shape."""
-    slices = open_tensors(folder / ADAPTER[1])
-    for name, parameter in model.named_parameters():
-        if name.rpartition(".")[2] in NAMES:
-            key, (local, rows) = peft_name(name), own_rows(parameter)
-            if key not in slices or slices[key].get_shape() != list(parameter.shape):
-                raise ValueError(f"{folder / ADAPTER[1]}: no tensor {key!r} of shape {list(parameter.shape)}")
-            local.copy_(slices[key][rows])

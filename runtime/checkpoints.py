@@ -86,7 +86,7 @@ def newest_checkpoint(run, resume, state_keys, read_settings, settings, defaults
     for folder in sorted(found, key=lambda path: (path.name[:11], not path.suffix), reverse=True):
         try:
             check_seal(folder)
-            training = read_json(folder / "training.json")
+            training = {"cursor": 0} | read_json(folder / "training.json")  # an older version has none
             if not {*state_keys, "config", "fingerprint"} <= training.keys():
                 raise ValueError("its training.json is of another version")
             if folder.name[:11] != f"step_{training['step']:06d}":
@@ -122,7 +122,7 @@ def write_state(folder, model, optimizer, save_model, base, save_prompt=None):
     """
     save_model(model, folder)  # must come first: state_dict() reshards what an interrupted rollout gathered
     if has_adapters(model):
-        write_adapter(folder / "adapter", model, base)
+        write_adapter(folder, model, base)
     moments = {f"{name}.{key}": moment for name, parameter in model.named_parameters()
                if parameter.requires_grad for key, moment in optimizer.state[parameter].items()}
     write_tensors(folder / "optimizer.state", moments)

@@ -47,7 +47,7 @@ class RunFolder:
 
     # The state of a step boundary besides weights and moments, as training.json holds it.
     STATE = {"step": 0, "rows": 0, "evaluated": False, "trained_s": 0.0, "skipped_in_a_row": 0,
-             "dead_in_a_row": 0, "shown": None}
+             "dead_in_a_row": 0, "shown": None, "cursor": 0}
 
     def __init__(self, folder, resume):
         self.folder, self.resume = Path(folder), resume

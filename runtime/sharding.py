@@ -36,25 +36,28 @@ def autocast(device, bf16):
     return torch.autocast("cpu", torch.bfloat16) if bf16 and device == "cpu" else contextlib.nullcontext()
 
 
-def sharder(device, bf16, trained, on_cpu, frozen=False):
+def sharder(device, bf16, trained, on_cpu, adapt=None):
     """How a model is sharded by rows with FSDP2: (device, dtype, shard) as `model.load_hf` takes them; shard
-    is None for a single process on a CPU. Each block is all-gathered while it computes.
+    is `adapt` for a single process on a CPU. Each block is all-gathered while it computes.
 
     Embedding, final norm and head are one group, because they may share a weight; trained: the group stays
     gathered from forward to backward. On a GPU with bf16 the gathered weights are bf16, while gradient sums
-    and moments are fp32, and so are shards unless they are frozen. on_cpu: the shards live in host memory.
+    and moments are fp32, and so are shards unless they are frozen. on_cpu: the shards live in host memory;
+    adapt(model): freezes the weights and adds adapters, which are trained in fp32.
     """
     if not dist.is_initialized():
-        return device, torch.float32, None
+        return device, torch.float32, adapt
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
     dtype, options = torch.float32, {}
     if device == "cuda" and bf16:
         options["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
-        dtype = torch.float32 if trained and not frozen else torch.bfloat16
+        dtype = torch.float32 if trained and not adapt else torch.bfloat16
     if device == "cuda" and on_cpu:
         options["offload_policy"], device = CPUOffloadPolicy(), "cpu"
 
     def shard(model):
+        if adapt:
+            adapt(model)
         for block in model.layers:
             fully_shard(block, **options)
         fully_shard(model, reshard_after_forward=not trained, **options)

@@ -192,7 +192,7 @@ MUTANTS = [
      ["test_without_other_ranks_each_function_is_the_plain_one",
       "test_three_ranks_exchange_values_share_work_and_raise_what_the_first_one_raised"]),
     # Checkpoints and resume.
-    ("train.py", "batches.cursor = run.step * c.train.prompts_per_step", "batches.cursor = 0",
+    ("train.py", "batches.cursor = run.cursor or run.step * c.train.prompts_per_step", "batches.cursor = 0",
      "a resumed run begins the data again",
      ["test_a_resumed_run_has_the_bytes_of_an_undisturbed_one_though_a_torn_checkpoint_is_newer"]),
     ("train.py", "        read_moments(checkpoint, policy, optimizer)\n", "        pass\n",

@@ -124,10 +124,10 @@ def check_updates(folder, rollouts_N, every_kind=True):
     """{kind: (metrics, change of the weights)} of all kinds of updates, or else those of one kind."""
     adv_PG, found = torch.tensor(ADVANTAGES, dtype=torch.float64), {}
 
-    def grpo(model, optimizer, adv_PG=adv_PG, reference=None, updates=1, tokens=1000):
+    def grpo(model, optimizer, adv_PG=adv_PG, reference=None, updates=1, tokens=1000, **loss):
         return train.grpo_updates(model, reference, optimizer, rollouts_N, adv_PG, updates=updates,
                                   kl_coef=0.1 if reference else 0.0, grad_clip=1e9, micro_batch_tokens=tokens,
-                                  **LOSS)
+                                  **LOSS | loss)
 
     def checkpointed(model, optimizer):
         model.checkpoint_blocks = True
@@ -152,6 +152,9 @@ def check_updates(folder, rollouts_N, every_kind=True):
              "checkpointed": checkpointed, "clipped": clipped, "sft": sft,
              "two updates": functools.partial(grpo, updates=2, tokens=60),
              "kl": functools.partial(grpo, reference=reference, updates=2, tokens=60),
+             "gspo": functools.partial(grpo, updates=2, tokens=60, ratio="sequence", average="reply"),
+             "cispo": functools.partial(grpo, updates=2, tokens=60, clip="cispo"),
+             "dr_grpo": functools.partial(grpo, updates=2, tokens=60, average="constant", limit=40),
              "flat": functools.partial(grpo, adv_PG=torch.zeros(8, 3))}
     for name, update in kinds.items():
         found[name] = change_by(update, model_of(folder))

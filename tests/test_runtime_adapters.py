@@ -52,7 +52,7 @@ def base_model(**changes):
 def adapted(model, B=0.1):
     """The model with adapters whose B is random of this size."""
     adapters.add_adapters(model, RANK, ALPHA)
-    adapters.init_adapters(model, 0)
+    adapters.fill_adapters(model, 0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -86,7 +86,7 @@ def test_fresh_adapters_change_no_bit_of_the_output():
     model = base_model()
     wanted = logits(model)
     adapters.add_adapters(model, RANK, ALPHA)
-    adapters.init_adapters(model, 0)
+    adapters.fill_adapters(model, 0)
     assert torch.equal(logits(model), wanted)
     A = model.layers[0].mlp.down_proj.lora_A
     assert 0.9 / 48**0.5 < A.abs().max() <= 1 / 48**0.5
@@ -151,7 +151,7 @@ def test_peft_reads_the_adapter_and_gives_the_same_logits(tmp_path, family):
 
     save_hf(base_model(**family), tmp_path / "base")
     model = adapted(base_model(**family))
-    adapters.write_adapter(tmp_path / "adapter", model, tmp_path / "base")
+    adapters.write_adapter(tmp_path, model, tmp_path / "base")
     peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
     peer = peft.PeftModel.from_pretrained(peer, tmp_path / "adapter").eval()
     with torch.no_grad():
@@ -162,9 +162,9 @@ def test_peft_reads_the_adapter_and_gives_the_same_logits(tmp_path, family):
 def test_an_adapter_survives_its_folder_bit_for_bit(tmp_path):
     save_hf(base_model(), tmp_path / "base")
     before, after = adapted(base_model()), load_hf(tmp_path / "base")
-    adapters.write_adapter(tmp_path / "adapter", before, tmp_path / "base")
+    adapters.write_adapter(tmp_path, before, tmp_path / "base")
     adapters.add_adapters(after, RANK, ALPHA)
-    adapters.read_adapter(tmp_path / "adapter", after)
+    adapters.fill_adapters(after, 0, tmp_path)
     for (name, a), b in zip(before.state_dict().items(), after.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
 
@@ -174,7 +174,7 @@ def test_an_adapter_of_another_rank_is_one_clear_line(tmp_path):
     other = base_model()
     adapters.add_adapters(other, RANK + 1, ALPHA)
     with pytest.raises(ValueError, match=r"adapter_model\.safetensors: no tensor .*lora_A\.weight' of shape"):
-        adapters.read_adapter(tmp_path, other)
+        adapters.fill_adapters(other, 0, tmp_path)
 
 
 def test_a_rank_larger_than_a_layer_is_one_clear_line():
@@ -265,7 +265,7 @@ def step_on_ranks(folder, rank):
                 fully_shard(block, mp_policy=policy)
             fully_shard(model, mp_policy=policy, reshard_after_forward=False)
             alone = adapted(base_model(tie_word_embeddings=tied).to(dtype))
-            adapters.init_adapters(model, 0)
+            adapters.fill_adapters(model, 0)
             for mine, theirs in zip(model.parameters(), alone.parameters(), strict=True):
                 own, rows_of = adapters.own_rows(mine)
                 own.data.copy_(theirs.data[rows_of])

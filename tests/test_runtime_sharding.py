@@ -105,7 +105,8 @@ def found(folder):
 @pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.parametrize("name", ["tied", "untied"])
 @pytest.mark.parametrize("kind", [
-    "one pass", "micro-batches", "checkpointed", "two updates", "clipped", "sft", "kl", "flat", "accident"])
+    "one pass", "micro-batches", "checkpointed", "two updates", "clipped", "sft", "kl",
+    "gspo", "cispo", "dr_grpo", "flat", "accident"])
 def test_an_update_does_not_depend_on_the_number_of_ranks(found, ranks, name, kind):
     (metrics, change), (alone_metrics, alone) = (found[n][name]["updates"][kind] for n in (ranks, 1))
     for weight, expected in alone.items():

@@ -25,11 +25,11 @@ import reward
 import train
 from configs.schema import Config
 from data import Example, write_jsonl
-from grpo import grpo_loss, pack
+from grpo import grpo_loss, make_micro_batches, pack
 from model import ModelConfig, Qwen2, load_hf, packed_attention
 from sample import Rollout, generate
 from tools.synthetic import synthetic
-from train import grpo_updates, logprobs_of_pack, make_micro_batches, sft_updates
+from train import grpo_updates, logprobs_of_pack, sft_updates
 
 VOCAB = 32
 STOP = 31
