@@ -77,8 +77,8 @@ def test_two_calls_of_flash_attention_equal_the_definition(groups, heads, kv_hea
 
 
 @pytest.mark.usefixtures("stand_in")
-def test_a_model_through_flash_attention_has_the_same_gradients_and_its_indices_are_made_once(monkeypatch):
-    made = []
+def test_a_model_through_flash_attention_has_the_same_gradients_and_prepares_once(monkeypatch):
+    made, asked = [], flash_prefix.shares_key_heads.cache_info().misses
     runs_of = flash_prefix.Runs.of
     monkeypatch.setattr(flash_prefix.Runs, "of", lambda *args: made.append(args) or runs_of(*args))
     tree = pack([[1, 2, 3, 4, 5, 6, 7], [8]], [[[9, 10, 11, 12], [13], [14, 15, 16, 17, 18]], [[19, 20]]])
@@ -93,6 +93,7 @@ def test_a_model_through_flash_attention_has_the_same_gradients_and_its_indices_
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
     torch.testing.assert_close(*gradients)
     assert len(made) == 4  # queries and keys of two calls, for two layers and their backward
+    assert flash_prefix.shares_key_heads.cache_info().misses <= asked + 1
 
 
 # The choice, which is made in model.py.
