@@ -430,6 +430,43 @@ def test_generate_empties_the_cache_before_it_takes_pages_and_after_it_has_dropp
     assert calls == [[], "take", [None]]
 
 
+WITH_GRAPHS = """
+from runtime.kernel import choose_kernel
+import torch
+from fast import graphs
+from model import load_hf
+from sample import generate
+
+model = load_hf("assets/tiny", "cuda", torch.bfloat16)
+sizes, capture = [], graphs.Graphs.capture
+graphs.Graphs.capture = lambda self, size: sizes.append(size) or capture(self, size)
+
+def ids():
+    prompts = [[5, 6, 7, 8 + i] * 20 for i in range(40)]
+    rollouts = generate(model, prompts, 2, max_new_tokens=60, temperature=1.0, stop_ids=(), seeds_P=range(40),
+                        kv_memory_gib=2)
+    return [rollout.ids for rollout in rollouts]
+
+first = ids()
+assert sizes, "no graph was captured"
+assert any(segment["is_expandable"] for segment in torch.cuda.memory_snapshot())
+reserved = torch.cuda.memory_reserved()
+assert reserved < 2**30, f"{reserved} bytes are still reserved"
+for _ in range(3):  # what training takes lies where the pages were
+    torch.ones(2**28, device="cuda").sum().item()
+    assert ids() == first
+print("graphs and expandable segments work together")
+"""
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_graphs_replay_in_expandable_segments_and_pages_go_back():
+    environment = {key: value for key, value in os.environ.items() if not key.endswith("_ALLOC_CONF")}
+    done = subprocess.run([sys.executable, "-c", WITH_GRAPHS], cwd=ROOT, env=environment, text=True,
+                          capture_output=True, timeout=50)
+    assert done.stdout.endswith("work together\n"), done.stdout + done.stderr[-3000:]
+
+
 def steps_of(run, steps=3):
     """Refusals of the driver in an evaluation and in each step, until memory is exhausted."""
     refusals = []
