@@ -16,10 +16,11 @@ rollouts, evaluations and checkpoints (runtime/run_folder.py). Equations: arXiv 
 Under torchrun the ranks share the work. Weights, gradients and moments are sharded by rows (FSDP2; also on a
 single GPU). Each mini-batch is divided over the ranks by whole groups; rollouts and verdicts are
 all-gathered, so all ranks see the same batch, denominators and metrics. Before a rollout each rank gathers
-all weights; during it the ranks do not communicate. Seeds come from a prompt's index in the global batch, so
-replies and gradients do not depend on the number of ranks. State is saved only between steps. The order of
-the data and the random numbers of sampling are functions of the step, so a killed run resumes bit for bit (on
-another number of ranks: up to rounding).
+all weights, before the reference's passes all of the reference; then the ranks do not communicate. Seeds come
+from a prompt's index in the global batch, so replies and gradients do not depend on the number of ranks.
+State is saved only between steps. The order of the data and the random numbers of sampling are functions of
+the step, so on a CPU a killed run resumes bit for bit (on another number of ranks up to rounding, and on a
+GPU too, where the backward of FlashAttention adds in an order that varies).
 
 Where this differs from the paper's code: see grpo.py for the denominator. For the first mini-batch the
 current log-probs, detached, serve as the old ones, because nothing has been updated yet. Without a KL term, a
@@ -292,20 +293,20 @@ def grpo_updates(policy, reference, optimizer, rollouts_N, adv_PG, *, temperatur
     batches_U = pad_to_longest(batches_U, MicroBatch.empty(device))
     logprobs = functools.partial(logprobs_of_pack, temperature=temperature, vocab_size=vocab_size,
                                  autocast=autocast, kernel=kernel)
-    with torch.no_grad():
+    with torch.no_grad(), sharding.unsharded(reference) as whole_reference:  # gathered once a step
         for u, batches in enumerate(batches_U):
             for batch in batches:
                 poll(False)
                 if u > 0:
                     batch.old_logp_L, _ = logprobs(policy, batch.pack)
                 if reference is not None:
-                    batch.ref_logp_L, _ = logprobs(reference, batch.pack)
+                    batch.ref_logp_L, _ = logprobs(whole_reference, batch.pack)
 
-    stats_U, norms, skipped = [[] for _ in batches_U], [], 0
+    stats_U, done = [[] for _ in batches_U], []
     bar = progress_bar(sum(map(len, batches_U)))
     for batches, denominator, stats in zip(batches_U, tokens_U, stats_U, strict=True):
         for batch in batches:
-            poll(bool(norms))
+            poll(bool(done))
             logp_L, entropy_L = logprobs(policy, batch.pack)
             old_logp_L = logp_L.detach() if batch.old_logp_L is None else batch.old_logp_L
             loss, loss_stats = grpo_loss(logp_L, old_logp_L, batch.ref_logp_L, batch.adv_L, clip_low=clip_low,
@@ -314,11 +315,10 @@ def grpo_updates(policy, reference, optimizer, rollouts_N, adv_PG, *, temperatur
             stats.append(loss_stats | sampler_stats(entropy_L, old_logp_L, batch.sampled_logp_L))
             bar.update()
         if batches:
-            norm, skip = apply_update(optimizer, grad_clip, sum(float(each["loss"]) for each in stats))
-            norms.append(norm)
-            skipped += skip
+            done.append(apply_update(optimizer, grad_clip, sum(float(each["loss"]) for each in stats)))
     bar.close()
     tokens = sum(len(rollout.prompt_ids) for rollout in rollouts_N[::G]) + sum(tokens_U)
+    norms, skipped = [norm for norm, _ in done], sum(skip for _, skip in done)
     return {"tokens": tokens, **update_metrics(stats_U, norms, skipped, reference is not None)}
 
 
@@ -326,7 +326,7 @@ def sft_updates(policy, optimizer, prompts_P, replies_P, *, updates, vocab_size,
                 grad_clip, autocast, kernel="auto", poll=lambda _: None):
     """Supervised updates on the reply tokens, one for each mini-batch. Otherwise like `grpo_updates`."""
     device = policy.embed_tokens.weight.device
-    packs_U, losses, norms, skipped = [], [], [], 0
+    packs_U, losses, done = [], [], []
     for prompt_range in mini_batches(len(prompts_P), updates):
         mine = my_share(prompt_range)
         packs_U.append(pack_micro_batches([prompts_P[p] for p in mine], [[replies_P[p]] for p in mine],
@@ -336,16 +336,15 @@ def sft_updates(policy, optimizer, prompts_P, replies_P, *, updates, vocab_size,
         tokens = sum(len(replies_P[p]) for p in prompt_range)
         losses.append(0.0)
         for micro_batch in packs:
-            poll(bool(norms))
+            poll(bool(done))
             logp_L, _ = logprobs_of_pack(policy, micro_batch.to(device), 1.0, vocab_size, autocast, kernel)
             loss = sft_loss(logp_L, tokens)
             loss.backward()
             losses[-1] += loss.item()
-        norm, skip = apply_update(optimizer, grad_clip, losses[-1])
-        norms.append(norm)
-        skipped += skip
-    return {"loss": sum(all_gather(sum(losses))) / updates, "grad_norm": sum(norms) / len(norms),
-            "updates": updates, "skipped_updates": skipped,
+        done.append(apply_update(optimizer, grad_clip, losses[-1]))
+    return {"loss": sum(all_gather(sum(losses))) / updates,
+            "grad_norm": sum(norm for norm, _ in done) / updates,
+            "updates": updates, "skipped_updates": sum(skip for _, skip in done),
             "length/mean": sum(map(len, replies_P)) / len(replies_P),
             "tokens": sum(map(len, prompts_P)) + sum(map(len, replies_P))}
 

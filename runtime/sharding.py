@@ -61,7 +61,8 @@ def sharder(device, bf16, trained, on_cpu):
         for module in (*model.layers, model):
             # Sums over ranks, not means: a loss is already divided by the tokens of all ranks.
             module.set_force_sum_reduction_for_comms(True)
-            module.set_gradient_divide_factor(1.0)
+            if dist.get_world_size() > 1:  # a single rank divides by nothing; by 1.0 it would copy them
+                module.set_gradient_divide_factor(1.0)
 
     return device, dtype, shard
 
@@ -77,8 +78,9 @@ def own_rows(tensor):
 
 @contextlib.contextmanager
 def unsharded(model):
-    """Collective: a plain model on the gathered weights, for a phase without collectives: a rollout."""
-    if not dist.is_initialized():
+    """Collective: a plain model on the gathered weights, on the device that computes, for a phase without
+    collectives: a rollout, the passes of a reference. No model (None) stays None."""
+    if model is None or not dist.is_initialized():
         yield model
         return
     groups = (*model.layers, model)

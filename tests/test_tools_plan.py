@@ -36,6 +36,8 @@ from tools.synthetic import synthetic
 ROOT = Path(__file__).parent.parent
 QWEN_7B = ModelConfig(152064, 3584, 18944, 28, 28, 4, 128, tie_word_embeddings=False)
 QWEN_14B = ModelConfig(152064, 5120, 13824, 48, 40, 8, 128, tie_word_embeddings=False)
+QWEN_05B = ModelConfig(151936, 896, 4864, 24, 14, 2, 64, tie_word_embeddings=True)
+QWEN_15B = ModelConfig(151936, 1536, 8960, 28, 12, 2, 128, tie_word_embeddings=True)
 NULL = contextlib.nullcontext()
 DEEP = ModelConfig(512, 128, 384, 4, 4, 2, 40)  # most of the memory is activations of blocks
 WIDE = ModelConfig(8192, 256, 512, 2, 4, 2, 64)  # embedding and head
@@ -62,7 +64,7 @@ def bytes_of(tensors):
 
 def setup(config, **changes):
     defaults = {"prompt": 0, "reply": 0, "n": 1, "samplings": (), "batch_size": 256, "kv_gib": None,
-                "micro_batch_tokens": 0, "checkpointed": False, "reference": "none", "ranks": 1,
+                "updates": 1, "micro_batch_tokens": 0, "checkpointed": False, "reference": "none", "ranks": 1,
                 "sharded": False, "device": "cpu", "itemsize": 4}
     return plan.Setup(config, **defaults | changes)
 
@@ -351,7 +353,8 @@ def test_the_plan_in_the_docs_is_what_the_command_prints(real_data, tmp_path, mo
 # The shape of a preset's model, and the GPUs that the preset is made for: how many, of how many GiB.
 PRESETS = {"demo.yaml": (None, 0, 24), "demo_control.yaml": (None, 0, 24),
            "tool_n1_7b.yaml": (QWEN_7B, 8, 80), "tool_n1_14b.yaml": (QWEN_14B, 8, 80),
-           "tool_n1_7b_1gpu.yaml": (QWEN_7B, 1, 139)}
+           "tool_n1_7b_1gpu.yaml": (QWEN_7B, 1, 139), "tool_n1_0.5b_24gb.yaml": (QWEN_05B, 1, 24),
+           "tool_n1_1.5b_48gb.yaml": (QWEN_15B, 1, 48)}
 
 
 @pytest.mark.parametrize("preset", sorted(path.name for path in (ROOT / "configs").glob("*.yaml")))

@@ -161,6 +161,39 @@ def test_micro_batches_change_neither_weights_nor_metrics(updates, kl_coef):
         assert other_metrics == pytest.approx(metrics, rel=1e-9, abs=1e-9)
 
 
+def test_the_reference_is_gathered_once_a_step_and_dropped_before_the_first_gradient(monkeypatch):
+    order, rollouts_N = [], sampled_rollouts(toy())
+    reference, whole = toy(1), toy(1)
+    unsharded, apply_update = train.sharding.unsharded, train.apply_update
+
+    @contextlib.contextmanager
+    def gathered(model):
+        assert model is reference
+        order.append("gather")
+        yield whole
+        order.append("drop")
+
+    def passes(model, *arguments):
+        order.append("reference" if model is whole else "policy")
+
+    monkeypatch.setattr(train.sharding, "unsharded", gathered)
+    monkeypatch.setattr(train, "apply_update", lambda *arguments: order.append("update") or
+                        apply_update(*arguments))
+    whole.register_forward_pre_hook(passes)
+    reference.register_forward_pre_hook(lambda *_: pytest.fail("the shards computed"))
+    model = toy()
+    model.register_forward_pre_hook(passes)
+    settings = {"updates": 2, "kl_coef": 0.1, "reference": reference, "micro_batch_tokens": 40}
+    found = update(model, rollouts_N, torch.tensor(ADVANTAGES), **settings)
+    between = order[1:order.index("drop")]
+    assert order[0] == "gather" and order.count("gather") == 1 and set(order[order.index("drop") + 1:]) == {
+        "policy", "update"}
+    assert between.count("reference") > between.count("policy") > 0, "old log-probs of the second update"
+    monkeypatch.setattr(train.sharding, "unsharded", unsharded)
+    expected = update(toy(), rollouts_N, torch.tensor(ADVANTAGES), **settings | {"reference": toy(1)})
+    assert found[0] == expected[0] and torch.equal(found[1], expected[1])
+
+
 def test_groups_without_spread_are_left_out_but_stay_in_the_denominator():
     rollouts_N = sampled_rollouts(toy())
     adv_PG = torch.tensor(ADVANTAGES, dtype=torch.float64)

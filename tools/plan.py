@@ -6,6 +6,7 @@ change if it does not. No weight is read or allocated: the shapes are those of a
 
     moment                what is held then, besides this rank's shards of weights and moments
     rollout, evaluation   whole weights; keys and values; activations of the prompts, or logits to sample from
+    reference             the whole reference; activations of one block, or logits; no gradients exist yet
     log-prob              gradients; all that autograd saved; logits and the gradient of the head
     backward              gradients; all that autograd saved; one block in its backward
     step                  gradients; the reduce-scatter of embedding and head, or AdamW's temporary tensors
@@ -22,12 +23,14 @@ gradients   4·parameters/ranks at every moment of an update, because they exist
             on. In transit: the gradient of the head, 4·V·D while it is summed over chunks of logits, then
             w·V·D until the root is reduce-scattered at the end of backward; the gradients of one block; the
             fp32 input of that block's reduce-scatter, which is held until the next block's. A reduce-scatter
-            holds w + 4 bytes a number, then 4 and its output. On one rank it also holds a copy, because FSDP
-            divides by 1. A single CPU process holds a new gradient and the one that it is added to
+            holds w + 4 bytes a number, then 4 and its output. A single CPU process holds a new gradient and
+            the one that it is added to
 moments     8·parameters/ranks. AdamW steps one parameter at a time and then holds 8 more bytes a number of
             this parameter's shard
-reference   as the weights, but w bytes a number on a GPU; nothing there if grpo.reference_on_cpu is set. Its
-            forward saves nothing for a backward, so it is never the peak
+reference   as the weights, but w bytes a number on a GPU; nothing there if grpo.reference_on_cpu is set. For
+            its passes, which come before the first backward of a step, every rank holds it whole, so that it
+            is gathered or crosses PCIe once a step: w·parameters. The old log-probs are made between them
+            and leave the policy's root gathered. A block is taken to hold what it would save for a backward
 activations numbers a token. For each block its input, D. Inside each block (with activation_checkpointing:
             inside one block at a time) these:
             3·D: the outputs of both norms, and x after attention; on a CPU 5·D, because a norm is two steps
@@ -97,6 +100,7 @@ class Setup:
     samplings: tuple  # of (moment, prompts of all ranks, replies a prompt, longest reply)
     batch_size: int
     kv_gib: float | None
+    updates: int  # of a step
     micro_batch_tokens: int
     checkpointed: bool
     reference: str  # none | cpu | cuda
@@ -107,13 +111,13 @@ class Setup:
 
 
 class Sizes(NamedTuple):
-    """Counts of numbers: all parameters; this rank's shards; the root; a block; the largest shard."""
+    """Counts of numbers: all parameters; this rank's shards, in all and each; the root; a block."""
 
     total: int
     shard: int
+    shards: tuple
     root: int
     block: int
-    largest_shard: int
 
 
 @functools.cache
@@ -128,8 +132,9 @@ def sizes(config, ranks):
     def shard(shape):
         return math.prod([-(-shape[0] // ranks), *shape[1:]])
 
-    return Sizes(sum(map(math.prod, shapes)), sum(map(shard, shapes)), sum(map(math.prod, root)),
-                 sum(map(math.prod, block)), max(map(shard, shapes)))
+    shards = tuple(map(shard, shapes))
+    return Sizes(sum(map(math.prod, shapes)), sum(shards), shards, sum(map(math.prod, root)),
+                 sum(map(math.prod, block)))
 
 
 class Shape(NamedTuple):
@@ -172,8 +177,8 @@ def update_memory(s, x):
     """{moment: {part: bytes}} of an update with micro-batches of Shape x, from its second micro-batch on."""
     n, c, w, is_cuda = sizes(s.model, s.ranks), s.model, s.itemsize, s.device == "cuda"
     D, F, V, layers = c.hidden_size, c.intermediate_size, c.vocab_size, c.num_hidden_layers
-    always = {SHARD: 4 * n.shard, GRADIENTS: 4 * n.shard, MOMENTS: 8 * n.shard,
-              REFERENCE: reference_bytes(s, n)}
+    between = {SHARD: 4 * n.shard, MOMENTS: 8 * n.shard, REFERENCE: reference_bytes(s, n)}
+    always = between | {GRADIENTS: 4 * n.shard}
     hidden, saved = x.T * D * w, saved_by_block(s, x)
     block = hidden + (0 if s.checkpointed else saved)
 
@@ -183,19 +188,21 @@ def update_memory(s, x):
 
     def reduce_scatter(numbers):
         """Bytes while so many gradients are reduce-scattered."""
-        copies = 1 + (s.ranks == 1) + 1 / s.ranks
-        return numbers * max(w + 4, 4 * copies) if s.sharded else 0
+        return numbers * max(w + 4, 4 + 4 / s.ranks) if s.sharded else 0
 
     if is_cuda:
-        logits = w * V * max(min(logprobs.CHUNK_TOKENS, x.L), D if w == 2 else 0)
-        sums = 4 * V * D
+        chunk, sums = min(logprobs.CHUNK_TOKENS, x.L), 4 * V * D
+        without, logits = w * V * chunk, w * V * max(chunk, D if w == 2 else 0)
     else:
-        chunk = min(x.L, max(1, grpo.CHUNK_LOGITS // V))
-        logits, sums = 4 * V * max(4 * chunk, 2 * chunk + 2 * D), 0
+        chunk, sums = min(x.L, max(1, grpo.CHUNK_LOGITS // V)), 0
+        without, logits = 16 * V * chunk, 4 * V * max(4 * chunk, 2 * chunk + 2 * D)
     head = w * V * D if s.sharded else 0
     waiting = 4 * n.block if s.sharded else 0
     in_block = w * n.block if s.sharded else w * D * F
-    return {
+    passes = {} if s.reference == "none" else {"reference": plus(
+        between, {REFERENCE: w * n.total if s.sharded else 0, WHOLE: whole(1) if s.updates > 1 else 0},
+        largest({ACTIVATIONS: hidden + saved}, {LOGITS: without, ACTIVATIONS: 2 * hidden + x.L * D * w}))}
+    return passes | {
         "log-prob": plus(always, {
             WHOLE: whole(0), GRADIENTS: sums, LOGITS: logits,
             ACTIVATIONS: layers * block + hidden * (2 if is_cuda else 3) + x.L * D * w}),
@@ -211,7 +218,7 @@ def update_memory(s, x):
                 ACTIVATIONS: (layers - 1) * block + hidden})),
         "step": largest(
             plus(always, {GRADIENTS: reduce_scatter(n.root) if s.sharded else 4 * V * D}),
-            plus(always, {MOMENTS: 8 * n.largest_shard})),
+            plus(always, {MOMENTS: 8 * max(n.shards)})),
     }
 
 
@@ -379,19 +386,7 @@ def plan(c, gpus, gib):
     config = ModelConfig.from_hf(folder)
     check_fits(c, positions=config.max_position_embeddings)
     examples, heldout, longest, note = read_lengths(c, folder)
-    is_grpo = c.stage == "grpo"
-    evaluated = min(c.eval.examples, heldout or c.eval.examples)
-    samplings = [("rollout", c.train.prompts_per_step, c.rollout.n, c.rollout.max_new_tokens),
-                 ("evaluation", evaluated, 1, c.eval.max_new_tokens)]
-    with_reference = is_grpo and c.grpo.kl_coef > 0
-    s = Setup(model=config, prompt=longest or c.data.max_prompt_tokens, reply=c.rollout.max_new_tokens,
-              n=c.rollout.n if is_grpo else 1,
-              samplings=tuple(samplings if is_grpo else samplings[1:]),
-              batch_size=c.rollout.batch_size, kv_gib=c.rollout.kv_memory_gib,
-              micro_batch_tokens=c.train.micro_batch_tokens,
-              checkpointed=c.train.activation_checkpointing,
-              reference="none" if not with_reference else "cpu" if c.grpo.reference_on_cpu else "cuda",
-              ranks=gpus or 1, sharded=gpus > 0, device=device, itemsize=2 if bf16 else 4)
+    s = setup_of(c, config, gpus, bf16, longest or c.data.max_prompt_tokens, heldout or c.eval.examples)
     if gib is None:
         gib = memory_of(device)
     where = f"{gpus} GPU{'s' if gpus > 1 else ''}" if gpus else "the CPU"
@@ -399,6 +394,24 @@ def plan(c, gpus, gib):
     return [f"{c.stage} of {c.model.path} in {precision} on {where} of {gib:.4g} GiB", "",
             *length_lines(c, config, examples, note), "",
             *memory_lines(s, gib, c.data.max_prompt_tokens + c.rollout.max_new_tokens, updating)]
+
+
+def setup_of(c, config, gpus, bf16, prompt, heldout):
+    """The Setup of a Config. prompt: tokens of the longest one; heldout: how many examples are held out."""
+    is_grpo, evaluated = c.stage == "grpo", min(c.eval.examples, heldout)
+    samplings = [("rollout", c.train.prompts_per_step, c.rollout.n, c.rollout.max_new_tokens),
+                 ("evaluation", evaluated, 1, c.eval.max_new_tokens)]
+    with_reference = is_grpo and c.grpo.kl_coef > 0
+    return Setup(
+        model=config, prompt=prompt, reply=c.rollout.max_new_tokens,
+        n=c.rollout.n if is_grpo else 1,
+        samplings=tuple(samplings if is_grpo else samplings[1:]),
+        batch_size=c.rollout.batch_size, kv_gib=c.rollout.kv_memory_gib,
+        updates=c.train.updates_per_step, micro_batch_tokens=c.train.micro_batch_tokens,
+        checkpointed=c.train.activation_checkpointing,
+        reference="none" if not with_reference else "cpu" if c.grpo.reference_on_cpu else "cuda",
+        ranks=gpus or 1, sharded=gpus > 0, device="cuda" if gpus else "cpu",
+        itemsize=2 if bf16 else 4)
 
 
 def memory_of(device):
@@ -476,6 +489,9 @@ def memory_lines(s, gib, least_micro_batch, most_ranks):
     lines.append(f"assumed: prompts of {s.prompt} tokens, replies as long as allowed, micro-batches "
                  "full of what costs most")
     if s.reference == "cpu" and s.device == "cuda":
-        held = s.itemsize * sizes(s.model, s.ranks).shard / GIB
-        lines.append(f"in the host's memory, for each GPU: the reference, {held:.2f} GiB")
+        z = sizes(s.model, s.ranks)
+        pinned = sum(2 ** math.ceil(math.log2(s.itemsize * numbers)) for numbers in z.shards)
+        lines += [f"in the host's memory, for each GPU: the reference, {s.itemsize * z.shard / GIB:.2f} GiB; "
+                  f"pinned, up to {pinned / GIB:.2f}", "  (the rule of PyTorch's allocator, each tensor "
+                  "rounded up to a power of two; not measured)"]
     return lines
