@@ -37,7 +37,6 @@ from statistics import median
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
-from runtime.files import write_json  # noqa: E402  # isort: skip (it sets a variable that torch reads)
 import torch  # noqa: E402
 from peers import hf_generate, liger_loss, trl_step  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
@@ -45,6 +44,7 @@ from torch.utils.checkpoint import checkpoint  # noqa: E402
 from data import write_jsonl  # noqa: E402
 from grpo import group_advantages, pack, token_logprobs, token_logprobs_reference  # noqa: E402
 from model import ModelConfig, Qwen2, packed_attention, shared_prefix_attention  # noqa: E402
+from runtime.files import write_json  # noqa: E402
 from sample import fold, generate, prompt_seeds, sample_tokens  # noqa: E402
 from tools.synthetic import synthetic  # noqa: E402
 from train import grpo_updates, logprobs_of_pack, make_optimizer  # noqa: E402
