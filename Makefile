@@ -6,6 +6,8 @@
 # make check     ruff, then the tests
 # make soak      100 kills at random times (ARGS="--kills=15" goes to tools/soak.py), then a check that nothing is lost
 # make mutants   plants known faults in the code and checks that the tests catch each one
+# make kernels   compiles the Triton kernels for A100, H100 and B200, on a machine with or without a GPU; fails if
+#                one spills registers or does not fit
 # make bench     speed side by side with peers, in one table (ARGS="decode step --rounds=9" goes to bench.py)
 #
 # Each target sets up .venv first. It needs Python 3.10 or newer, pip and make. Variables:
@@ -31,7 +33,7 @@ DEV := $(VENV)/.dev-installed
 PEERS := $(VENV)/.peers-installed
 PIP_INSTALL := $(PY) -m pip install --disable-pip-version-check $(addprefix -c ,$(LOCK))
 
-.PHONY: help demo demo-control base test check mutants bench soak
+.PHONY: help demo demo-control base test check mutants kernels bench soak
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -58,6 +60,9 @@ check: $(DEV)
 
 mutants: $(DEV)
 	$(PY) tests/mutants.py
+
+kernels: $(RUNTIME)
+	$(PY) tools/compile_kernels.py --arch 80 90 100 $(ARGS)
 
 bench: $(PEERS)
 	OMP_NUM_THREADS=1 $(PY) tools/bench.py $(ARGS)

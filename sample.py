@@ -22,6 +22,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import accumulate
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -216,12 +217,11 @@ class Decoder:
 
     def run(self, rows, steps):
         """The next `steps` tokens of each row and their log-probs, as two lists of lists."""
-        B, step = len(rows), self.graphs.step if self.graphs else self.step
-        state = torch.tensor([((row.rollout.ids or row.prompt.ids)[-1], row.key, len(row.rollout.ids),
-                               row.cached()) for row in rows])
+        B, step, drawn = len(rows), self.graphs.step if self.graphs else self.step, []
+        state = np.array([((row.rollout.ids or row.prompt.ids)[-1], row.key, len(row.rollout.ids),
+                           row.cached()) for row in rows])
         self.position_B.zero_()  # a graph may pad the batch: those rows write to position 0
-        self.state_4B[:, :B] = state.T
-        drawn = []
+        self.state_4B[:, :B] = torch.from_numpy(state).T
         for _ in range(steps):
             step(B)
             drawn.append((self.token_B[:B].clone(), self.logp_B[:B].clone()))

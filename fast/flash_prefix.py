@@ -57,13 +57,19 @@ class Runs(NamedTuple):
         return cls(torch.cat(parts).to(device), bounds, max(lengths))
 
 
+@functools.cache  # a signature takes as long as a launch, and this is asked twice a layer
+def shares_key_heads(varlen_attn):
+    """Whether it lets query heads share a key head; that of torch 2.11 does not."""
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
 def varlen_causal(q_THE, k_TKE, v_TKE, queries, keys):
     """FlashAttention of each run of queries over its run of keys, where the last query sees the last key."""
     from torch.nn.attention.varlen import varlen_attn  # takes a second to import
     # Plain indexing: its gradient adds up the copies of a prompt in a fixed order.
     q, k, v = q_THE[queries.index], k_TKE[keys.index], v_TKE[keys.index]
     grouped = {"enable_gqa": True}
-    if "enable_gqa" not in inspect.signature(varlen_attn).parameters:  # torch 2.11
+    if not shares_key_heads(varlen_attn):
         repeats, grouped = q.shape[1] // k.shape[1], {}
         k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
     # The window (any key before, none after) is counted from the last query and the last key.

@@ -1,5 +1,4 @@
-"""Machinery that knows nothing of the method: ranks, sharding, signals, files, checkpoints, run folder.
-"""
+"""Machinery that knows nothing of the method: ranks, sharding, signals, files, checkpoints, run folder."""
 
 import os
 

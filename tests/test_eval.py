@@ -16,7 +16,7 @@ import eval as evaluation
 from benchmarks import acebench, api_bank, bfcl
 from benchmarks.replies import DIGESTS
 from data import Chat, read_jsonl, write_jsonl
-from model import ModelConfig, Qwen2, load_hf, save_hf
+from model import ModelConfig, Transformer, load_hf, save_hf
 from reward import format_reply
 from sample import Rollout
 from tools.synthetic import synthetic
@@ -282,7 +282,7 @@ def toy(tmp_path_factory):
     folder = tmp_path_factory.mktemp("toy") / "model"
     config = ModelConfig(vocab_size=2048, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
                          num_attention_heads=2, num_key_value_heads=1, head_dim=8, tie_word_embeddings=True)
-    save_hf(Qwen2(config).init_weights(0), folder)
+    save_hf(Transformer(config).init_weights(0), folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         shutil.copyfile(f"assets/tiny/{name}", folder / name)
     return folder

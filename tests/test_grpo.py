@@ -30,7 +30,7 @@ from grpo import (
     token_logprobs_reference,
     token_weights,
 )
-from model import ModelConfig, Qwen2, packed_attention, shared_prefix_attention
+from model import ModelConfig, Transformer, packed_attention, shared_prefix_attention
 from runtime.metrics import merge_stats
 from sample import Rollout
 
@@ -63,12 +63,12 @@ def toy(seed=0, tied=False):
         tie_word_embeddings=tied,
         initializer_range=0.3,
     )
-    return Qwen2(config).init_weights(seed).double()
+    return Transformer(config).init_weights(seed).double()
 
 
 def nearby(model, seed, scale):
     """A policy near `model`: every parameter moved by a little noise."""
-    other = Qwen2(model.config).double()
+    other = Transformer(model.config).double()
     other.load_state_dict(model.state_dict())
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

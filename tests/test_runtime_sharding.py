@@ -10,6 +10,7 @@ import os
 
 import pytest
 import torch
+import torch.distributed as dist
 from ranks_worker import LOSS, PROMPTS, STOPS, TEMPERATURE, VOCAB, work_and_save
 from safetensors.torch import load_file
 from short_run import (
@@ -26,6 +27,7 @@ from short_run import (
 
 import train
 from data import write_jsonl
+from grpo import pack
 from model import ModelConfig, RopeScaling, Transformer, load_hf, packed_attention, save_hf
 from runtime import sharding
 from runtime.ranks import join_ranks, leave_ranks
@@ -231,6 +233,53 @@ def loss_of_share(model, rank):
 def test_the_gradient_is_the_sum_over_ranks_and_not_the_mean(tmp_path):
     statuses, texts = in_ranks(2, summed_gradient, tmp_path / "log")
     assert statuses == [0, 0] and texts == ["equal\n"] * 2, texts
+
+
+def reference_and_gradients(rank, ranks=2):
+    """The log-probs of a reference that is whole during its passes are those of a sharded one, bit for bit,
+    from the host's memory too. On one rank gradients are not divided and equal those without FSDP."""
+    from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+
+    join_ranks("cpu", 3)
+    if not dist.is_initialized():  # a CPU has no group of size 1, a GPU has
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    batch = pack(PROMPTS[2:4], [[[5, 6, 7], [8]], [[9, 10]]])
+    passing = functools.partial(train.logprobs_of_pack, pack=batch, temperature=TEMPERATURE, vocab_size=VOCAB,
+                                autocast=contextlib.nullcontext())
+    offloaded = toy("untied").requires_grad_(False)
+    for module in (*offloaded.layers, offloaded):
+        fully_shard(module, offload_policy=CPUOffloadPolicy(pin_memory=False))
+    _, _, shard = sharding.sharder("cpu", False, trained=False, on_cpu=False)
+    sharded = toy("untied").requires_grad_(False)
+    shard(sharded)
+    for model in (sharded, offloaded):
+        with torch.no_grad():
+            wanted_L, _ = passing(model)
+            with sharding.unsharded(model) as whole:
+                for _ in range(2):
+                    assert torch.equal(passing(whole)[0], wanted_L)
+            assert torch.equal(passing(model)[0], wanted_L), "sharded again"
+    policy, expected = toy("tied"), toy("tied")
+    _, _, shard = sharding.sharder("cpu", False, trained=True, on_cpu=False)
+    shard(policy)
+    factors = {module._get_fsdp_state()._fsdp_param_group.gradient_divide_factor
+               for module in (*policy.layers, policy)}
+    assert factors == {None if ranks == 1 else 1.0}
+    if ranks == 1:
+        for model in (policy, expected):
+            for each in range(2):
+                loss_of_share(model, each).backward()
+        for parameter, whole in zip(policy.parameters(), expected.parameters(), strict=True):
+            assert torch.equal(parameter.grad.full_tensor(), whole.grad)
+    print("equal")
+    leave_ranks(0)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_whole_reference_gives_the_log_probs_of_a_sharded_one(ranks, tmp_path):
+    action = functools.partial(reference_and_gradients, ranks=ranks)
+    statuses, texts = in_ranks(ranks, action, tmp_path / "log")
+    assert statuses == [0] * ranks and all(text.endswith("equal\n") for text in texts), texts
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU does")

@@ -26,7 +26,7 @@ from configs.schema import load_config
 from data import write_jsonl
 from fast import aligned_cache, paged_cache
 from grpo import pack
-from model import ModelConfig, Qwen2, load_hf, save_hf
+from model import ModelConfig, Transformer, load_hf, save_hf
 from runtime import metrics, sharding
 from runtime import ranks as ranks_module
 from sample import Rollout, generate
@@ -36,6 +36,8 @@ from tools.synthetic import synthetic
 ROOT = Path(__file__).parent.parent
 QWEN_7B = ModelConfig(152064, 3584, 18944, 28, 28, 4, 128, tie_word_embeddings=False)
 QWEN_14B = ModelConfig(152064, 5120, 13824, 48, 40, 8, 128, tie_word_embeddings=False)
+QWEN_05B = ModelConfig(151936, 896, 4864, 24, 14, 2, 64, tie_word_embeddings=True)
+QWEN_15B = ModelConfig(151936, 1536, 8960, 28, 12, 2, 128, tie_word_embeddings=True)
 NULL = contextlib.nullcontext()
 DEEP = ModelConfig(512, 128, 384, 4, 4, 2, 40)  # most of the memory is activations of blocks
 WIDE = ModelConfig(8192, 256, 512, 2, 4, 2, 64)  # embedding and head
@@ -112,7 +114,7 @@ def measured_and_planned(s, model, reference, prompt=120, reply=40, n=4, prompts
 
 @pytest.mark.parametrize("config", [DEEP, WIDE, replace(DEEP, num_key_value_heads=4, head_dim=64)])
 def test_activations_are_what_autograd_saves(config):
-    model, generator = Qwen2(config).init_weights(0), torch.Generator().manual_seed(0)
+    model, generator = Transformer(config).init_weights(0), torch.Generator().manual_seed(0)
     groups = [(70, [30, 41, 1]), (33, [20]), (90, [5, 5, 60])]
     batch = pack([ids(prompt, config, generator) for prompt, _ in groups],
                  [[ids(reply, config, generator) for reply in replies] for _, replies in groups])
@@ -137,15 +139,15 @@ def test_activations_are_what_autograd_saves(config):
     (DEEP, False, False), (DEEP, True, True), (WIDE, False, True), (FLAT, False, True),
     (replace(WIDE, tie_word_embeddings=True), False, False), (BLOCKS, True, False)])
 def test_peak_of_an_update_on_a_cpu(config, checkpointed, with_reference):
-    model = Qwen2(config).init_weights(0)
-    reference = Qwen2(config).init_weights(0).requires_grad_(False) if with_reference else None
+    model = Transformer(config).init_weights(0)
+    reference = Transformer(config).init_weights(0).requires_grad_(False) if with_reference else None
     measured, planned = measured_and_planned(setup(config, checkpointed=checkpointed), model, reference)
     assert planned == pytest.approx(measured, rel=0.03)
 
 
 def test_peak_of_an_update_with_logits_in_chunks(monkeypatch):
     monkeypatch.setattr(grpo, "CHUNK_LOGITS", 50 * FLAT.vocab_size)
-    measured, planned = measured_and_planned(setup(FLAT), Qwen2(FLAT).init_weights(0), None)
+    measured, planned = measured_and_planned(setup(FLAT), Transformer(FLAT).init_weights(0), None)
     assert planned == pytest.approx(measured, rel=0.05)
 
 
@@ -170,7 +172,7 @@ ON_SHARDS = [
     (ranks, *case) for ranks, cases in ((1, ON_SHARDS), (2, ON_SHARDS[3:]), (8, ON_SHARDS)) for case in cases
 ], indirect=["ranks"])
 def test_peak_of_an_update_on_shards(ranks, config, checkpointed, lengths, tmp_path, monkeypatch):
-    save_hf(Qwen2(config).init_weights(0), tmp_path)
+    save_hf(Transformer(config).init_weights(0), tmp_path)
     # The fake group leaves received tensors uninitialised; a NaN among them would skip the update.
     monkeypatch.setattr(torch, "isfinite", lambda norm: torch.tensor(True))
     model, reference = (train.load_model(tmp_path, "cpu", False, trained) for trained in (True, False))
@@ -188,7 +190,7 @@ def test_peak_of_a_rollout_on_a_cpu(prompts, prompt, reply, slots, monkeypatch):
     monkeypatch.setattr(sample, "PREFILL_TOKENS", 2000)
     monkeypatch.setattr(aligned_cache, "FIRST_ROOM", 20)
     config = replace(DEEP, hidden_size=128, intermediate_size=256)
-    model, generator = Qwen2(config).init_weights(0), torch.Generator().manual_seed(0)
+    model, generator = Transformer(config).init_weights(0), torch.Generator().manual_seed(0)
     prompts_P = [ids(prompt, config, generator) for _ in range(prompts)]
 
     def rollout():
@@ -351,7 +353,8 @@ def test_the_plan_in_the_docs_is_what_the_command_prints(real_data, tmp_path, mo
 # The shape of a preset's model, and the GPUs that the preset is made for: how many, of how many GiB.
 PRESETS = {"demo.yaml": (None, 0, 24), "demo_control.yaml": (None, 0, 24),
            "tool_n1_7b.yaml": (QWEN_7B, 8, 80), "tool_n1_14b.yaml": (QWEN_14B, 8, 80),
-           "tool_n1_7b_1gpu.yaml": (QWEN_7B, 1, 139)}
+           "tool_n1_7b_1gpu.yaml": (QWEN_7B, 1, 139), "tool_n1_0.5b_24gb.yaml": (QWEN_05B, 1, 24),
+           "tool_n1_1.5b_48gb.yaml": (QWEN_15B, 1, 48)}
 
 
 @pytest.mark.parametrize("preset", sorted(path.name for path in (ROOT / "configs").glob("*.yaml")))
@@ -370,7 +373,7 @@ def test_every_preset_loads_and_fits_the_machine_it_is_made_for(preset, tmp_path
 @pytest.mark.parametrize("checkpointed, on_cpu", [(False, False), (True, True)])
 def test_peaks_of_an_update_and_a_rollout_on_a_gpu(checkpointed, on_cpu, tmp_path):
     config = ModelConfig(32000, 1024, 4096, 12, 16, 4, 64)
-    save_hf(Qwen2(config).init_weights(0), tmp_path)
+    save_hf(Transformer(config).init_weights(0), tmp_path)
     ranks_module.join_ranks("cuda", 5)
     try:
         model = train.load_model(tmp_path, "cuda", True)

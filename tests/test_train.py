@@ -26,7 +26,7 @@ import train
 from configs.schema import Config
 from data import Example, write_jsonl
 from grpo import grpo_loss, make_micro_batches, pack
-from model import ModelConfig, Qwen2, load_hf, packed_attention
+from model import ModelConfig, Transformer, load_hf, packed_attention
 from sample import Rollout, generate
 from tools.synthetic import synthetic
 from train import grpo_updates, logprobs_of_pack, sft_updates
@@ -53,7 +53,7 @@ def toy(seed=0):
         head_dim=4,
         initializer_range=0.25,
     )
-    return Qwen2(config).init_weights(seed)
+    return Transformer(config).init_weights(seed)
 
 
 def sampled_rollouts(model):
@@ -159,6 +159,39 @@ def test_micro_batches_change_neither_weights_nor_metrics(updates, kl_coef):
     for other_metrics, other_change in results[1:]:
         torch.testing.assert_close(other_change, change, rtol=1e-12, atol=1e-12)
         assert other_metrics == pytest.approx(metrics, rel=1e-9, abs=1e-9)
+
+
+def test_the_reference_is_gathered_once_a_step_and_dropped_before_the_first_gradient(monkeypatch):
+    order, rollouts_N = [], sampled_rollouts(toy())
+    reference, whole = toy(1), toy(1)
+    unsharded, apply_update = train.sharding.unsharded, train.apply_update
+
+    @contextlib.contextmanager
+    def gathered(model):
+        assert model is reference
+        order.append("gather")
+        yield whole
+        order.append("drop")
+
+    def passes(model, *arguments):
+        order.append("reference" if model is whole else "policy")
+
+    monkeypatch.setattr(train.sharding, "unsharded", gathered)
+    monkeypatch.setattr(train, "apply_update", lambda *arguments: order.append("update") or
+                        apply_update(*arguments))
+    whole.register_forward_pre_hook(passes)
+    reference.register_forward_pre_hook(lambda *_: pytest.fail("the shards computed"))
+    model = toy()
+    model.register_forward_pre_hook(passes)
+    settings = {"updates": 2, "kl_coef": 0.1, "reference": reference, "micro_batch_tokens": 40}
+    found = update(model, rollouts_N, torch.tensor(ADVANTAGES), **settings)
+    between = order[1:order.index("drop")]
+    assert order[0] == "gather" and order.count("gather") == 1 and set(order[order.index("drop") + 1:]) == {
+        "policy", "update"}
+    assert between.count("reference") > between.count("policy") > 0, "old log-probs of the second update"
+    monkeypatch.setattr(train.sharding, "unsharded", unsharded)
+    expected = update(toy(), rollouts_N, torch.tensor(ADVANTAGES), **settings | {"reference": toy(1)})
+    assert found[0] == expected[0] and torch.equal(found[1], expected[1])
 
 
 def test_groups_without_spread_are_left_out_but_stay_in_the_denominator():
@@ -439,7 +472,7 @@ def test_random_weights_need_a_config_and_a_tokenizer_only(files, tmp_path):
     train.main(words)
     assert metrics_of(tmp_path / "run") == lines, "it resumes from what it had learned"
     again = load_hf(files / "base", seed=0).state_dict()
-    assert all(torch.equal(again[name], x) for name, x in Qwen2(load_hf(files / "base").config).init_weights(
+    assert all(torch.equal(again[name], x) for name, x in Transformer(load_hf(files / "base").config).init_weights(
         0).state_dict().items())
 
 

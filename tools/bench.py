@@ -34,17 +34,16 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 
-import torch
-from torch.utils.checkpoint import checkpoint
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
+import torch  # noqa: E402
 from peers import hf_generate, liger_loss, trl_step  # noqa: E402
+from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 from data import write_jsonl  # noqa: E402
 from grpo import group_advantages, pack, token_logprobs, token_logprobs_reference  # noqa: E402
-from model import ModelConfig, Qwen2, packed_attention, shared_prefix_attention  # noqa: E402
+from model import ModelConfig, Transformer, packed_attention, shared_prefix_attention  # noqa: E402
 from runtime.files import write_json  # noqa: E402
 from sample import fold, generate, prompt_seeds, sample_tokens  # noqa: E402
 from tools.synthetic import synthetic  # noqa: E402
@@ -156,10 +155,10 @@ def config_of(shape):
 
 
 def make_model(shape, dtype):
-    """A Qwen2 of a shape with random weights, created on the device."""
+    """A model of a shape with random weights, created on the device."""
     torch.manual_seed(0)
     with torch.device(DEVICE):
-        model = Qwen2(config_of(shape)).to(dtype)
+        model = Transformer(config_of(shape)).to(dtype)
     for parameter in model.parameters():
         if parameter.dim() == 2:
             torch.nn.init.normal_(parameter, std=0.02)

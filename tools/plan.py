@@ -75,7 +75,7 @@ import sample
 from configs.schema import check_fits, load_config, number_of_steps
 from data import Chat, read_jsonl, split_examples
 from fast import aligned_cache, logprobs, paged_cache
-from model import ModelConfig, Qwen2
+from model import ModelConfig, Transformer
 from runtime.sharding import cpu_has_amx
 from runtime.tensors import resolve
 
@@ -124,7 +124,7 @@ class Sizes(NamedTuple):
 def sizes(config, ranks):
     """The Sizes of a model on rank 0, which has the most rows."""
     with torch.device("meta"):
-        named = [(name, list(parameter.shape)) for name, parameter in Qwen2(config).named_parameters()]
+        named = [(name, list(parameter.shape)) for name, parameter in Transformer(config).named_parameters()]
     root = [shape for name, shape in named if not name.startswith("layers.")]
     block = [shape for name, shape in named if name.startswith("layers.0.")]
     shapes = [shape for _, shape in named]
@@ -386,19 +386,7 @@ def plan(c, gpus, gib):
     config = ModelConfig.from_hf(folder)
     check_fits(c, positions=config.max_position_embeddings)
     examples, heldout, longest, note = read_lengths(c, folder)
-    is_grpo = c.stage == "grpo"
-    evaluated = min(c.eval.examples, heldout or c.eval.examples)
-    samplings = [("rollout", c.train.prompts_per_step, c.rollout.n, c.rollout.max_new_tokens),
-                 ("evaluation", evaluated, 1, c.eval.max_new_tokens)]
-    with_reference = is_grpo and c.grpo.kl_coef > 0
-    s = Setup(model=config, prompt=longest or c.data.max_prompt_tokens, reply=c.rollout.max_new_tokens,
-              n=c.rollout.n if is_grpo else 1,
-              samplings=tuple(samplings if is_grpo else samplings[1:]),
-              batch_size=c.rollout.batch_size, kv_gib=c.rollout.kv_memory_gib,
-              updates=c.train.updates_per_step, micro_batch_tokens=c.train.micro_batch_tokens,
-              checkpointed=c.train.activation_checkpointing,
-              reference="none" if not with_reference else "cpu" if c.grpo.reference_on_cpu else "cuda",
-              ranks=gpus or 1, sharded=gpus > 0, device=device, itemsize=2 if bf16 else 4)
+    s = setup_of(c, config, gpus, bf16, longest or c.data.max_prompt_tokens, heldout or c.eval.examples)
     if gib is None:
         gib = memory_of(device)
     where = f"{gpus} GPU{'s' if gpus > 1 else ''}" if gpus else "the CPU"
@@ -406,6 +394,24 @@ def plan(c, gpus, gib):
     return [f"{c.stage} of {c.model.path} in {precision} on {where} of {gib:.4g} GiB", "",
             *length_lines(c, config, examples, note), "",
             *memory_lines(s, gib, c.data.max_prompt_tokens + c.rollout.max_new_tokens, updating)]
+
+
+def setup_of(c, config, gpus, bf16, prompt, heldout):
+    """The Setup of a Config. prompt: tokens of the longest one; heldout: how many examples are held out."""
+    is_grpo, evaluated = c.stage == "grpo", min(c.eval.examples, heldout)
+    samplings = [("rollout", c.train.prompts_per_step, c.rollout.n, c.rollout.max_new_tokens),
+                 ("evaluation", evaluated, 1, c.eval.max_new_tokens)]
+    with_reference = is_grpo and c.grpo.kl_coef > 0
+    return Setup(
+        model=config, prompt=prompt, reply=c.rollout.max_new_tokens,
+        n=c.rollout.n if is_grpo else 1,
+        samplings=tuple(samplings if is_grpo else samplings[1:]),
+        batch_size=c.rollout.batch_size, kv_gib=c.rollout.kv_memory_gib,
+        updates=c.train.updates_per_step, micro_batch_tokens=c.train.micro_batch_tokens,
+        checkpointed=c.train.activation_checkpointing,
+        reference="none" if not with_reference else "cpu" if c.grpo.reference_on_cpu else "cuda",
+        ranks=gpus or 1, sharded=gpus > 0, device="cuda" if gpus else "cpu",
+        itemsize=2 if bf16 else 4)
 
 
 def memory_of(device):
