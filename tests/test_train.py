@@ -472,8 +472,8 @@ def test_random_weights_need_a_config_and_a_tokenizer_only(files, tmp_path):
     train.main(words)
     assert metrics_of(tmp_path / "run") == lines, "it resumes from what it had learned"
     again = load_hf(files / "base", seed=0).state_dict()
-    assert all(torch.equal(again[name], x) for name, x in Transformer(load_hf(files / "base").config).init_weights(
-        0).state_dict().items())
+    fresh = Transformer(load_hf(files / "base").config).init_weights(0).state_dict()
+    assert all(torch.equal(again[name], weight) for name, weight in fresh.items())
 
 
 def test_a_run_that_its_minutes_end_anneals_by_time(files, tmp_path, monkeypatch):
