@@ -385,29 +385,28 @@ def run_of(preset, tmp_path, expandable=True, before=False, captures=True):
 SINGLE = sorted(preset for preset, (_, gpus, _) in PRESETS.items() if gpus == 1)
 
 
-AT_THE_IMPORT_OF_TORCH = """
+# torch reads the variable when CUDA is first used: after the imports of a program, and before its `main`.
+AFTER_THE_IMPORTS = """
 import os, runpy, sys
 
-class Watch:
-    def find_spec(self, name, path=None, target=None):
-        if name == "torch":
-            print({key: os.environ[key] for key in os.environ if key.endswith("_ALLOC_CONF")}, flush=True)
-            os._exit(0)
+import torch
 
-sys.meta_path.insert(0, Watch())
+torch.cuda.init = torch.cuda._lazy_init = None
 sys.path.insert(0, os.getcwd())
-runpy.run_path(sys.argv[1], run_name="__main__")
+runpy.run_path(sys.argv[1], run_name="not main")
+print({key: os.environ[key] for key in os.environ if key.endswith("_ALLOC_CONF")})
 """
 EXPANDABLE = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 
 
 @pytest.mark.parametrize("program, given, found", [
-    ("train.py", {}, EXPANDABLE), ("sample.py", {}, EXPANDABLE),
+    ("train.py", {}, EXPANDABLE), ("sample.py", {}, EXPANDABLE), ("eval.py", {}, EXPANDABLE),
+    ("tools/bench.py", {}, EXPANDABLE),
     ("train.py", {"PYTORCH_ALLOC_CONF": "b:2"}, {"PYTORCH_ALLOC_CONF": "b:2"}),
     ("sample.py", {"PYTORCH_CUDA_ALLOC_CONF": "a:1"}, {"PYTORCH_CUDA_ALLOC_CONF": "a:1"})])
-def test_a_program_sets_the_allocator_before_it_imports_torch(program, given, found):
+def test_a_program_sets_the_allocator_before_it_uses_cuda(program, given, found):
     environment = {key: value for key, value in os.environ.items() if not key.endswith("_ALLOC_CONF")}
-    command = [sys.executable, "-c", AT_THE_IMPORT_OF_TORCH, program]
+    command = [sys.executable, "-c", AFTER_THE_IMPORTS, program]
     done = subprocess.run(command, cwd=ROOT, env=environment | given, capture_output=True, text=True,
                           check=True)
     assert done.stdout == f"{found}\n"
