@@ -15,9 +15,10 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TEST_FILES = ("tests/test_grpo.py", "tests/test_train.py", *(
+TEST_FILES = ("tests/test_grpo.py", "tests/test_train.py", "tests/test_data.py", "tests/test_reward.py", *(
     f"tests/test_runtime_{name}.py"
-    for name in ("checkpoints", "files", "metrics", "ranks", "run_folder", "sharding", "signals")))
+    for name in ("adapters", "checkpoints", "files", "metrics", "ranks", "run_folder", "sharding",
+                 "signals")))
 
 # (file, text, text with the fault, what goes wrong, the tests that must fail)
 MUTANTS = [
@@ -288,6 +289,33 @@ MUTANTS = [
      "            replies[-1].append(reply)\n            size += len(reply)\n",
      "a reply is split between micro-batches",
      ["test_no_reply_is_split_between_micro_batches"]),
+    # Chat formats.
+    ("data.py", 'message["content"].strip()) for message', 'message["content"]) for message',
+     "Llama-3's content is not trimmed",
+     ["test_chats_are_rendered_as_each_family_publishes_them"]),
+    ("data.py", 'return f"{begin}{text}"', "return text",
+     "a prompt of Llama-3 lacks its first token",
+     ["test_chats_are_rendered_as_each_family_publishes_them"]),
+    ("data.py", "return self.decode(ids[:-1] if ids and ids[-1] in self.stop_ids else ids)",
+     "return self.decode(ids)",
+     "the stop token that ended a rollout is judged with its text",
+     ["test_the_judged_text_has_no_stop_token_whichever_ended_the_reply",
+      "test_replies_of_each_family_end_with_its_token_and_are_judged_without_it"]),
+    ("reward.py", 'headers = (f"{IM_START}assistant", f"{HEADER}assistant{END_HEADER}")',
+     'headers = (f"{IM_START}assistant",)',
+     "official reads a reply of Llama-3 from its start",
+     ["test_the_strict_and_the_released_verdict"]),
+    # Adapters.
+    ("runtime/adapters.py", "return (W + change).to(self.dtype)", "return W.to(self.dtype)",
+     "rollouts and exports lack the adapters",
+     ["test_a_merged_model_equals_the_adapted_one_and_a_plain_one_the_base"]),
+    ("runtime/adapters.py", "layer.weight, layer.bias, alpha / rank", "layer.weight, layer.bias, alpha",
+     "the adapters' product is not divided by the rank",
+     ["test_gradients_of_the_adapters_equal_autograd_through_the_merged_weight",
+      "test_peft_reads_the_adapter_and_gives_the_same_logits"]),
+    ("train.py", "sharding.unsharded(reference, merged=False)", "sharding.unsharded(reference)",
+     "the KL reference follows the adapters",
+     ["test_a_run_with_adapters_learns_and_keeps_its_base"]),
 ]
 
 
