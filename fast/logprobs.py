@@ -53,7 +53,7 @@ class FusedLogprobs(torch.autograd.Function):
         hidden_LD, weight_VD, targets_L, peak_L, log_total_L = ctx.saved_tensors
         dlogp_L = dlogp_L.contiguous()  # the gradient of a sum is one number with stride 0
         dhidden_LD = torch.empty_like(hidden_LD)
-        dweight_VD = torch.zeros_like(weight_VD, dtype=peak_L.dtype)
+        dweight_VD = torch.zeros_like(weight_VD, dtype=peak_L.dtype) if ctx.needs_input_grad[1] else None
         factor_VD = weight_VD.to(ctx.dtype)
         for part, hidden_CD, logits_CV in logit_chunks(hidden_LD, factor_VD):
             C, V = logits_CV.shape
@@ -61,9 +61,11 @@ class FusedLogprobs(torch.autograd.Function):
                 logits_CV, targets_L[part], peak_L[part], log_total_L[part], dlogp_L[part],
                 logits_CV.stride(0), V, ctx.vocab_size, 1 / ctx.temperature, BLOCK, num_warps=8)
             dhidden_LD[part] = logits_CV @ factor_VD
-            add_product(dweight_VD, logits_CV.T, hidden_CD)
+            if dweight_VD is not None:  # the head is frozen beside adapters
+                add_product(dweight_VD, logits_CV.T, hidden_CD)
         logits_CV = None  # free before the copy of a bf16 weight's gradient is made
-        return dhidden_LD, dweight_VD.to(weight_VD.dtype), None, None, None
+        dweight_VD = dweight_VD if dweight_VD is None else dweight_VD.to(weight_VD.dtype)
+        return dhidden_LD, dweight_VD, None, None, None
 
 
 def logit_chunks(hidden_LD, weight_VD):
