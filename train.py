@@ -298,14 +298,14 @@ def grpo_updates(policy, reference, optimizer, rollouts_N, adv_PG, *, temperatur
     batches_U = pad_to_longest(batches_U, grpo.MicroBatch.empty(device))
     logprobs = functools.partial(logprobs_of_pack, temperature=temperature, vocab_size=vocab_size,
                                  autocast=autocast, kernel=kernel)
-    with torch.no_grad(), sharding.unsharded(reference, merged=False) as whole_reference:
+    with torch.no_grad(), sharding.unsharded(reference, merged=False) as reference:
         for u, batches in enumerate(batches_U):
             for batch in batches:
                 poll(False)
                 if u > 0:
                     batch.old_logp_L, _ = logprobs(policy, batch.pack)
                 if reference is not None:
-                    batch.ref_logp_L, _ = logprobs(whole_reference, batch.pack)
+                    batch.ref_logp_L, _ = logprobs(reference, batch.pack)
 
     stats_U, done = [[] for _ in batches_U], []
     bar = progress_bar(sum(map(len, batches_U)))

@@ -61,11 +61,11 @@ def sharder(device, bf16, trained, on_cpu, adapt=None):
         for block in model.layers:
             fully_shard(block, **options)
         fully_shard(model, reshard_after_forward=not trained, **options)
-        for module in (*model.layers, model):
+        # Not for a single rank: divided by 1.0, each gradient would be copied once more.
+        for module in (*model.layers, model) if dist.get_world_size() > 1 else ():
             # Sums over ranks, not means: a loss is already divided by the tokens of all ranks.
             module.set_force_sum_reduction_for_comms(True)
-            if dist.get_world_size() > 1:  # a single rank divides by nothing; by 1.0 it would copy them
-                module.set_gradient_divide_factor(1.0)
+            module.set_gradient_divide_factor(1.0)
 
     return device, dtype, shard
 
@@ -86,7 +86,11 @@ def unsharded(model, merged=True):
     new weights, or left out (merged=False)."""
     from runtime.adapters import has_adapters, plain_model  # imports this module
     if model is not None and has_adapters(model):
-        yield plain_model(model, merged)
+        plain = plain_model(model, merged)
+        try:
+            yield plain
+        finally:
+            plain.to("meta")  # frees what was gathered, whoever still refers to this model
         return
     if model is None or not dist.is_initialized():
         yield model

@@ -162,8 +162,8 @@ MUTANTS = [
      "batch.old_logp_L, _ = logprobs(policy, batch.pack, temperature=1.0)",
      "the old log-probs lack the temperature",
      ["test_on_policy_ratio_is_exactly_1_and_kl_0_at_temperature_0_7"]),
-    ("train.py", "batch.ref_logp_L, _ = logprobs(whole_reference, batch.pack)",
-     "batch.ref_logp_L, _ = logprobs(whole_reference, batch.pack, temperature=1.0)",
+    ("train.py", "batch.ref_logp_L, _ = logprobs(reference, batch.pack)",
+     "batch.ref_logp_L, _ = logprobs(reference, batch.pack, temperature=1.0)",
      "the reference's log-probs lack the temperature",
      ["test_on_policy_ratio_is_exactly_1_and_kl_0_at_temperature_0_7"]),
     ("train.py", "logprobs_of_pack, temperature=temperature,", "logprobs_of_pack, temperature=1.0,",
@@ -179,8 +179,8 @@ MUTANTS = [
     # Several ranks.
     ("runtime/sharding.py",
      "            module.set_force_sum_reduction_for_comms(True)\n"
-     "            if dist.get_world_size() > 1:",
-     "            if False:",
+     "            module.set_gradient_divide_factor(1.0)\n",
+     "            pass\n",
      "gradients are averaged over ranks, though each loss is divided by the tokens of all",
      ["test_the_gradient_is_the_sum_over_ranks_and_not_the_mean"]),
     ("runtime/ranks.py", "items[len(items) * rank // ranks:len(items) * (rank + 1) // ranks]",
