@@ -20,13 +20,14 @@ from typing import Any
 import pytest
 import torch
 from sampling import toy_model
-from test_tools_plan import PRESETS, ROOT
+from test_tools_memory import ROOT
+from test_tools_plan import PRESETS
 
 import sample
 from configs.schema import load_config
 from fast import logprobs
 from model import Transformer
-from tools import plan
+from tools import memory, plan
 
 MIB, GIB = 2**20, 2**30
 CONTEXT = 0.6 * GIB  # of CUDA, NCCL and cuBLAS: no part of the allocator
@@ -223,8 +224,8 @@ class Run:
         self.reference = self.take_all(s.itemsize * n for n in self.all) if s.reference == "cuda" else []
         self.moments = []
         most = max((s.reply, *(2**i for i in range(s.reply.bit_length()))),
-                   key=lambda r: plan.total(plan.update_memory(s, plan.Shape.full(s, r))["backward"]))
-        self.full = self.x = plan.Shape.full(s, most)
+                   key=lambda r: memory.total(memory.update_memory(s, memory.Shape.full(s, r))["backward"]))
+        self.full = self.x = memory.Shape.full(s, most)
         self.random = random.Random(0)
 
     def take_all(self, sizes, stream="compute"):
@@ -255,13 +256,13 @@ class Run:
         if not self.before:
             self.a.empty_cache()
         slots = min(s.batch_size, prompts * n)
-        held = self.take_all([plan.sampling_memory(s, prompts, n, reply)[plan.KV], 8 * 5 * slots])
+        held = self.take_all([memory.sampling_memory(s, prompts, n, reply)[memory.KV], 8 * 5 * slots])
         for _ in range(3):
             kv, T = [], int(sample.PREFILL_TOKENS * self.random.uniform(0.85, 1))
             for _ in range(c.num_hidden_layers):
                 self.pass_by(*[w * T * c.hidden_size] * 3, *[w * T * c.intermediate_size] * 3)
                 kv += self.take_all([2 * w * T * c.num_key_value_heads * c.head_dim])
-            stacked = self.take_all([T * plan.kv_bytes(s)])
+            stacked = self.take_all([T * memory.kv_bytes(s)])
             self.give_all(kv)
             self.give_all(stacked)
         size = slots
@@ -284,7 +285,7 @@ class Run:
         s, x = self.s, self.x
         wide, narrow = (int(s.itemsize * x.T * size) for size in (s.model.intermediate_size,
                                                                   s.model.hidden_size))
-        rest = plan.saved_by_block(s, x) - 4 * wide
+        rest = memory.saved_by_block(s, x) - 4 * wide
         count = max(1, round(rest / narrow))
         return [rest / count] * count + [wide] * 4
 
@@ -348,7 +349,7 @@ class Run:
         return [*found, group]
 
     def ragged(self):
-        self.x = plan.Shape(*(size * self.random.uniform(0.85, 1) for size in self.full))
+        self.x = memory.Shape(*(size * self.random.uniform(0.85, 1) for size in self.full))
 
     def step(self, updates=2, micro_batches=3):
         self.sampling("rollout")
@@ -540,8 +541,8 @@ def test_a_preset_for_one_gpu_takes_three_steps_without_a_refusal_of_the_driver(
     run = run_of(preset, tmp_path)
     assert steps_of(run) == [0, 0, 0]
     assert run.a.peak < run.a.capacity - GIB
-    static = plan.total(plan.sampling_memory(run.s, *run.s.samplings[0][1:]))
-    assert run.a.peak > static - plan.sampling_memory(run.s, *run.s.samplings[0][1:])[plan.ACTIVATIONS]
+    static = memory.total(memory.sampling_memory(run.s, *run.s.samplings[0][1:]))
+    assert run.a.peak > static - memory.sampling_memory(run.s, *run.s.samplings[0][1:])[memory.ACTIVATIONS]
 
 
 @pytest.mark.parametrize("preset", SINGLE)
