@@ -114,8 +114,9 @@ class ModelConfig:
         try:
             scaling = {key: rope[key] for key in RopeScaling.__annotations__} if is_scaled else None
             values["rope_scaling"] = scaling and RopeScaling(**scaling)
-            if "head_dim" not in values:
-                values["head_dim"] = raw.get("hidden_size", 0) // raw.get("num_attention_heads", 1)
+            if "head_dim" not in values:  # as transformers fills it in
+                share = raw.get("hidden_size", 0) // raw.get("num_attention_heads", 1)
+                values["head_dim"] = 128 if raw["model_type"] == "qwen3" else share
             return cls(**values)
         except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
             reason = str(error).split("__init__() ")[-1]

@@ -395,6 +395,14 @@ def test_null_in_a_config_counts_as_absent(folder):
     assert ModelConfig.from_hf(folder) == config(initializer_range=0.02)
 
 
+def test_a_qwen3_config_without_a_head_size_has_the_one_of_transformers(tmp_path):
+    save_hf(random_model(model_type="qwen3"), tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    del raw["head_dim"]
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    assert ModelConfig.from_hf(tmp_path).head_dim == Qwen3Config.from_pretrained(tmp_path).head_dim == 128
+
+
 def test_weights_that_are_missing_empty_or_truncated_are_one_clear_line(folder):
     file = folder / "model.safetensors"
     whole = file.read_bytes()

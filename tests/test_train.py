@@ -640,3 +640,61 @@ def test_truncated_weights_are_one_line(files, tmp_path, capsys, size):
     error, status = refusal(arguments(files, tmp_path / "run", f"--model.path={base}"), capsys)
     assert status == 2 and str(base / "model.safetensors") in error
     assert not (tmp_path / "run").exists()
+
+
+# Dynamic sampling.
+
+
+REFILL = ("--rollout.refill=3", "--rollout.n=2", "--train.prompts_per_step=2", "--train.updates_per_step=1",
+          "--train.steps=5", "--checkpoint.every=1", "--grpo.kl_coef=0.1")
+
+
+def cursors(out):
+    """{step: examples drawn by then} of the checkpoints of a run."""
+    return {int(folder.name[5:]): json.loads((folder / "training.json").read_text())["cursor"]
+            for folder in (out / "checkpoints").iterdir()}
+
+
+@pytest.fixture(scope="module")
+def refilled(files, tmp_path_factory):
+    out = tmp_path_factory.mktemp("refilled") / "run"
+    with pytest.MonkeyPatch.context() as patches:
+        make_setting(patches)
+        train.main(short_run.arguments(files, out, *REFILL))
+    return out
+
+
+def test_a_refilled_step_trains_on_groups_with_spread_and_draws_at_most_so_many_batches(refilled):
+    drawn = cursors(refilled)
+    batches = [(drawn[step] - drawn.get(step - 1, 0)) / 2 for step in sorted(drawn)]
+    assert set(batches) <= {1, 2, 3, 4} and len(set(batches)) > 1
+    for step in sorted(drawn):
+        lines = [json.loads(line) for line in (
+            refilled / f"rollouts/step_{step:06d}.jsonl").read_text().splitlines()]
+        rewards = [[line["reward"] for line in lines[i:i + 2]] for i in (0, 2)]
+        assert len(lines) == 4
+        assert all(len(set(group)) == 2 for group in rewards) or batches[step - 1] == 4
+    steps = [line for line in metrics_of(refilled) if "loss" in line]
+    # The shares are of all groups that were drawn.
+    assert min(line["reward/live"] for line in steps) < 1 and steps[-1]["epoch"] == max(drawn.values()) / 8
+
+
+def test_a_refilled_run_resumes_where_it_was_in_the_data(files, refilled, tmp_path):
+    out = short_run.back_to(refilled, 2, tmp_path / "run")
+    train.main(short_run.arguments(files, out, *REFILL))
+    assert cursors(out) == cursors(refilled)
+    assert metrics_of(out) == metrics_of(refilled)
+    assert short_run.equal_weights(out / "checkpoints/step_000005",
+                                   load_hf(refilled / "checkpoints/step_000005"))
+
+
+def test_two_ranks_refill_with_the_same_prompts_as_one(files, refilled, tmp_path):
+    def action(rank):
+        train.main(short_run.arguments(files, tmp_path / "run", *REFILL))
+
+    statuses, texts = short_run.in_ranks(2, action, tmp_path / "log")
+    assert statuses == [0, 0], texts
+    assert cursors(tmp_path / "run") == cursors(refilled)
+    ours, alone = (load_hf(out / "checkpoints/step_000005").state_dict()
+                   for out in (tmp_path / "run", refilled))
+    assert all(torch.allclose(ours[name], alone[name], atol=1e-4) for name in alone)
