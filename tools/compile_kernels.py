@@ -75,19 +75,23 @@ def sample_tokens(dtype, V, vocab_size, temperature):
 
 
 # A launcher and its arguments; --quick takes the first case of each. (V, vocab_size) are those of Qwen2.5, of
-# whose rows an odd number, 151,665, have a token; (H, K, E) those of its 1.5B, 0.5B, 7B and 14B, of
-# assets/tiny and of the tests on a GPU. At B 1 a row is split into parts, which a second kernel merges; at
-# B 256 it is not.
-HEADS = (12, 2, 128), (14, 2, 64), (28, 4, 128), (40, 8, 128), (6, 2, 32), (4, 2, 16)
+# whose rows an odd number, 151,665, have a token, of Llama-3.1 and of SmolLM2; (H, K, E) those of Qwen2.5
+# 1.5B, 0.5B, 7B and 14B, of Llama-3.1-8B, SmolLM2-135M, assets/tiny and the tests on a GPU. At B 1 a row is
+# split into parts, which a second kernel merges; at B 256 it is not.
+VOCABULARIES = (151936, 151665), (152064, 151665), (151936, 151936), (128256, 128256), (49152, 49152)
+HEADS = ((12, 2, 128), (14, 2, 64), (28, 4, 128), (40, 8, 128), (32, 8, 128), (9, 3, 64), (6, 2, 32),
+         (4, 2, 16))
 CASES = [
     (token_logprobs, BF16, 151936, 151665),
     (token_logprobs, BF16, 152064, 151665),
     (token_logprobs, BF16, 152064, 152064),
+    (token_logprobs, BF16, 128256, 128256),
+    (token_logprobs, BF16, 49152, 49152),
     (token_logprobs, FP32, 151936, 151665),
     *((decode_attention, BF16, *heads, B) for heads in HEADS for B in (1, 64, 256)),
     *((decode_attention, FP32, *heads, B) for heads in HEADS for B in (1, 256)),
     *((sample_tokens, BF16, V, vocab_size, temperature) for temperature in (1.0, 0.7, 0)
-      for V, vocab_size in ((151936, 151665), (152064, 151665), (151936, 151936))),
+      for V, vocab_size in VOCABULARIES),
     (sample_tokens, FP32, 151936, 151665, 1.0),
 ]
 
