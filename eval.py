@@ -20,8 +20,6 @@ Axes: P prompts.
 """
 
 import math
-import sys
-from hashlib import sha256
 
 import torch
 
@@ -31,13 +29,11 @@ from benchmarks.acebench import check_acebench as check_acebench
 from benchmarks.api_bank import check_api_bank as check_api_bank
 from benchmarks.bfcl import check_bfcl as check_bfcl
 from benchmarks.replies import answer_entries, read_replies
-from benchmarks.tables import BENCHES as BENCHES
-from benchmarks.tables import accuracy_table, common_reason, with_samples
+from benchmarks.tables import accuracy_table as accuracy_table
 from benchmarks.tables import print_evaluation as print_evaluation
 from data import Chat, Example, read_jsonl, usable_examples
 from model import load_hf
 from reward import judge
-from runtime.files import tolerant_output, write_json
 from runtime.kernel import KERNELS
 from runtime.sharding import choose_device
 from runtime.tensors import identity, resolve
@@ -128,30 +124,9 @@ def summarize(replies):
     return rows
 
 
-# ---- the public benchmarks
-def bench_settings(args, folder, chat):
-    """What the replies to a benchmark depend on, besides the prompts. Names are for people to read; the
-    digests say what they hold, and only these are compared. folder: of the model."""
-    prompt = chat.decode(chat.encode_prompt(
-        Example("", "", [{"name": "f"}], [{"role": "user", "content": "q"}], [])))
-    return {"model": args.model, "data": args.data, "system_prompt": args.system_prompt, "bench": args.bench,
-            "paper_prompt": args.paper_prompt, "max_new_tokens": args.max_new_tokens, **identity(folder),
-            "system_prompt_text": sha256(prompt.encode()).hexdigest()}
-
-
 # ---- command line
 def main(argv=None):
-    args = command_line.parse_arguments(argv, KERNELS)
-    tolerant_output()
-    try:
-        command_line.check_arguments(args)
-        if args.bench == "heldout":
-            evaluate_heldout(args)
-        else:
-            command_line.evaluate_bench(args, bench_calls)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    command_line.run(argv, KERNELS, heldout_replies, bench_calls)
 
 
 def find_model(args):
@@ -180,28 +155,23 @@ def heldout_examples(args, chat):
     return of_each(examples, args.examples, lambda example: example.source)
 
 
-def evaluate_heldout(args):
+def heldout_replies(args, folder):
+    """(rows, replies) of `evaluate` as the arguments say, with --samples also those of the samples. `folder`,
+    of the results, is made before the first reply."""
     model_folder, chat = find_model(args)
     examples = heldout_examples(args, chat)
-    folder = command_line.make_folder(command_line.results_folder(args))
+    command_line.make_folder(folder)
     model = load_model(model_folder)
     settings = {"max_new_tokens": args.max_new_tokens, "batch_size": args.batch_size, "scheme": args.scheme,
                 "kernel": args.kernel}
     rows, replies = evaluate(model, chat, examples, progress="evaluation", **settings)
-    table, temperature = accuracy_table({"accuracy": rows}), args.temperature or 1.0
     if args.samples:
-        right = evaluate_samples(model, chat, examples, args.samples, temperature, progress="samples",
-                                 **settings)
+        right = evaluate_samples(model, chat, examples, args.samples, args.temperature or 1.0,
+                                 progress="samples", **settings)
         replies = [reply | {"samples_right": k} for reply, k in zip(replies, right, strict=True)]
         shares = summarize_samples(replies, args.samples)
         rows = [row | share for row, share in zip(rows, shares, strict=True)]
-        table = with_samples(table, shares, args.samples)
-    warning = common_reason({reply["id"]: (reply["right"], reply["error"]) for reply in replies})
-    print("\n".join(filter(None, (table, warning))))
-    of_samples = {"samples": args.samples, "temperature": temperature} if args.samples else {}
-    write_json(folder / "scores.json", {"model": args.model, "data": args.data, "scheme": args.scheme,
-                                        **of_samples, "rows": rows, "replies": replies})
-    print(f"written: {folder / 'scores.json'}")
+    return rows, replies
 
 
 def bench_calls(args, bench, known, entries, skipped, folder):
@@ -212,7 +182,9 @@ def bench_calls(args, bench, known, entries, skipped, folder):
     for each in (folder, args.export_official):
         if each:
             command_line.make_folder(each)
-    file, settings = folder / "replies.jsonl", bench_settings(args, model_folder, chat)
+    some_prompt = chat.encode_prompt(Example("", "", [{"name": "f"}], [{"role": "user", "content": "q"}], []))
+    settings = command_line.bench_settings(args, identity(model_folder), chat.decode(some_prompt))
+    file = folder / "replies.jsonl"
     replies = read_replies(file, known, settings, prompts, skipped)
     model = load_model(model_folder)
 

@@ -14,12 +14,12 @@ In:  a config (configs/schema.py), a model folder, examples as JSON lines. Out: 
 rollouts, evaluations and checkpoints (runtime/run_folder.py). Equations: arXiv 2505.00024.
 
 Under torchrun the ranks share the work: weights, gradients and moments are sharded by rows (FSDP2; also on a
-single GPU), and each mini-batch is divided by whole groups. Rollouts and verdicts are all-gathered, so all
-ranks see the same batch, denominators and metrics. Before a rollout each rank gathers all weights, before the
-passes of the reference all of the reference. Seeds come from a prompt's index in the global batch, so replies
-and gradients do not depend on the number of ranks. State is saved between steps only. Data order and sampling
-noise are functions of the step, so on a CPU a killed run resumes bit for bit (on another number of ranks up
-to rounding, and on a GPU too, where the backward of FlashAttention adds in an order that varies).
+single GPU; gathered whole for rollouts and the reference's passes), and each mini-batch is divided by whole
+groups. Rollouts and verdicts are all-gathered, so all ranks see the same batch, denominators and metrics.
+Seeds come from a prompt's index in the global batch, so replies and gradients do not depend on the number of
+ranks. Data order and sampling noise are functions of the step, so on a CPU a killed run resumes bit for bit
+(on another number of ranks up to rounding, and on a GPU too, where the backward of FlashAttention adds in an
+order that varies).
 
 Where this differs from the paper's code: see grpo.py for the denominator. In the first mini-batch the current
 log-probs, detached, are the old ones, because nothing has been updated yet. Without a KL term, a group whose
@@ -138,9 +138,7 @@ def take_steps(c, run, signals):
     print(f"\nrun folder: {run.folder}")
 
 
-# Setup.
-
-
+# ---- setup
 class Session(NamedTuple):
     """What a run works with. policy, reference: models, sharded over ranks; reference may be None."""
 
@@ -160,7 +158,8 @@ def setup(c, run):
     the checkpoint, or 0."""
     world_size = ranks.rank_variable("WORLD_SIZE", 1)
     check_fits(c, ranks=world_size)
-    sharding.set_threads(c.train.threads)
+    if c.train.threads is not None:
+        torch.set_num_threads(c.train.threads)
     device, bf16 = sharding.choose_device(precision_of_run(run.folder, c.model.precision, read_yaml))
     c = dataclasses.replace(c, model=dataclasses.replace(c.model, precision="bf16" if bf16 else "fp32"))
     kernel = kernel_of_run(c.model.kernel, device)
@@ -224,9 +223,7 @@ def load_model(path, device, bf16, trained=True, on_cpu=False, seed=None, lora=N
     return model if lora else model.requires_grad_(trained)
 
 
-# One step: evaluation, rollouts, updates. All ranks must call these functions together.
-
-
+# ---- one step: evaluation, rollouts, updates; all ranks must call these functions together
 def mini_batches(P, updates):
     """The prompts of each optimizer update of a step, as ranges."""
     return [range(first, first + P // updates) for first in range(0, P, P // updates)]
@@ -353,9 +350,7 @@ def sft_updates(policy, optimizer, prompts_P, replies_P, *, updates, vocab_size,
             "tokens": sum(map(len, prompts_P)) + sum(map(len, replies_P))}
 
 
-# Optimizer and schedule.
-
-
+# ---- optimizer and schedule
 def make_optimizer(model, weight_decay, beta2):
     """AdamW on the fp32 weights that are trained; weight decay on matrices only."""
     trained = [p for p in model.parameters() if p.requires_grad]

@@ -7,18 +7,37 @@ In:  the words of a command line. Out: its arguments, checked; a table on stdout
 import argparse
 import math
 import os
+import sys
 import tempfile
+from hashlib import sha256
 from pathlib import Path
 
 from benchmarks import bfcl, choose_categories, of_each
-from benchmarks.tables import BENCHES, read_outputs, report
+from benchmarks.tables import BENCHES, accuracy_table, common_reason, read_outputs, report, with_samples
 from reward import SCHEMES
-from runtime.files import write_json
+from runtime.files import tolerant_output, write_json
+
+
+def run(argv, kernels, heldout_replies, model_calls):
+    """Evaluate as the words of a command line say, None for those of the process. Exit status 2 and one line
+    on stderr after an error of the input.
+
+    kernels: the choices of --kernel; heldout_replies, model_calls: see `evaluate_heldout`, `evaluate_bench`.
+    """
+    args = parse_arguments(argv, kernels)
+    tolerant_output()
+    try:
+        check_arguments(args)
+        if args.bench == "heldout":
+            evaluate_heldout(args, heldout_replies)
+        else:
+            evaluate_bench(args, model_calls)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def parse_arguments(argv, kernels):
-    """The arguments of eval.py from a list of words, None for those of the process. kernels: the choices of
-    --kernel."""
     parser = argparse.ArgumentParser(description="Score a model or existing outputs: a table, a JSON file.")
     parser.add_argument("model", nargs="?", help="folder in the Hugging Face layout, or a hub name")
     parser.add_argument("--bench", required=True, choices=["heldout", *BENCHES])
@@ -70,6 +89,36 @@ def make_folder(folder):
     folder.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=folder).close()
     return folder
+
+
+def evaluate_heldout(args, heldout_replies):
+    """Print and write the scores of held-out examples.
+
+    heldout_replies(args, folder): rows of a table and replies, as eval.summarize and eval.evaluate return
+    them; folder: of the results.
+    """
+    folder = results_folder(args)
+    rows, replies = heldout_replies(args, folder)
+    table, of_samples = accuracy_table({"accuracy": rows}), {}
+    if args.samples:
+        table = with_samples(table, rows, args.samples)
+        of_samples = {"samples": args.samples, "temperature": args.temperature or 1.0}
+    warning = common_reason({reply["id"]: (reply["right"], reply["error"]) for reply in replies})
+    print("\n".join(filter(None, (table, warning))))
+    write_json(folder / "scores.json", {"model": args.model, "data": args.data, "scheme": args.scheme,
+                                        **of_samples, "rows": rows, "replies": replies})
+    print(f"written: {folder / 'scores.json'}")
+
+
+def bench_settings(args, identity, prompt):
+    """What the replies to a benchmark depend on, besides the prompts. Names are for people to read; the
+    digests say what they hold, and only these are compared.
+
+    identity: digests of the model's files; prompt: a prompt with the system prompt in it.
+    """
+    return {"model": args.model, "data": args.data, "system_prompt": args.system_prompt, "bench": args.bench,
+            "paper_prompt": args.paper_prompt, "max_new_tokens": args.max_new_tokens, **identity,
+            "system_prompt_text": sha256(prompt.encode()).hexdigest()}
 
 
 def evaluate_bench(args, model_calls):

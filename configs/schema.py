@@ -149,7 +149,9 @@ def load_config(argv):
             near = difflib.get_close_matches(key, known, 1, 0.5)
             near = near or [k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]]
             raise ValueError(f"{where}: unknown key" + (f"; did you mean {near[0]}?" if near else ""))
-    config = build(Config, "", {key: coerce(*value, known[key]) for key, value in values.items()})
+    config = Config()
+    for key, (value, where) in values.items():
+        config = with_value(config, key, coerce(value, where, known[key]))
     check(config)
     return config
 
@@ -214,14 +216,11 @@ def coerce(value, where, kind):
     return value
 
 
-def build(cls, prefix, values):
-    arguments = {}
-    for name, kind in typing.get_type_hints(cls).items():
-        if dataclasses.is_dataclass(kind):
-            arguments[name] = build(kind, f"{prefix}{name}.", values)
-        elif prefix + name in values:
-            arguments[name] = values[prefix + name]
-    return cls(**arguments)
+def with_value(config, key, value):
+    """A copy of a config in which the dotted key has the value."""
+    name, _, rest = key.partition(".")
+    part = with_value(getattr(config, name), rest, value) if rest else value
+    return dataclasses.replace(config, **{name: part})
 
 
 def flat(config):
@@ -238,14 +237,13 @@ def check(config):
                "train.schedule": ("constant", "cosine", "cosine_time"),
                "model.kernel": ("auto", "reference", "fast"), "data.chat_format": ("auto", *CHAT_FORMATS),
                "grpo.reward": SCHEMES, "log.tracker": ("none", "tensorboard", "wandb")}
-    older_names = {"model.kernel": ("triton",)}  # of "fast"
     required = ("out", "model.path", "data.train")
     may_be_zero = ("seed", "rollout.refill", "grpo.kl_coef", "train.weight_decay")
     shares = ("data.max_dropped_share", "data.heldout_fraction", "train.warmup", "train.beta2")
     for key, value in flat(config).items():
         if key in required and not value:
             raise ValueError(f"{key} is not set; give it in the YAML file or as --{key}=…")
-        if key in choices and value not in (*choices[key], *older_names.get(key, ())):
+        if key in choices and value not in choices[key] and (key, value) != ("model.kernel", "triton"):
             raise ValueError(f"{key} is {value!r}; choose one of {', '.join(map(str, choices[key]))}")
         if value is None or isinstance(value, bool | str):
             continue

@@ -61,7 +61,11 @@ class FusedLogprobs(torch.autograd.Function):
                 logits_CV, targets_L[part], peak_L[part], log_total_L[part], dlogp_L[part],
                 logits_CV.stride(0), V, ctx.vocab_size, 1 / ctx.temperature, BLOCK, num_warps=8)
             dhidden_LD[part] = logits_CV @ factor_VD
-            add_product(dweight_VD, logits_CV.T, hidden_CD)
+            # In the precision of the sum: bf16 would lose the terms of many chunks.
+            if dweight_VD.is_cuda and dweight_VD.dtype != hidden_CD.dtype:
+                torch.addmm(dweight_VD, logits_CV.T, hidden_CD, out_dtype=dweight_VD.dtype, out=dweight_VD)
+            else:
+                dweight_VD.addmm_(logits_CV.T.to(dweight_VD.dtype), hidden_CD.to(dweight_VD.dtype))
         logits_CV = None  # free before the copy of a bf16 weight's gradient is made
         return dhidden_LD, dweight_VD.to(weight_VD.dtype), None, None, None
 
@@ -78,14 +82,6 @@ def logit_chunks(hidden_LD, weight_VD):
         part = slice(start, start + CHUNK_TOKENS)
         hidden_CD = hidden_LD[part].to(weight_VD.dtype)
         yield part, hidden_CD, torch.mm(hidden_CD, weight_VD.T, out=buffer_CV[:len(hidden_CD)])
-
-
-def add_product(sum_VD, a_VC, b_CD):
-    """sum_VD += a_VC · b_CD in the precision of the sum: bf16 would lose the terms of many chunks."""
-    if sum_VD.is_cuda and sum_VD.dtype != b_CD.dtype:
-        torch.addmm(sum_VD, a_VC, b_CD, out_dtype=sum_VD.dtype, out=sum_VD)
-    else:
-        sum_VD.addmm_(a_VC.to(sum_VD.dtype), b_CD.to(sum_VD.dtype))
 
 
 if triton is not None:

@@ -135,9 +135,7 @@ def metrics(model):
     return {"lora/lost": share_lost(model)} if has_adapters(model) else {}
 
 
-# PEFT's format: adapter_config.json and adapter_model.safetensors.
-
-
+# ---- PEFT's format: adapter_config.json and adapter_model.safetensors
 def peft_name(name):
     """The name that PEFT gives to an adapter's parameter of a block."""
     return f"base_model.model.model.{name}.weight"

@@ -17,12 +17,6 @@ def choose_device(precision="auto"):
     return device, precision == "bf16" or (precision == "auto" and has_bf16)
 
 
-def set_threads(number):
-    """Let torch compute with so many CPU threads; None leaves its choice untouched."""
-    if number is not None:
-        torch.set_num_threads(number)
-
-
 def cpu_has_amx():
     """Whether torch finds AMX's matrix products in bf16 in this CPU. On CPUs without them, those with bf16 in
     AVX-512 included, bf16 took three to four times as long as fp32."""
