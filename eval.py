@@ -11,10 +11,9 @@ Replies are greedy. Held-out examples are scored by the reward of training, with
 With --samples K they also get K sampled replies each: their mean accuracy, the share of examples with a right
 one (pass@K), and the share with right and wrong ones (mixed), which is what GRPO can learn from.
 
-The public benchmarks are scored as their official scorers do, by the rules in the modules of benchmarks/.
-Replies to them are appended to a file batch by batch, so an interrupted evaluation resumes, if the bytes of
-weights, config and tokenizer and the prompts are the same. Missing replies count as wrong and are reported,
-so the denominator is fixed.
+The public benchmarks are scored as their official scorers do, by the rules in the modules of benchmarks/. An
+interrupted evaluation resumes (benchmarks/replies.py). Missing replies count as wrong and are reported, so
+the denominator is fixed.
 
 Axes: P prompts.
 """
@@ -179,9 +178,8 @@ def bench_calls(args, bench, known, entries, skipped, folder):
     model_folder, chat = find_model(args)
     prompts = {entry.id: chat.encode_prompt(Example(entry.id, entry.category,
                *bench.prompt(entry, args.paper_prompt), [])) for entry in entries}
-    for each in (folder, args.export_official):
-        if each:
-            command_line.make_folder(each)
+    for each in filter(None, (folder, args.export_official)):
+        command_line.make_folder(each)
     some_prompt = chat.encode_prompt(Example("", "", [{"name": "f"}], [{"role": "user", "content": "q"}], []))
     settings = command_line.bench_settings(args, identity(model_folder), chat.decode(some_prompt))
     file = folder / "replies.jsonl"

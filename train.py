@@ -18,8 +18,7 @@ single GPU; gathered whole for rollouts and the reference's passes), and each mi
 groups. Rollouts and verdicts are all-gathered, so all ranks see the same batch, denominators and metrics.
 Seeds come from a prompt's index in the global batch, so replies and gradients do not depend on the number of
 ranks. Data order and sampling noise are functions of the step, so on a CPU a killed run resumes bit for bit
-(on another number of ranks up to rounding, and on a GPU too, where the backward of FlashAttention adds in an
-order that varies).
+(up to rounding on another number of ranks, and on a GPU, where FlashAttention's backward varies in order).
 
 Where this differs from the paper's code: see grpo.py for the denominator. In the first mini-batch the current
 log-probs, detached, are the old ones, because nothing has been updated yet. Without a KL term, a group whose
@@ -38,6 +37,7 @@ from typing import Any, NamedTuple
 
 import torch
 import yaml
+from tqdm import tqdm
 
 import grpo
 from configs.schema import Config, check_fits, flat, load_config, number_of_steps, read_yaml
@@ -48,7 +48,7 @@ from reward import judge
 from runtime import adapters, ranks, sharding
 from runtime.checkpoints import precision_of_run, read_moments, write_state
 from runtime.kernel import kernel_of_run
-from runtime.metrics import progress_bar, rollout_lines, rollout_metrics, sampler_stats, update_metrics
+from runtime.metrics import rollout_lines, rollout_metrics, sampler_stats, update_metrics
 from runtime.ranks import all_gather, gather_in_order, is_first_rank, my_share, pad_to_longest
 from runtime.run_folder import RunFolder
 from runtime.signals import Signals, Stopped
@@ -154,8 +154,7 @@ class Session(NamedTuple):
 
 
 def setup(c, run):
-    """Read the data, join the other ranks, load the models, resume: a Session. Then `run.step` is the step of
-    the checkpoint, or 0."""
+    """Read the data, join the other ranks, load the models: a Session. Resumes at `run.step`, 0 if new."""
     world_size = ranks.rank_variable("WORLD_SIZE", 1)
     check_fits(c, ranks=world_size)
     if c.train.threads is not None:
@@ -305,7 +304,8 @@ def grpo_updates(policy, reference, optimizer, rollouts_N, adv_PG, *, temperatur
                     batch.ref_logp_L, _ = logprobs(whole_reference, batch.pack)
 
     stats_U, done = [[] for _ in batches_U], []
-    bar = progress_bar(sum(map(len, batches_U)))
+    bar = tqdm(total=sum(map(len, batches_U)), desc="update", disable=None if is_first_rank() else True,
+               leave=False, unit="pack")  # None: shown on a terminal only
     for batches, denominator, stats in zip(batches_U, denominator_U, stats_U, strict=True):
         for batch in batches:
             poll(bool(done))
@@ -380,9 +380,7 @@ def set_learning_rate(optimizer, lr):
 
 def apply_update(optimizer, grad_clip, loss):
     """Clip the gradient's norm over all ranks and step. Returns (norm, 1 if the update was skipped, else 0).
-
-    All ranks skip it if the norm, or any rank's part of the loss, is not finite.
-    """
+    All ranks skip it if the norm, or any rank's part of the loss, is not finite."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip)
     norm = getattr(norm, "full_tensor", norm.detach)().item()  # full_tensor: of sharded parameters

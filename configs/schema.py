@@ -4,8 +4,7 @@ In:  a command line; a YAML file overrides the defaults, --section.key=value ove
 Out: a frozen Config. An unknown key, a value of another type or an impossible value is a ValueError of one
      line that names the key, what is wrong and what is right.
 
-"Paper" is arXiv 2505.00024, Table 6; "code" is its released training script. Where they give a value, it is
-the default.
+"Paper" is arXiv 2505.00024, Table 6; "code" is its released training script. Their values are the defaults.
 """
 
 import dataclasses
@@ -124,11 +123,8 @@ class Config:
 
 
 def load_config(argv):
-    """The Config of a command line: at most one YAML file and any number of --section.key=value.
-
-    ValueError for a file that is missing or not YAML, an unknown key (with the nearest known one), a value of
-    another type, or one that cannot work.
-    """
+    """The Config of a command line: at most one YAML file and any number of --section.key=value. ValueError:
+    a file that is missing or not YAML, an unknown key (the nearest is named), a value that cannot work."""
     known, given, files, words = dict(leaves(Config)), {}, [], iter(argv)
     for word in words:
         if not word.startswith("--"):
@@ -201,8 +197,7 @@ def leaves(cls, prefix=""):
 
 
 def coerce(value, where, kind):
-    """`value` as the type `kind`, else ValueError. A float may be given as an integer, or as 1e-6, which YAML
-    1.1 reads as text."""
+    """`value` as the type `kind`, else ValueError. A float may be an integer, or 1e-6, a text in YAML 1.1."""
     options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     if float in options and isinstance(value, int | str) and not isinstance(value, bool):
         try:

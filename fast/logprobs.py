@@ -20,11 +20,8 @@ BLOCK = 4096  # logits of a row that a kernel holds at once
 
 
 def token_logprobs(hidden_LD, weight_VD, targets_L, temperature, vocab_size=None):
-    """(logp_L, entropy_L) as the definition returns them, on a GPU or in Triton's interpreter.
-
-    hidden_LD, weight_VD: floats; targets_L: int64 below `vocab_size`; temperature > 0; vocab_size: number of
-    ids that have a token.
-    """
+    """(logp_L, entropy_L) as the definition returns them, on a GPU or in Triton's interpreter. hidden_LD,
+    weight_VD: floats; targets_L: int64 below `vocab_size`, how many ids have a token; temperature > 0."""
     return FusedLogprobs.apply(hidden_LD, weight_VD, targets_L.contiguous(), temperature,
                                vocab_size or len(weight_VD))
 
@@ -71,8 +68,7 @@ class FusedLogprobs(torch.autograd.Function):
 
 
 def logit_chunks(hidden_LD, weight_VD):
-    """Yield (slice of L, hidden_CD, logits_CV) of each chunk, in the weight's dtype. All chunks share one
-    buffer for their logits.
+    """Yield (slice of L, hidden_CD, logits_CV) of each chunk, in the weight's dtype; logits share one buffer.
 
     Rows of ids without a token are multiplied too: without them the rows of logits would start at addresses
     at which tensor cores are slower.

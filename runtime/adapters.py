@@ -142,8 +142,7 @@ def peft_name(name):
 
 
 def write_adapter(checkpoint, model, base):
-    """Collective: write `adapter/` into a checkpoint, A and B in fp32 and the config that PEFT reads. base:
-    the name of the base model."""
+    """Collective: write `adapter/` into a checkpoint: A and B in fp32, PEFT's config with the base's name."""
     tensors = {peft_name(name): parameter for name, parameter in model.named_parameters()
                if name.rpartition(".")[2] in NAMES}
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoRALinear)}

@@ -24,9 +24,8 @@ def choose_kernel(kernel, device, part):
     two are the twins for a GPU and for a CPU.
 
     part: "sampling", "token log-probs" or "attention"; device: "cpu" or "cuda"; kernel: "reference", the
-    definition; "fast", the twin for the device ("triton" is an older name of "fast"); "auto", the twin where
-    there is one, else the definition, printed on stderr once. ValueError for another kernel, or where "fast"
-    cannot run.
+    definition; "fast", or "triton", its older name, the twin for the device; "auto", the twin where there is
+    one, else the definition, printed on stderr once. ValueError for another, or where "fast" cannot run.
     """
     if kernel not in (*KERNELS, "triton"):
         raise ValueError(f"kernel is {kernel!r}; choose one of {', '.join(KERNELS)}")

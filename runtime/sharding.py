@@ -76,8 +76,7 @@ def own_rows(tensor):
 @contextlib.contextmanager
 def unsharded(model, merged=True):
     """Collective: a plain model on the gathered weights, on the device that computes, for a phase without
-    collectives: a rollout, the passes of a reference. No model (None) stays None. Adapters are merged into
-    new weights, or left out (merged=False)."""
+    collectives. None stays None. Adapters are merged into new weights, or left out (merged=False)."""
     from runtime.adapters import has_adapters, plain_model  # imports this module
     if model is not None and has_adapters(model):
         yield plain_model(model, merged)
