@@ -54,11 +54,8 @@ class Example:
 
 # ---- files
 def read_jsonl(path):
-    """Read examples from our own format, one JSON object a line with the fields of Example; `tools` may have
-    any form of converters/schemas.py.
-
-    ValueError, with file and line, if the file cannot be read or a line is not a valid example.
-    """
+    """Read examples, one JSON object a line: fields of Example, `tools` in any form of converters/schemas.py.
+    ValueError, with file and line, if the file cannot be read or a line is not a valid example."""
     examples = []
     for place, record in read_records(path):
         try:
@@ -92,8 +89,7 @@ def _read_raw(form, path, strict_schema=False):
     [(id, {reason: detail})…] of answers that their tools forbid; strict_schema drops them}.
     ValueError if the file cannot be read or a record lacks a column.
     """
-    made, report = convert_records(path, form, CONVERTERS[form].COLUMNS, CONVERTERS[form].convert,
-                                   lambda fields: _problem(Example(**fields)))
+    made, report = convert_records(path, form, CONVERTERS[form], lambda fields: _problem(Example(**fields)))
     made, nulls = undo_nulls(made)
     found = [contradictions_of(fields["tools"], fields["answer"]) for fields in made]
     contradictory = [(fields["id"], reasons) for fields, reasons in zip(made, found, strict=True) if reasons]
@@ -358,9 +354,7 @@ def split_examples(examples, fraction, seed):
 def usable_examples(name, examples, chat, max_prompt_tokens, max_dropped_share):
     """Those whose prompt has at most max_prompt_tokens, because a truncated one would lack tools, and whose
     right reply scores 1 after the tokenizer, which may change text. The number of others is printed.
-
-    ValueError if more than a share (0 to 1) would be dropped for one of the reasons. name: of the examples.
-    """
+    ValueError if more than a share (0 to 1) would be dropped for one reason. name: of the examples."""
     for what, fault, remedy, usable in (
             ("prompts", f"are longer than {max_prompt_tokens} tokens", "raise one of both",
              lambda e: len(chat.encode_prompt(e)) <= max_prompt_tokens),

@@ -90,10 +90,8 @@ def parse_reply(reply):
 
 
 def score(reply, answer, scheme="binary"):
-    """The Verdict on one reply, with a reward in [0, 1], in linear time. It raises for no string.
-
-    ValueError: an unknown scheme, or an answer that is not a list of calls.
-    """
+    """The Verdict on one reply, with a reward in [0, 1], in linear time. It raises for no string. ValueError:
+    an unknown scheme, or an answer that is not a list of calls."""
     if scheme not in SCHEMES:
         raise ValueError(f"unknown reward scheme {scheme!r}: choose one of {', '.join(SCHEMES)}")
     _check_calls(answer, "ground truth")

@@ -14,12 +14,11 @@ In:  a config (configs/schema.py), a model folder, examples as JSON lines. Out: 
 rollouts, evaluations and checkpoints (runtime/run_folder.py). Equations: arXiv 2505.00024.
 
 Under torchrun the ranks share the work: weights, gradients and moments are sharded by rows (FSDP2; also on a
-single GPU), and each mini-batch is divided by whole groups. Rollouts and verdicts are all-gathered, so all
-ranks see the same batch, denominators and metrics. Before a rollout each rank gathers all weights, before the
-passes of the reference all of the reference. Seeds come from a prompt's index in the global batch, so replies
-and gradients do not depend on the number of ranks. State is saved between steps only. Data order and sampling
-noise are functions of the step, so on a CPU a killed run resumes bit for bit (on another number of ranks up
-to rounding, and on a GPU too, where the backward of FlashAttention adds in an order that varies).
+single GPU; gathered whole for rollouts and the reference's passes), and each mini-batch is divided by whole
+groups. Rollouts and verdicts are all-gathered, so all ranks see the same batch, denominators and metrics.
+Seeds come from a prompt's index in the global batch, so replies and gradients do not depend on the number of
+ranks. Data order and sampling noise are functions of the step, so on a CPU a killed run resumes bit for bit
+(up to rounding on another number of ranks, and on a GPU, where FlashAttention's backward varies in order).
 
 Where this differs from the paper's code: see grpo.py for the denominator. In the first mini-batch the current
 log-probs, detached, are the old ones, because nothing has been updated yet. Without a KL term, a group whose
@@ -38,6 +37,7 @@ from typing import Any, NamedTuple
 
 import torch
 import yaml
+from tqdm import tqdm
 
 import grpo
 from configs.schema import Config, check_fits, flat, load_config, number_of_steps, read_yaml
@@ -48,7 +48,7 @@ from reward import judge
 from runtime import adapters, ranks, sharding
 from runtime.checkpoints import precision_of_run, read_moments, write_state
 from runtime.kernel import kernel_of_run
-from runtime.metrics import progress_bar, rollout_lines, rollout_metrics, sampler_stats, update_metrics
+from runtime.metrics import rollout_lines, rollout_metrics, sampler_stats, update_metrics
 from runtime.ranks import all_gather, gather_in_order, is_first_rank, my_share, pad_to_longest
 from runtime.run_folder import RunFolder
 from runtime.signals import Signals, Stopped
@@ -138,9 +138,7 @@ def take_steps(c, run, signals):
     print(f"\nrun folder: {run.folder}")
 
 
-# Setup.
-
-
+# ---- setup
 class Session(NamedTuple):
     """What a run works with. policy, reference: models, sharded over ranks; reference may be None."""
 
@@ -156,11 +154,11 @@ class Session(NamedTuple):
 
 
 def setup(c, run):
-    """Read the data, join the other ranks, load the models, resume: a Session. Then `run.step` is the step of
-    the checkpoint, or 0."""
+    """Read the data, join the other ranks, load the models: a Session. Resumes at `run.step`, 0 if new."""
     world_size = ranks.rank_variable("WORLD_SIZE", 1)
     check_fits(c, ranks=world_size)
-    sharding.set_threads(c.train.threads)
+    if c.train.threads is not None:
+        torch.set_num_threads(c.train.threads)
     device, bf16 = sharding.choose_device(precision_of_run(run.folder, c.model.precision, read_yaml))
     c = dataclasses.replace(c, model=dataclasses.replace(c.model, precision="bf16" if bf16 else "fp32"))
     kernel = kernel_of_run(c.model.kernel, device)
@@ -224,9 +222,7 @@ def load_model(path, device, bf16, trained=True, on_cpu=False, seed=None, lora=N
     return model if lora else model.requires_grad_(trained)
 
 
-# One step: evaluation, rollouts, updates. All ranks must call these functions together.
-
-
+# ---- one step: evaluation, rollouts, updates; all ranks must call these functions together
 def mini_batches(P, updates):
     """The prompts of each optimizer update of a step, as ranges."""
     return [range(first, first + P // updates) for first in range(0, P, P // updates)]
@@ -308,7 +304,8 @@ def grpo_updates(policy, reference, optimizer, rollouts_N, adv_PG, *, temperatur
                     batch.ref_logp_L, _ = logprobs(reference, batch.pack)
 
     stats_U, done = [[] for _ in batches_U], []
-    bar = progress_bar(sum(map(len, batches_U)))
+    bar = tqdm(total=sum(map(len, batches_U)), desc="update", disable=None if is_first_rank() else True,
+               leave=False, unit="pack")  # None: shown on a terminal only
     for batches, denominator, stats in zip(batches_U, denominator_U, stats_U, strict=True):
         for batch in batches:
             poll(bool(done))
@@ -353,9 +350,7 @@ def sft_updates(policy, optimizer, prompts_P, replies_P, *, updates, vocab_size,
             "tokens": sum(map(len, prompts_P)) + sum(map(len, replies_P))}
 
 
-# Optimizer and schedule.
-
-
+# ---- optimizer and schedule
 def make_optimizer(model, weight_decay, beta2):
     """AdamW on the fp32 weights that are trained; weight decay on matrices only."""
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -385,9 +380,7 @@ def set_learning_rate(optimizer, lr):
 
 def apply_update(optimizer, grad_clip, loss):
     """Clip the gradient's norm over all ranks and step. Returns (norm, 1 if the update was skipped, else 0).
-
-    All ranks skip it if the norm, or any rank's part of the loss, is not finite.
-    """
+    All ranks skip it if the norm, or any rank's part of the loss, is not finite."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip)
     norm = getattr(norm, "full_tensor", norm.detach)().item()  # full_tensor: of sharded parameters

@@ -1,6 +1,7 @@
-"""Outputs of a public benchmark: reading, scoring, and the tables of the scores.
+"""Outputs of a public benchmark: reading, scoring, and the tables of the scores; those of held-out examples.
 
-In:  files of JSON lines {"id", "category", ...}; the entries of a benchmark and the calls for them.
+In:  files of JSON lines {"id", "category", ...}; the entries of a benchmark and the calls for them; the rows
+     of eval.summarize.
 Out: {id: line}; verdicts; text tables; a warning where nearly all lines fail in the same way. Nothing needs
      torch.
 """
@@ -187,3 +188,42 @@ def paper_table(name, rows_by_metric, model):
     text += [f"{who:<{width}}" + "".join(f"  {percent(x):>{n}}" for x, n in zip(row, columns, strict=True))
              for who, row in lines.items()]
     return "\n".join([*text, note])
+
+
+# ---- held-out examples
+def accuracy_table(columns):
+    """A text table of accuracies in percent. columns: {heading: rows of `summarize`} on the same examples."""
+    first = next(iter(columns.values()))
+    width = max(len(row["category"]) for row in first)
+    headings = "".join(f"  {heading:>22}" for heading in columns)
+    lines = [f"{'':<{width}}     n{headings}  format   names"]
+    for i, row in enumerate(first):
+        cells = ""
+        for rows in columns.values():
+            r = rows[i]
+            cells += f"  {100 * r['accuracy']:6.1f} [{100 * r['low']:5.1f}, {100 * r['high']:5.1f}]"
+        last = list(columns.values())[-1][i]
+        lines.append(f"{row['category']:<{width}} {row['n']:>5}{cells}  {100 * last['format_ok']:5.1f} %"
+                     f" {100 * last['names_ok']:5.1f} %")
+    return "\n".join(lines)
+
+
+def with_samples(table, rows, n):
+    """The text of `accuracy_table` with columns for the rows of `summarize_samples`."""
+    head, *lines = table.split("\n")
+    text = [f"{head}  {f'mean of {n}':>12}  {f'pass@{n}':>8}    mixed"]
+    text += [f"{line}  {100 * row['mean']:12.1f}  {100 * row['pass']:8.1f}  {100 * row['mixed']:7.1f}"
+             for line, row in zip(lines, rows, strict=True)]
+    return "\n".join(text)
+
+
+def print_evaluation(step, rows, replies):
+    """Print the accuracies at a training step on one line, then query, text and verdict of `replies`."""
+    by_category = "  ".join(f"{row['category']} {row['accuracy']:.1%}" for row in rows[:-1]
+                            if "/" not in row["category"])
+    print(f"held-out accuracy at step {step}: {rows[-1]['accuracy']:.1%} of {rows[-1]['n']}  ({by_category})")
+    for reply in replies:
+        # One line each and not too long, because a query can have thousands of characters.
+        query, text = (" ".join(reply[key].split())[:1000] for key in ("query", "reply"))
+        verdict = "right" if reply["right"] else f"wrong: {reply['error']}"
+        print(f"  asked   {query}\n  wrote   {text}\n  {verdict}", flush=True)

@@ -4,8 +4,7 @@ In:  a command line; a YAML file overrides the defaults, --section.key=value ove
 Out: a frozen Config. An unknown key, a value of another type or an impossible value is a ValueError of one
      line that names the key, what is wrong and what is right.
 
-"Paper" is arXiv 2505.00024, Table 6; "code" is its released training script. Where they give a value, it is
-the default.
+"Paper" is arXiv 2505.00024, Table 6; "code" is its released training script. Their values are the defaults.
 """
 
 import dataclasses
@@ -124,11 +123,8 @@ class Config:
 
 
 def load_config(argv):
-    """The Config of a command line: at most one YAML file and any number of --section.key=value.
-
-    ValueError for a file that is missing or not YAML, an unknown key (with the nearest known one), a value of
-    another type, or one that cannot work.
-    """
+    """The Config of a command line: at most one YAML file and any number of --section.key=value. ValueError:
+    a file that is missing or not YAML, an unknown key (the nearest is named), a value that cannot work."""
     known, given, files, words = dict(leaves(Config)), {}, [], iter(argv)
     for word in words:
         if not word.startswith("--"):
@@ -149,7 +145,9 @@ def load_config(argv):
             near = difflib.get_close_matches(key, known, 1, 0.5)
             near = near or [k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]]
             raise ValueError(f"{where}: unknown key" + (f"; did you mean {near[0]}?" if near else ""))
-    config = build(Config, "", {key: coerce(*value, known[key]) for key, value in values.items()})
+    config = Config()
+    for key, (value, where) in values.items():
+        config = with_value(config, key, coerce(value, where, known[key]))
     check(config)
     return config
 
@@ -199,8 +197,7 @@ def leaves(cls, prefix=""):
 
 
 def coerce(value, where, kind):
-    """`value` as the type `kind`, else ValueError. A float may be given as an integer, or as 1e-6, which YAML
-    1.1 reads as text."""
+    """`value` as the type `kind`, else ValueError. A float may be an integer, or 1e-6, a text in YAML 1.1."""
     options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     if float in options and isinstance(value, int | str) and not isinstance(value, bool):
         try:
@@ -214,14 +211,11 @@ def coerce(value, where, kind):
     return value
 
 
-def build(cls, prefix, values):
-    arguments = {}
-    for name, kind in typing.get_type_hints(cls).items():
-        if dataclasses.is_dataclass(kind):
-            arguments[name] = build(kind, f"{prefix}{name}.", values)
-        elif prefix + name in values:
-            arguments[name] = values[prefix + name]
-    return cls(**arguments)
+def with_value(config, key, value):
+    """A copy of a config in which the dotted key has the value."""
+    name, _, rest = key.partition(".")
+    part = with_value(getattr(config, name), rest, value) if rest else value
+    return dataclasses.replace(config, **{name: part})
 
 
 def flat(config):
@@ -238,14 +232,13 @@ def check(config):
                "train.schedule": ("constant", "cosine", "cosine_time"),
                "model.kernel": ("auto", "reference", "fast"), "data.chat_format": ("auto", *CHAT_FORMATS),
                "grpo.reward": SCHEMES, "log.tracker": ("none", "tensorboard", "wandb")}
-    older_names = {"model.kernel": ("triton",)}  # of "fast"
     required = ("out", "model.path", "data.train")
     may_be_zero = ("seed", "rollout.refill", "grpo.kl_coef", "train.weight_decay")
     shares = ("data.max_dropped_share", "data.heldout_fraction", "train.warmup", "train.beta2")
     for key, value in flat(config).items():
         if key in required and not value:
             raise ValueError(f"{key} is not set; give it in the YAML file or as --{key}=…")
-        if key in choices and value not in (*choices[key], *older_names.get(key, ())):
+        if key in choices and value not in choices[key] and (key, value) != ("model.kernel", "triton"):
             raise ValueError(f"{key} is {value!r}; choose one of {', '.join(map(str, choices[key]))}")
         if value is None or isinstance(value, bool | str):
             continue

@@ -15,10 +15,8 @@ FIRST_ROOM = 256  # tokens of a reply that fit before the cache has to grow
 
 
 class Cache:
-    """keys: [layer, slot, K, E, S], values: [layer, slot, K, S, E], as batched products read them.
-
-    Takes the memory that its rows need, so `memory_gib` must be None; `steps` and `kernel` change nothing.
-    """
+    """keys: [layer, slot, K, E, S], values: [layer, slot, K, S, E], as batched products read them. Takes the
+    memory that its rows need, so `memory_gib` must be None; `steps` and `kernel` change nothing."""
 
     def __init__(self, config, dtype, device, slots, longest_prompt, limit, steps, memory_gib, kernel):
         assert memory_gib is None, "a bound on memory needs pages"

@@ -16,10 +16,8 @@ import torch
 
 
 def shared_prefix_attention(groups):
-    """attend(layer, q_THE, k_TKE, v_TKE) -> o_THE for bf16 or fp16 on a GPU, at least one token.
-
-    groups: for each group (prompt length, [reply lengths]) in tokens, in the order of the pack.
-    """
+    """attend(layer, q_THE, k_TKE, v_TKE) -> o_THE for bf16 or fp16 on a GPU, at least one token. groups: for
+    each group (prompt length, [reply lengths]) in tokens, in the order of the pack."""
     @functools.cache  # once for all layers
     def calls(device):
         """([(queries, keys)] of the calls, index of each of the T tokens in their concatenated outputs)."""

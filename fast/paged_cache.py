@@ -61,8 +61,7 @@ class Cache:
 
     def allocate(self, count):
         pages = [self.free.pop() for _ in range(count)]
-        for page in pages:
-            self.users[page] = 1
+        self.users.update(pages)  # free pages have no users
         return pages
 
     def give_back(self, pages):

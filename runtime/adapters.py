@@ -135,17 +135,14 @@ def metrics(model):
     return {"lora/lost": share_lost(model)} if has_adapters(model) else {}
 
 
-# PEFT's format: adapter_config.json and adapter_model.safetensors.
-
-
+# ---- PEFT's format: adapter_config.json and adapter_model.safetensors
 def peft_name(name):
     """The name that PEFT gives to an adapter's parameter of a block."""
     return f"base_model.model.model.{name}.weight"
 
 
 def write_adapter(checkpoint, model, base):
-    """Collective: write `adapter/` into a checkpoint, A and B in fp32 and the config that PEFT reads. base:
-    the name of the base model."""
+    """Collective: write `adapter/` into a checkpoint: A and B in fp32, PEFT's config with the base's name."""
     tensors = {peft_name(name): parameter for name, parameter in model.named_parameters()
                if name.rpartition(".")[2] in NAMES}
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoRALinear)}

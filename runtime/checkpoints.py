@@ -34,10 +34,7 @@ MAY_CHANGE = ("out", "resume", "data.train", "data.heldout", "data.system_prompt
 
 def incompatible_keys(earlier, now):
     """Keys whose change from `earlier` would alter the training trajectory, so the run cannot be resumed.
-
-    Both are {dotted key: value}. The number of steps, and of minutes, may change unless the learning rate
-    depends on it.
-    """
+    Both are {dotted key: value}. Steps and minutes may change unless the learning rate depends on them."""
     may_change = MAY_CHANGE
     if now["train.schedule"] == "constant" and now["train.warmup"] == 0:
         may_change += ("train.steps", "train.epochs")
@@ -55,8 +52,7 @@ def precision_in_words(written):
 
 
 def precision_of_run(run, asked, read_settings):
-    """model.precision: `asked`, except that "auto" in a folder with a run is the precision of that run,
-    whatever the machine."""
+    """model.precision: `asked`, but "auto" in a folder with a run is that of the run on every machine."""
     file = run / "config.yaml"
     if asked != "auto" or not file.exists():
         return asked

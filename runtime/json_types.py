@@ -4,7 +4,6 @@ In:  a type, as JSON Schema names it ("integer", ["string", "null"]) or in Pytho
 ToolACE write it ("int, optional", "List[str]", "dict"), and a value. Out: whether the value is of the type.
 """
 
-import json
 import re
 
 TYPES = {name: kinds for names, kinds in (
@@ -51,8 +50,3 @@ def _split(text):
         else:
             parts[-1] += token
     return [part.strip() for part in parts]
-
-
-def one_of(value, choices):
-    """Whether a value is equal to a choice, type and all: true, 1 and 1.0 differ."""
-    return json.dumps(value, sort_keys=True) in [json.dumps(choice, sort_keys=True) for choice in choices]

@@ -1,24 +1,19 @@
 """Numbers of a step: statistics of losses merged over micro-batches and ranks, shares of replies, diagnosis,
-the line on the console, trackers.
-
-docs/metrics.md explains every metric.
+the line on the console, trackers. docs/metrics.md explains every metric.
 """
 
 from collections import Counter
 from uuid import uuid4
 
 import torch
-from tqdm import tqdm
 
 from runtime.files import read_text, write_text
-from runtime.ranks import all_gather, is_first_rank
+from runtime.ranks import all_gather
 
 
 def merge_stats(parts):
     """Statistics of the whole from those of its parts: `*_max` by maximum, `*_min` by minimum, else by sum.
-
-    A NaN in one part is a NaN in the whole; Python's max and min would keep or drop it by its place.
-    """
+    A NaN in one part is a NaN in the whole; Python's max and min would keep or drop it by its place."""
     merge_by = {"max": torch.amax, "min": torch.amin}
     columns = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
     return {name: merge_by.get(name.rpartition("_")[2], torch.sum)(x) for name, x in columns.items()}
@@ -125,19 +120,12 @@ def console_line(step, steps, metrics, seconds_left):
             f"{seconds_left // 60}:{seconds_left % 60:02d} left")
 
 
-def progress_bar(packs):
-    """A bar on rank 0's terminal."""
-    disable = None if is_first_rank() else True  # None: shown on a terminal only
-    return tqdm(total=packs, desc="update", disable=disable, leave=False, unit="pack")
-
-
 def open_tracker(name, folder, config, step=0, rows=()):
     """A function (step, metrics) that sends metrics to TensorBoard or W&B, or nowhere.
 
     step: the boundary that the run resumes from, 0 for a new run; rows: [metrics] that were logged for it.
     TensorBoard then hides what an earlier process wrote from the boundary on, and `rows` are sent again, so
-    that it has each step once. W&B continues the run whose id is in wandb_id.txt of the folder, and ignores
-    the steps that it has already.
+    that it has each step once. W&B continues the run whose id is in wandb_id.txt, and ignores known steps.
     """
     try:
         if name == "tensorboard":

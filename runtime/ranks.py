@@ -113,8 +113,7 @@ def on_first_rank(function, *arguments):
 
 
 def on_each_node(function, *arguments):
-    """Collective: call the function on the first rank of each node; return the results of the nodes, or raise
-    the first error, on every rank."""
+    """Collective: as `on_first_rank`, but on the first rank of each node; returns the results of them all."""
     return on_chosen_ranks(rank_variable("LOCAL_RANK", 0) == 0, function, *arguments)
 
 

@@ -32,18 +32,19 @@ def read_records(path):
     return records
 
 
-def convert_records(path, prefix, columns, convert, problem):
-    """([fields of an example, its id among them…], report) of a file. `convert(id, record)` yields pairs: an
-    id, and fields or the reason of a drop. `problem(fields)` is why fields cannot be used, or None.
+def convert_records(path, form, converter, problem):
+    """([fields of an example, its id among them…], report) of a file. `converter.convert(id, record)` yields
+    pairs: an id, and fields or the reason of a drop; converter.COLUMNS: keys that every record has; form: its
+    name, with which ids begin; `problem(fields)`: why fields cannot be used, or None.
 
     ValueError if the file cannot be read or a record lacks a column.
     """
     made, dropped, without_calls, left_out, records = [], {}, 0, 0, read_records(path)
     for number, (place, record) in enumerate(records):
-        missing = [column for column in columns if column not in record]
+        missing = [column for column in converter.COLUMNS if column not in record]
         if missing:
             raise ValueError(f"{place}: no {', '.join(missing)}, only {', '.join(record)}; another format?")
-        outcomes = list(convert(f"{prefix}/{record.get('id', number)}", record))
+        outcomes = list(converter.convert(f"{form}/{record.get('id', number)}", record))
         without_calls += not outcomes
         for id, outcome in outcomes:
             fields = {"id": id, **outcome} if isinstance(outcome, dict) else {}
@@ -85,15 +86,10 @@ def print_shortfall(share, examples, mark, why):
 
 
 def _object_of_several_lines(text):
-    first, _, rest = text.strip().partition("\n")
-    if not first.startswith("{") or not rest:
-        return None
-    try:
-        json.loads(first)
-    except (ValueError, RecursionError):
+    if "\n" in text.strip():
         try:
             return json.loads(text)
-        except (ValueError, RecursionError):  # a broken line, which the reader of lines names
+        except (ValueError, RecursionError):  # lines of JSON; the reader of lines names a broken one
             pass
     return None
 

@@ -7,8 +7,7 @@
     checkpoints/step_000010/         see runtime/checkpoints.py
 
 All ranks keep the same state, that of a completed step; rank 0 locks the folder and writes. On resume, rows
-and files after the step of the checkpoint are deleted, so a resumed run leaves the folder of an undisturbed
-one.
+and files after the checkpoint's step are deleted, so a resumed run leaves the folder of an undisturbed one.
 """
 
 import contextlib
@@ -37,12 +36,11 @@ class Diverged(RankError):
     status = 3
 
 
-class RunFolder:
+class RunFolder(contextlib.AbstractContextManager):
     """Files and console output of one run, a context manager.
 
-    step: completed steps; rows: lines of metrics.jsonl; evaluated: whether `step` has been evaluated;
-    trained_s: seconds of steps; shown: indices of the two held-out replies that are printed; saved: step of
-    the newest checkpoint.
+    step: completed steps; rows: lines of metrics.jsonl; evaluated: whether `step` has been; trained_s:
+    seconds of steps; shown: indices of the two printed replies; saved: step of the newest checkpoint.
     """
 
     # The state of a step boundary besides weights and moments, as training.json holds it.
@@ -64,9 +62,6 @@ class RunFolder:
         self.skipped_checkpoints = set()
         self.write_state, self.keep, self.training, self.tracker = None, None, {}, None  # see `open`
         self.locked = lock(self.folder) if self.folder.exists() and is_first_rank() else None
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, kind, error, trace):
         if isinstance(error, RuntimeError):
@@ -154,8 +149,7 @@ class RunFolder:
         self.saved, self.measured = self.step, {}
 
     def stop(self, mid_update):
-        """Collective: end on a signal. Saves the step boundary, unless the weights have left it (mid_update)
-        or it is saved already."""
+        """Collective: end on a signal. Saves the step boundary, unless weights have left it (mid_update)."""
         if self.step > self.saved and not mid_update:
             self.save_checkpoint()
         where = self.checkpoint(self.saved) if self.saved else "step 0"
@@ -213,8 +207,7 @@ class RunFolder:
         return due and not self.evaluated
 
     def log_evaluation(self, rows, replies):
-        """Write an evaluation of the current step. Returns the two replies to print, of the same two examples
-        in every evaluation."""
+        """Write an evaluation of this step. Returns two replies to print, of the same examples each time."""
         if is_first_rank():
             report = {"step": self.step, "rows": rows, "replies": replies}
             write_json(self.folder / "evals" / f"step_{self.step:06d}.json", report)

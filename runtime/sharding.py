@@ -17,12 +17,6 @@ def choose_device(precision="auto"):
     return device, precision == "bf16" or (precision == "auto" and has_bf16)
 
 
-def set_threads(number):
-    """Let torch compute with so many CPU threads; None leaves its choice untouched."""
-    if number is not None:
-        torch.set_num_threads(number)
-
-
 def cpu_has_amx():
     """Whether torch finds AMX's matrix products in bf16 in this CPU. On CPUs without them, those with bf16 in
     AVX-512 included, bf16 took three to four times as long as fp32."""
@@ -82,8 +76,7 @@ def own_rows(tensor):
 @contextlib.contextmanager
 def unsharded(model, merged=True):
     """Collective: a plain model on the gathered weights, on the device that computes, for a phase without
-    collectives: a rollout, the passes of a reference. No model (None) stays None. Adapters are merged into
-    new weights, or left out (merged=False)."""
+    collectives. None stays None. Adapters are merged into new weights, or left out (merged=False)."""
     from runtime.adapters import has_adapters, plain_model  # imports this module
     if model is not None and has_adapters(model):
         plain = plain_model(model, merged)

@@ -4,6 +4,7 @@ Training state exists at step boundaries only, so a signal inside a step either 
 falls back to the previous one.
 """
 
+import contextlib
 import os
 import signal
 import time
@@ -17,7 +18,7 @@ class Stopped(Exception):
     """A rank received a signal; `Signals.poll` raises this on all ranks."""
 
 
-class Signals:
+class Signals(contextlib.AbstractContextManager):
     """A context manager that restores the previous handlers. `catch` installs its own."""
 
     def __init__(self):
@@ -25,9 +26,6 @@ class Signals:
         self.received_s = 0.0
         self.mid_update = False  # whether the weights had left the last step boundary when the run stopped
         self.handlers = {}
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *error):
         for number, handler in self.handlers.items():
@@ -53,11 +51,8 @@ class Signals:
         return self.number > 0
 
     def poll(self, mid_update=False):
-        """Collective: raise Stopped on all ranks once one of them has received a signal.
-
-        mid_update: the weights have left the last step boundary; the step then gets TO_FINISH_S seconds to
-        reach the next one.
-        """
+        """Collective: raise Stopped on all ranks once one of them has received a signal. mid_update: the
+        weights have left the last step boundary; the step gets TO_FINISH_S seconds to reach the next one."""
         waits = mid_update and time.monotonic() < self.received_s + TO_FINISH_S
         number = max(all_gather(0 if waits else self.number))
         if number:

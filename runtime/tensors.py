@@ -1,7 +1,6 @@
 """Hugging Face folders as files: finding one, reading safetensors by rows, writing them a tensor at a time.
 
-In:  a folder or hub name. Out: {name: slice}, of which a rank reads only its rows. Names of tensors mean
-nothing here; model.py checks them.
+In:  a folder or hub name. Out: {name: slice}, of which a rank reads only its rows. model.py checks the names.
 """
 
 import contextlib
@@ -48,10 +47,9 @@ def refuse_adapter(folder):
 def identity(folder, weights=True):
     """What a model folder holds, by its bytes: {"weights", "config", "tokenizer"}, a SHA-256 each.
 
-    Weights are the files that `open_weights` reads, config is config.json, tokenizer is every one of
-    TEXT_FILES that exists. weights=False leaves the weights out. ValueError where a file cannot be read. Each
-    file is read once from start to end (15 GB for a 7B), and nothing is cached: a copy may have the size and
-    the times of another file.
+    Weights are the files that `open_weights` reads, config is config.json, tokenizer every one of TEXT_FILES
+    that exists. weights=False leaves the weights out. ValueError where a file cannot be read. Each is read
+    from start to end (15 GB for a 7B); nothing is cached: a copy may have size and times of another file.
     """
     texts = [name for name in TEXT_FILES if (folder / name).exists()]
     files = {}
@@ -140,13 +138,12 @@ def write_weights(folder, tensors, texts, max_shard_bytes):
         files = reversed([*weights, *texts])
         temporary = {file: stack.enter_context(atomically(folder / file)) for file in files}
         # A full disk shows here, before the first rename replaces a part of the old folder.
-        for file, shard in weights.items():
+        for file, content in (weights | texts).items():
             with writing(folder / file):
-                write_tensors(temporary[file], shard)
-                fsync(temporary[file])
-        for file, value in texts.items():
-            with writing(folder / file):
-                temporary[file].write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+                if file in weights:
+                    write_tensors(temporary[file], content)
+                else:
+                    temporary[file].write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
                 fsync(temporary[file])
     # After the renames, so that a crash leaves a folder that loads; the old index first, because it takes
     # precedence over the new model.safetensors.

@@ -167,8 +167,8 @@ def test_the_reference_is_gathered_once_a_step_and_dropped_before_the_first_grad
     unsharded, apply_update = train.sharding.unsharded, train.apply_update
 
     @contextlib.contextmanager
-    def gathered(model):
-        assert model is reference
+    def gathered(model, merged):
+        assert model is reference and not merged
         order.append("gather")
         yield whole
         order.append("drop")
