@@ -133,7 +133,8 @@ class Tokens(NamedTuple):
 
 
 def layers(s, x, cached=False):
-    """Operations of all layers for Tokens x; cached: keys and values are read where they lie."""
+    """Operations of all layers for Tokens x, the last product of an MLP last; cached: keys and values are
+    read where they lie."""
     c, w, is_cuda = s.model, s.itemsize, s.device == "cuda"
     D, F, H, K, E = (c.hidden_size, c.intermediate_size, c.num_attention_heads, c.num_key_value_heads,
                      c.head_dim)
@@ -141,10 +142,11 @@ def layers(s, x, cached=False):
     copies = 0 if cached else 6 * x.T * H * E + 4 * x.keys * (K if is_cuda else H) * E
     in_attention = 2 if cached or is_cuda else 12 * x.sequences
     ops = [product(x.T, *shape, w) for shape in shapes]
-    ops.append(Op("attention", 4 * x.pairs * H * E, w * (2 * x.T * H * E + 2 * x.keys * K * E), in_attention))
+    read = 2 * x.T * H * E + 2 * x.keys * K * E
+    ops.insert(0, Op("attention", 4 * x.pairs * H * E, w * read, in_attention))
     for numbers, launches in ((10 * D, 4), (8 * (H + K) * E, 6), (5 * F, 2)):
-        ops.append(Op("pass", 0, w * x.T * numbers, launches))
-    ops.append(Op("pass", 0, w * copies, 1 if cached else 7))
+        ops.insert(0, Op("pass", 0, w * x.T * numbers, launches))
+    ops.insert(0, Op("pass", 0, w * copies, 1 if cached else 7))
     return [op.times(c.num_hidden_layers) for op in ops]
 
 
@@ -154,7 +156,7 @@ def backward(ops, frozen):
     return [op.times(factor[op.kind]) for op in ops]
 
 
-def head(s, L, trained):
+def head(s, L, trained, micro_batches=1):
     """Operations of the log-probs of L reply tokens, with their backward if trained."""
     c, w, is_cuda = s.model, s.itemsize, s.device == "cuda"
     D, V = c.hidden_size, c.vocab_size
@@ -162,7 +164,7 @@ def head(s, L, trained):
     ops = [forward, reading.times(1 if is_cuda else 8)]
     if trained:
         chunk = logprobs.CHUNK_TOKENS if is_cuda else max(1, grpo.CHUNK_LOGITS // V)
-        again = is_cuda or min(L, s.micro_batch_tokens) > chunk
+        again = is_cuda or L / micro_batches > chunk
         gradients = 1 if s.lora_rank else 2
         ops += [forward.times(gradients + again), reading.times(2 if is_cuda else 8)]
         if is_cuda and not s.lora_rank:
@@ -209,8 +211,8 @@ def step_seconds(s, m, prompts, prompt, reply, live=1.0):
     untrained = seconds_of([*forward, *head(s, L, trained=False)], m)
     passes = (s.reference != "none") + (s.updates - 1) / s.updates
     micro_batches = math.ceil(x.T / s.updates / s.micro_batch_tokens) * s.updates
-    update = [*forward, *backward(forward, s.lora_rank), *head(s, L, trained=True),
-              *(forward if s.checkpointed else ()),
+    update = [*forward, *backward(forward, s.lora_rank), *head(s, L, True, micro_batches),
+              *(forward[:-1] if s.checkpointed else ()),  # what autograd saves is complete before the last
               Op("pass", 0, s.updates * ADAMW_BYTES * z.shard, 0)]
     if s.sharded and s.device == "cuda":
         update.append(Op("pass", 0, micro_batches * FSDP_BYTES * z.total, 0))

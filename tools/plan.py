@@ -268,8 +268,8 @@ def time_lines(c, s, gib, found):
     machines.append((f"{s.ranks} H100" if s.ranks > 1 else "H100", s, minutes.H100))
     notes.append("H100: by assumption, not measured: 72 % of 3.35 TB/s, 60 to 70 % of 989 TFLOP/s in bf16")
     if s.ranks > 1:
-        notes.append(f"  each of {s.ranks} has its share of the prompts; the wait for the slowest rank and for "
-                     "the network is not counted")
+        notes.append(f"  each of {s.ranks} has its share of the prompts; the wait for the slowest rank and "
+                     "for the network is not counted")
     columns = {}
     for name, setup, machine in machines:
         for kind, lengths, draws in (("typical", typical, 1), ("at most", (s.prompt, s.reply),
@@ -299,8 +299,8 @@ def with_sums(c, found, seconds):
 
 
 def as_text(seconds):
-    """Seconds with three digits in a unit of which there are at least two, "-" for none."""
+    """Seconds with about three digits, in a unit of which there are at least two; "-" for none."""
     for unit, size in (("days", 86400), ("h", 3600), ("min", 60), ("s", 1)):
         if seconds >= 2 * size:
             return f"{seconds / size:.3g} {unit}"
-    return f"{1000 * seconds:.3g} ms" if seconds else "-"
+    return f"{1000 * seconds:.4g} ms" if seconds else "-"
