@@ -268,8 +268,8 @@ def time_lines(c, s, gib, found):
     machines.append((f"{s.ranks} H100" if s.ranks > 1 else "H100", s, minutes.H100))
     notes.append("H100: by assumption, not measured: 72 % of 3.35 TB/s, 60 to 70 % of 989 TFLOP/s in bf16")
     if s.ranks > 1:
-        notes.append(f"  each of {s.ranks} has its share of the prompts; the wait for the slowest rank and "
-                     "for the network is not counted")
+        notes.append(f"  each of {s.ranks} has its share of the prompts, without the wait for the slowest "
+                     "rank or the network")
     columns = {}
     for name, setup, machine in machines:
         for kind, lengths, draws in (("typical", typical, 1), ("at most", (s.prompt, s.reply),
