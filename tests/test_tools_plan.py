@@ -14,7 +14,7 @@ import train
 from configs.schema import load_config
 from data import write_jsonl
 from model import ModelConfig, RopeScaling, load_hf
-from tools import memory, plan
+from tools import memory, minutes, plan
 from tools.synthetic import synthetic
 
 
@@ -149,3 +149,71 @@ def test_every_preset_loads_and_fits_the_machine_it_is_made_for(preset, tmp_path
         words.append(f"--model.path={tmp_path}")
     train.main(words)
     assert "\nfits: " in capsys.readouterr().out
+
+
+def times(out):
+    """{row: its cells as seconds} of the table of times, and the names of the columns."""
+    header, *lines = out.split("\ntime ")[1].split("\n\n")[0].splitlines()
+    units = {"ms": 1e-3, "s": 1, "min": 60, "h": 3600, "days": 86400}
+    cells = {line[:20].strip(): re.findall(r"([\d.]+) (\w+)|(-)", line[20:]) for line in lines}
+    return re.split(r"\s{2,}", header.strip()), {
+        row: [0 if none else float(number) * units[unit] for number, unit, none in found]
+        for row, found in cells.items()}
+
+
+def test_time_on_this_cpu_and_on_an_h100(arguments, capsys, monkeypatch):
+    monkeypatch.setattr(minutes, "measured_pace", lambda config: 5e10)
+    words = [*arguments, "--gpus", "0", "--rollout.refill=2"]
+    out = printed_plan(words, capsys)
+    columns, rows = times(out)
+    assert columns == ["CPU, typical", "CPU, at most", "H100, typical", "H100, at most"]
+    assert list(rows) == ["rollout", "update", "step", "evaluation", "run"]
+    assert re.search(r"typical: prompts of 2\d\d tokens and replies of [34]\d, the means of the exam", out)
+    assert "CPU: 50 GFLOP/s in one product" in out and "H100: by assumption, not measured" in out
+    for typical, most, *_ in rows.values():
+        assert 0 < 1.5 * typical < most
+    # 100 steps, evaluated after 0, 50 and 100
+    for rollout, update, step, evaluation, run in zip(*rows.values(), strict=True):
+        assert rollout + update == pytest.approx(step, rel=0.02)
+        assert 100 * step + 3 * evaluation == pytest.approx(run, rel=0.02)
+    monkeypatch.setattr(minutes, "measured_pace", lambda config: 1e11)
+    _, faster = times(printed_plan(words, capsys))
+    assert faster["step"][0] == pytest.approx(rows["step"][0] / 2, rel=0.01)
+    assert faster["step"][2:] == rows["step"][2:]
+
+
+def test_time_ends_at_max_minutes_and_is_unknown_without_steps(arguments, capsys, monkeypatch):
+    monkeypatch.setattr(minutes, "measured_pace", lambda config: 1e9)
+    words = [*arguments, "--gpus", "0", "--train.max_minutes=60", "--eval.ends=false", "--eval.every=null"]
+    _, rows = times(printed_plan(words, capsys))
+    assert rows["run"][0] == pytest.approx(3600, rel=0.2) and 100 * rows["step"][0] > 5000
+    words = [*arguments, "--data.train=nowhere.jsonl", "--train.steps=null", "--model.precision=auto"]
+    out = printed_plan([*words, "--gpus", "1"], capsys)
+    columns, rows = times(out)
+    assert columns == ["H100, typical", "H100, at most"] and "run" not in rows
+    assert "typical: prompts of 512 tokens and replies of 120, a guess; at most: 512 and 128" in out
+
+
+def test_time_of_gpus_with_and_without_a_reference(arguments, capsys, tmp_path):
+    words = [*arguments, f"--model.path={tmp_path / '7b'}", "--gpu_memory", "139", "--model.precision=auto",
+             "--grpo.kl_coef=0.001", "--data.train=nowhere.jsonl", "--data.max_prompt_tokens=4096"]
+    columns, one = times(printed_plan([*words, "--gpus", "1"], capsys))
+    assert "log-probs" in one and columns[0] == "H100, typical"
+    out = printed_plan([*words, "--gpus", "8"], capsys)
+    columns, eight = times(out)
+    assert columns[0] == "8 H100, typical" and "the wait for the slowest rank" in out
+    assert 4 < one["step"][0] / eight["step"][0] < 8
+    for column in (0, 1):
+        parts = sum(one[row][column] for row in ("rollout", "log-probs", "update"))
+        assert parts == pytest.approx(one["step"][column], rel=0.02)
+    _, without = times(printed_plan([*words, "--gpus", "1", "--grpo.kl_coef=0"], capsys))
+    assert "log-probs" not in without and without["update"] == one["update"]
+    out = printed_plan([*words, "--gpus", "1", "--model.precision=fp32"], capsys)
+    assert "time        not planned" in out
+
+
+def test_time_of_supervised_training(arguments, capsys):
+    words = [*arguments, "--stage=sft", "--gpus", "1", "--model.precision=auto"]
+    _, rows = times(printed_plan(words, capsys))
+    assert list(rows) == ["update", "step", "evaluation", "run"]
+    assert rows["update"] == rows["step"]

@@ -1,8 +1,8 @@
-"""Memory and length of a run, before it starts: `python train.py CONFIG --plan`.
+"""Memory and time of a run, before it starts: `python train.py CONFIG --plan`.
 
 In:  a config, the model's config.json and, if they exist, its tokenizer and the examples. Out: what each rank
 holds at each moment that can be the peak (tools/memory.py), the steps and tokens of the run, whether it fits,
-and what to change if it does not.
+what to change if it does not, and the time of a step and of the run (tools/minutes.py).
 """
 
 import argparse
@@ -11,17 +11,21 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean
+from typing import NamedTuple
 
 import torch
 
 from configs.schema import check_fits, load_config, number_of_steps
 from data import Chat, read_jsonl, split_examples
 from model import ModelConfig
-from runtime.sharding import cpu_has_amx
+from runtime.sharding import cpu_has_amx, set_threads
 from runtime.tensors import resolve
+from tools import minutes
 from tools.memory import GIB, PARTS, Setup, memory, peak, sizes, total
 
 DEFAULT_GIB = 80  # of a GPU, if this machine has none
+TYPICAL_PROMPT, TYPICAL_REPLY = 900, 120  # tokens, if there are no examples or no tokenizer
 WITHOUT_WEIGHTS = ("config.json", "generation_config.json", "tokenizer*", "vocab.json", "merges.txt",
                    "*.jinja")
 
@@ -106,15 +110,17 @@ def plan(c, gpus, gib):
     folder = resolve(c.model.path, WITHOUT_WEIGHTS)
     config = ModelConfig.from_hf(folder)
     check_fits(c, positions=config.max_position_embeddings)
-    examples, heldout, longest, note = read_lengths(c, folder)
-    s = setup_of(c, config, gpus, bf16, longest or c.data.max_prompt_tokens, heldout or c.eval.examples)
+    found = read_lengths(c, folder)
+    s = setup_of(c, config, gpus, bf16, found.longest or c.data.max_prompt_tokens,
+                 found.heldout or c.eval.examples)
     if gib is None:
         gib = memory_of(device)
     where = f"{gpus} GPU{'s' if gpus > 1 else ''}" if gpus else "the CPU"
     precision = "bf16" if bf16 else "fp32"
     return [f"{c.stage} of {c.model.path} in {precision} on {where} of {gib:.4g} GiB", "",
-            *length_lines(c, config, examples, note), "",
-            *memory_lines(s, gib, c.data.max_prompt_tokens + c.rollout.max_new_tokens, updating)]
+            *length_lines(c, config, found.examples, found.note), "",
+            *memory_lines(s, gib, c.data.max_prompt_tokens + c.rollout.max_new_tokens, updating), "",
+            *time_lines(c, s, gib, found)]
 
 
 def setup_of(c, config, gpus, bf16, prompt, heldout):
@@ -145,11 +151,23 @@ def memory_of(device):
     return DEFAULT_GIB
 
 
+class Lengths(NamedTuple):
+    """Training examples, held-out ones, tokens of the longest prompt, mean tokens of a prompt and of an
+    example's own reply, and a note to print. None: unknown."""
+
+    examples: int | None
+    heldout: int | None
+    longest: int | None
+    prompt: float | None
+    reply: float | None
+    note: str
+
+
 def read_lengths(c, folder):
-    """(training examples, held-out examples, tokens of the longest prompt, note to print); None: unknown."""
+    """The Lengths of the examples, as far as there are files and a tokenizer."""
     for file in (c.data.train, c.data.heldout):
         if file and not Path(file).exists():
-            return None, None, None, f"unknown, {file} is not there"
+            return Lengths(None, None, None, None, None, f"unknown, {file} is not there")
     examples = read_jsonl(c.data.train)
     if c.data.heldout is None:
         examples, heldout = split_examples(examples, c.data.heldout_fraction, c.seed)
@@ -158,11 +176,17 @@ def read_lengths(c, folder):
     try:
         chat = Chat(folder, c.data.system_prompt, c.data.chat_format)
     except ValueError:
-        return len(examples), len(heldout), None, "some may be too long: there is no tokenizer to tell"
-    lengths, heldout = ([length for length in (len(chat.encode_prompt(example)) for example in part)
-                         if length <= c.data.max_prompt_tokens] for part in (examples, heldout))
-    longest = max(lengths + heldout, default=None)
-    return len(lengths), len(heldout), longest, f"prompts of at most {longest} tokens"
+        note = "some may be too long: there is no tokenizer to tell"
+        return Lengths(len(examples), len(heldout), None, None, None, note)
+    lengths, heldout = ([(length, example) for example in part
+                         if (length := len(chat.encode_prompt(example))) <= c.data.max_prompt_tokens]
+                        for part in (examples, heldout))
+    if not lengths:
+        return Lengths(0, len(heldout), None, None, None, "no prompt is short enough")
+    longest = max(length for length, _ in lengths + heldout)
+    prompt, reply = (mean(each) for each in zip(*((length, len(chat.encode_reply(example)))
+                                                  for length, example in lengths), strict=True))
+    return Lengths(len(lengths), len(heldout), longest, prompt, reply, f"prompts of at most {longest} tokens")
 
 
 def length_lines(c, config, examples, note):
@@ -219,3 +243,64 @@ def memory_lines(s, gib, least_micro_batch, most_ranks):
                   f"pinned, up to {pinned / GIB:.2f}", "  (the rule of PyTorch's allocator, each tensor "
                   "rounded up to a power of two; not measured)"]
     return lines
+
+
+def time_lines(c, s, gib, found):
+    """The table of times, then lines that say what was assumed."""
+    if s.device == "cuda" and s.itemsize != 2:
+        return ["time        not planned: what is assumed of a GPU is its speed in bf16"]
+    typical = min(found.prompt or TYPICAL_PROMPT, s.prompt), min(found.reply or TYPICAL_REPLY, s.reply)
+    whose = "the means of the examples" if found.reply else "a guess"
+    notes = [f"typical: prompts of {typical[0]:.0f} tokens and replies of {typical[1]:.0f}, {whose}; "
+             f"at most: {s.prompt} and {s.reply}",
+             "  the longest reply has twice the mean length, or the limit; all groups are trained on",
+             "  not counted: rewards, files, and what a small model waits for Python on a GPU"]
+    machines = []
+    if s.device == "cpu":
+        set_threads(c.train.threads)
+        pace = minutes.measured_pace(s.model)
+        machines.append(("CPU", s, minutes.cpu(pace)))
+        notes.append(f"CPU: {pace / 1e9:.3g} GFLOP/s in one product, measured now, threads: "
+                     f"{torch.get_num_threads()}; the rest is computed")
+        s, gib = replace(s, device="cuda", itemsize=2, sharded=True), DEFAULT_GIB
+    if s.kv_gib is None:
+        s = replace(s, kv_gib=memory(s, gib * GIB)[s.samplings[0][0]]["keys and values"] / GIB)
+    machines.append((f"{s.ranks} H100" if s.ranks > 1 else "H100", s, minutes.H100))
+    notes.append("H100: by assumption, not measured: 72 % of 3.35 TB/s, 60 to 70 % of 989 TFLOP/s in bf16")
+    if s.ranks > 1:
+        notes.append(f"  each of {s.ranks} has its share of the prompts, without the wait for the slowest "
+                     "rank or the network")
+    columns = {}
+    for name, setup, machine in machines:
+        for kind, lengths, draws in (("typical", typical, 1), ("at most", (s.prompt, s.reply),
+                                                               1 + c.rollout.refill)):
+            seconds = minutes.step_seconds(setup, machine, c.train.prompts_per_step, *lengths)
+            if c.stage == "grpo":
+                seconds["rollout"] *= draws
+            columns[f"{name}, {kind}"] = with_sums(c, found, seconds)
+    lines = [f"{'time':20}" + "".join(f"{name:>18}" for name in columns)]
+    for row in ("rollout", "log-probs", "update", "step", "evaluation", "run"):
+        cells = [as_text(seconds.get(row, 0)) for seconds in columns.values()]
+        if set(cells) != {"-"}:
+            lines.append(f"{row:20}" + "".join(f"{cell:>18}" for cell in cells))
+    return [*lines, "", *notes]
+
+
+def with_sums(c, found, seconds):
+    """{phase: seconds} with those of a step and, if the number of steps is known, of the run."""
+    step = sum(value for phase, value in seconds.items() if phase != "evaluation")
+    steps = number_of_steps(c, found.examples or 0)
+    if not steps:
+        return seconds | {"step": step}
+    if c.train.max_minutes:
+        steps = min(steps, math.ceil(60 * c.train.max_minutes / step))
+    evaluations = 2 * c.eval.ends + (c.eval.every is not None and (steps - 1) // c.eval.every)
+    return seconds | {"step": step, "run": steps * step + evaluations * seconds["evaluation"]}
+
+
+def as_text(seconds):
+    """Seconds with about three digits, in a unit of which there are at least two; "-" for none."""
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60), ("s", 1)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{1000 * seconds:.4g} ms" if seconds else "-"
