@@ -141,7 +141,7 @@ def logprobs_and_their_backward(model):
 
     @torch.no_grad()
     def run():
-        context = mock.Mock()
+        context = mock.Mock(needs_input_grad=(True, True))
         context.save_for_backward = lambda *saved: setattr(context, "saved_tensors", saved)
         logp_L, _ = FusedLogprobs.forward(context, hidden_LD, weight_VD, targets_L, 1.0, VOCAB_SIZE)
         return FusedLogprobs.backward(context, torch.ones_like(logp_L), None)[:2]
