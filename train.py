@@ -60,7 +60,7 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if {"-h", "--help"} & set(argv):
         print("python train.py [FILE.yaml] [--section.key=value ...] [--plan [--gpus N] [--gpu_memory GIB]]\n"
-              "Presets: configs/. Meanings: configs/schema.py. --plan prints memory and time. The defaults:\n")
+              "Presets: configs/. Meanings: configs/schema.py. --plan prints memory and time. Defaults:\n")
         return print(yaml.safe_dump(dataclasses.asdict(Config()), sort_keys=False), end="")
     if "--plan" in argv:
         from tools.plan import main as plan

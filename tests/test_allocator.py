@@ -383,7 +383,8 @@ def run_of(preset, tmp_path, expandable=True, before=False, captures=True):
     return Run(s, gib * GIB - CONTEXT, expandable, before, captures)
 
 
-SINGLE = sorted(preset for preset, (_, gpus, _) in PRESETS.items() if gpus == 1)
+# The schedule is that of training all weights; adapters have no gradients and moments that could fragment.
+SINGLE = sorted(preset for preset, (_, gpus, _) in PRESETS.items() if gpus == 1 and "lora" not in preset)
 
 
 # torch reads the variable when CUDA is first used: after the imports of a program, and before its `main`.
