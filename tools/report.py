@@ -39,8 +39,8 @@ from runtime.files import parse_json, read_json, read_text, tolerant_output, wri
 from runtime.metrics import diagnose  # noqa: E402
 from runtime.run_folder import MAX_DEAD, MAX_SKIPPED  # noqa: E402
 
-# Bytes of rollout and of evaluation files that a page shows of all its runs. JSON shrinks to about a tenth.
-MOST_ROLLOUTS, MOST_EVALUATIONS = 100_000_000, 40_000_000
+MOST_READ = 100_000_000  # bytes of a page's rollout files, and of its evaluations, that are read
+MOST_ROLLOUTS, MOST_EVALUATIONS = 12_000_000, 5_000_000  # bytes of them in the page, gzipped and in base64
 
 # (heading, metrics, least and greatest value of the axis or None)
 CHARTS = (
@@ -62,6 +62,7 @@ CHARTS = (
     ("Memory", ("memory/rollout_gib", "memory/update_gib"), None),
 )
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 380, 190, 46, 372, 8, 166  # of a chart, in SVG units; the plot's
+DEFAULTS = flat(Config())
 COLOURS = 7  # classes c0… of the page's style; dashes d0… too
 
 LARGEST_CUT, LARGEST_JUMP = 0.05, 0.1  # share of cut replies; rise of the KL from one step to the next
@@ -103,7 +104,7 @@ def read_run(folder, name):
 
 
 def setting(run, key):
-    return run.settings.get(key, flat(Config()).get(key))
+    return run.settings.get(key, DEFAULTS.get(key))
 
 
 def show(text):
@@ -132,11 +133,6 @@ def markdown(cell):
     return re.sub(r"`([^`]+)`", r"<code>\1</code>", show(cell.replace("\\|", "|")))
 
 
-def meaning(meanings, metric):
-    """The row of a metric; those of held-out categories share one."""
-    return meanings.get("eval/…" if metric.startswith("eval/") else metric)
-
-
 # ---- summary
 def warnings(run, meanings):
     """[(steps, HTML of what was found and what to do)…]: what `diagnose` finds, and the metrics that leave
@@ -153,7 +149,7 @@ def warnings(run, meanings):
                   ("reward/raised", row.get("reward/raised", 0) > 0, "above 0"),
                   ("skipped_updates", row.get("skipped_updates", 0) > 0, "above 0"))
         before = kl
-        causes = [f"<code>{name}</code> {words}. Healthy: {meaning(meanings, name)[2]}"
+        causes = [f"<code>{name}</code> {words}. Healthy: {meanings[name][2]}"
                   for name, is_broken, words in limits if is_broken]
         if "reward/mean" in row and (finding := diagnose(row)):
             causes.insert(0, show(finding))
@@ -189,11 +185,11 @@ def exit_state(run):
     if not run.steps:
         return "no step was completed"
     last, planned = run.steps[-1]["step"], planned_steps(run)
-    minutes = setting(run, "train.max_minutes")
+    minutes, spent = setting(run, "train.max_minutes"), sum(row.get("time/step_s", 0) for row in run.steps)
     of = f" of {planned}" if planned else ""
     if len(run.steps) >= MAX_SKIPPED and all(row.get("skipped_updates") for row in run.steps[-MAX_SKIPPED:]):
         return f"diverged: no finite gradient in the last {MAX_SKIPPED} steps, up to step {last}"
-    if planned and last >= planned or minutes and seconds(run.steps, "time/step_s") >= 60 * minutes:
+    if planned and last >= planned or minutes and spent >= 60 * minutes:
         return f"finished after step {last}{of}"
     dead = run.steps[-MAX_DEAD:]
     if len(dead) == MAX_DEAD and all("reward/mean" in row and diagnose(row) for row in dead):
@@ -201,14 +197,12 @@ def exit_state(run):
     return f"stopped after step {last}{of}; the same command resumes it"
 
 
-def seconds(rows, metric):
-    return sum(row.get(metric, 0) for row in rows)
-
-
 def duration(run):
-    steps, evaluations = seconds(run.steps, "time/step_s"), seconds(run.evaluated, "time/eval_s")
+    """What steps and evaluations took, in words."""
+    took = [sum(row.get(metric, 0) for row in rows) for rows, metric in ((run.steps, "time/step_s"),
+                                                                         (run.evaluated, "time/eval_s"))]
     words = [f"{x / 3600:.1f} h" if x >= 3600 else f"{x / 60:.1f} min" if x >= 60 else f"{x:.1f} s"
-             for x in (steps, evaluations)]
+             for x in took]
     return f"steps {words[0]}, evaluations {words[1]}"
 
 
@@ -261,14 +255,13 @@ def summary(runs, meanings):
             notes.append(f"<li><b>{owner}{where}:</b> {cause}</li>")
     parts.insert(0, f"<div class='warnings'><h3>Warnings</h3><ul>{''.join(notes)}</ul></div>" if notes else
                  "<p>No warnings.</p>")
-    defaults = flat(Config())
-    keys = [key for key in dict.fromkeys([*defaults, *(key for run in runs for key in run.settings)])
-            if key not in ("out", "resume") and any(setting(run, key) != defaults.get(key) for run in runs)]
+    keys = [key for key in dict.fromkeys([*DEFAULTS, *(key for run in runs for key in run.settings)])
+            if key not in ("out", "resume") and any(setting(run, key) != DEFAULTS.get(key) for run in runs)]
     rows = []
     for key in keys:
         values = [setting(run, key) for run in runs]
         title = f"<code>{show(key)}</code>" + ("" if all(value == values[0] for value in values) else " ≠")
-        values.append(defaults.get(key, "unknown key"))
+        values.append(DEFAULTS.get(key, "unknown key"))
         words = [value if isinstance(value, str) else json.dumps(value) for value in values]
         rows.append((title, [f"<code>{show(word)}</code>" for word in words]))
     parts.append(f"<details open><summary>Settings that differ from the defaults ({len(keys)})</summary>"
@@ -281,7 +274,7 @@ def groups_of(runs):
     """[[run…]…]: runs whose settings differ at most in UNCOMPARED, together."""
     groups = {}
     for run in runs:
-        settings = {key: setting(run, key) for key in {**flat(Config()), **run.settings}}
+        settings = {key: setting(run, key) for key in {**DEFAULTS, **run.settings}}
         key = json.dumps(sorted((k, v) for k, v in settings.items() if k not in UNCOMPARED), default=str)
         groups.setdefault(key, []).append(run)
     return list(groups.values())
@@ -294,8 +287,7 @@ def name_of(group):
 
 def number(value):
     """A finite number or None: JSON has no NaN, and a curve has a gap there."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return value if is_number and math.isfinite(value) else None
+    return value if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def series_of(group, metric):
@@ -434,7 +426,7 @@ def curves(runs, meanings):
         svg, scale = draw(heading, series, limits)
         keys = "".join(f"<li><svg viewBox='0 0 26 8' aria-hidden='true'><polyline class='c{colour} d{dash}' "
                        f"points='0,4 26,4'/></svg>{show(name)}</li>" for name, colour, dash, _ in series)
-        rows = dict.fromkeys(filter(None, (meaning(meanings, metric) for metric in metrics)))
+        rows = dict.fromkeys(filter(None, (meanings.get(re.sub("^eval/.*", "eval/…", x)) for x in metrics)))
         said = "".join(f"<p><b>{names}</b>: {formula}. <b>Healthy:</b> {healthy}.</p>"
                        for names, formula, healthy in rows)
         parts.append(f"<figure><h3>{show(heading)}</h3><ul class='keys'>{keys}</ul>{svg}"
@@ -448,16 +440,17 @@ def curves(runs, meanings):
 
 
 # ---- replies
-def evenly(files, most):
-    """Evenly spaced files, the first and the last among them, of at most about `most` bytes."""
-    count = len(files)
+def evenly(items, size_of, most):
+    """Evenly spaced items, the first and the last among them, whose sizes sum to at most `most` where more
+    than these two are left."""
+    count = len(items)
     while count > 2:
-        chosen = [files[i * (len(files) - 1) // (count - 1)] for i in range(count)]
-        size = sum(file.stat().st_size for file in chosen)
+        chosen = [items[i * (len(items) - 1) // (count - 1)] for i in range(count)]
+        size = sum(map(size_of, chosen))
         if size <= most:
             return chosen
         count = max(2, min(count - 1, int(count * most / size)))
-    return files[:1] + files[1:][-1:]
+    return items[:1] + items[1:][-1:]
 
 
 def read_lines(path):
@@ -486,13 +479,14 @@ def call_texts(calls):
                             for name, value in call["arguments"].items()}] for call in calls]
 
 
-def rounded(numbers, digits):
-    return numbers and [None if number(x) is None else round(x, digits) for x in numbers]
+def whole(numbers, scale):
+    """scale · each as a whole number, None where it is not finite: a third of the bytes of fractions."""
+    return numbers and [round(x * scale) if abs(x) < 1e9 else None for x in numbers]
 
 
 def reply_of(line):
-    """What the script needs of a reply, of a rollout or of an evaluation. tokens: [texts, log-probs of the
-    sampler, log-probs of the trainer less those or None, entropies or None], if the run kept them."""
+    """What the script needs of a reply. tokens, if the run kept them: [texts, log-probs of the sampler in
+    1/100, those of the trainer less these in 1/10000 or None, entropies in 1/100 or None]."""
     reply = {"text": line["reply"], "error": line["error"], "finished": line["finished"],
              "calls": call_texts(parse_reply(line["reply"])[0])}
     if "reward" not in line:
@@ -501,7 +495,7 @@ def reply_of(line):
     if "pieces" in line:
         sampler, trainer, entropy = line["sampler_logp"], line["trainer_logp"], line["entropy"]
         ratio = trainer and [a - b for a, b in zip(trainer, sampler, strict=True)]
-        reply["tokens"] = [line["pieces"], rounded(sampler, 3), rounded(ratio, 4), rounded(entropy, 3)]
+        reply["tokens"] = [line["pieces"], whole(sampler, 100), whole(ratio, 10000), whole(entropy, 100)]
     return reply
 
 
@@ -518,36 +512,42 @@ def packed(value):
     return base64.b64encode(gzip.compress(json.dumps(value).encode(), 6, mtime=0)).decode()
 
 
+def packed_rollouts(run, lines_of):
+    """[(step, replies, part)…] of {step: lines}."""
+    n = setting(run, "rollout.n")
+    ids = {line["id"] for lines in lines_of.values() for line in lines}
+    examples = examples_of(run.settings.get("data.train"), ids)
+    for step, lines in lines_of.items():
+        prompts = []
+        for i in range(0, len(lines), n):
+            replies, example = [reply_of(line) for line in lines[i:i + n]], examples.get(lines[i]["id"])
+            prompts.append({**prompt_of(lines[i], example), "step": step, "replies": replies})
+        yield step, len(lines), packed(prompts)
+
+
 def parts_of(run, share):
-    """(what the script's list knows of the run, [packed part…]). A part for each rollout file, for each
+    """(what the script's list knows of the run, [packed part…]): a part for each rollout file, for each
     evaluation, and for the held-out prompts. share: of the page's bytes."""
-    rollouts, evaluations = (evenly(files, most * share) for files, most in
-                             ((run.rollouts, MOST_ROLLOUTS), (run.evaluations, MOST_EVALUATIONS)))
-    by_step = {int(file.stem.removeprefix("step_")): read_lines(file) for file in rollouts}
-    by_step = {step: lines for step, lines in by_step.items() if lines}
-    examples = examples_of(run.settings.get("data.train"),
-                           {line["id"] for lines in by_step.values() for line in lines})
-    n, parts, known = setting(run, "rollout.n"), [], {"name": run.name, "rollouts": [], "evaluations": []}
-    for step, lines in by_step.items():
-        groups = [lines[i:i + n] for i in range(0, len(lines), n)]
-        prompts = [prompt_of(group[0], examples.get(group[0]["id"]))
-                   | {"step": step, "replies": [reply_of(line) for line in group]} for group in groups]
-        known["rollouts"].append([step, len(lines)])
-        parts.append(packed(prompts))
-    reports = [read_json(file) for file in evaluations]
-    heldout = setting(run, "data.heldout") or run.settings.get("data.train")
+    def chosen(files):
+        return evenly(files, lambda file: file.stat().st_size, MOST_READ * share)
+
+    lines_of = {int(file.stem.removeprefix("step_")): read_lines(file) for file in chosen(run.rollouts)}
+    rollouts = list(packed_rollouts(run, {step: lines for step, lines in lines_of.items() if lines}))
+    reports = [read_json(file) for file in chosen(run.evaluations)]
+    evaluations = [(report["step"], len(report["replies"]), packed([
+        reply_of(reply) | {key: reply[key] for key in ("id", "category")} for reply in report["replies"]]))
+        for report in reports]
     asked = {reply["id"]: reply for report in reports for reply in report["replies"]}
-    examples = examples_of(heldout, asked.keys())
-    for report in reports:
-        known["evaluations"].append([report["step"], len(report["replies"])])
-        parts.append(packed([{"id": reply["id"], "category": reply["category"], **reply_of(reply)}
-                             for reply in report["replies"]]))
-    parts.append(packed({id: prompt_of(reply, examples.get(id)) for id, reply in asked.items()}))
-    left_out = [f"{len(shown)} of {len(files)} {what} files" for what, shown, files in (
-        ("rollout", rollouts, run.rollouts), ("evaluation", evaluations, run.evaluations))
-        if len(shown) < len(files)]
-    known["note"] = f"{run.name}: shown are {' and '.join(left_out)}, evenly spaced." if left_out else ""
-    return known, parts
+    examples = examples_of(setting(run, "data.heldout") or run.settings.get("data.train"), asked.keys())
+    known, parts = {"name": run.name, "note": ""}, []
+    for kind, made, files, most in (("rollouts", rollouts, run.rollouts, MOST_ROLLOUTS),
+                                    ("evaluations", evaluations, run.evaluations, MOST_EVALUATIONS)):
+        shown = evenly(made, lambda part: len(part[2]), most * share)
+        known[kind] = [part[:2] for part in shown]
+        parts += [part[2] for part in shown]
+        if shown and len(shown) < len(files):
+            known["note"] += f"{run.name}: shown are {len(shown)} of {len(files)} files of {kind}. "
+    return known, [*parts, packed({id: prompt_of(reply, examples.get(id)) for id, reply in asked.items()})]
 
 
 # ---- the page
