@@ -280,13 +280,8 @@ def groups_of(runs):
     return list(groups.values())
 
 
-def name_of(group):
-    more = f" and {len(group) - 1} more: mean and range of {len(group)} runs" if len(group) > 1 else ""
-    return group[0].name + more
-
-
 def number(value):
-    """A finite number or None: JSON has no NaN, and a curve has a gap there."""
+    """A finite number, or None, where a curve has a gap."""
     return value if isinstance(value, int | float) and math.isfinite(value) else None
 
 
@@ -336,7 +331,8 @@ def rough(value):
 
 
 def short(value):
-    return f"{value:.3g}".replace("e-0", "e-").replace("e+0", "e") if value else "0"
+    text = f"{value:.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
+    return text.replace("e-0", "e-").replace("e+0", "e")
 
 
 def charts_of(runs):
@@ -350,8 +346,9 @@ def charts_of(runs):
         series = []
         for m, metric in enumerate(metrics):
             for g, group in enumerate(groups):
+                owner = group[0].name + (f" and {len(group) - 1} more" if len(group) > 1 else "")
                 points = series_of(group, metric)
-                name = metric if len(groups) == 1 else f"{metric}, {name_of(group)}"
+                name = metric if len(runs) == 1 else f"{metric}, {owner}"
                 if any(point[1] is not None for point in points):
                     series.append((name, (g if len(groups) > 1 else m) % COLOURS, m % COLOURS, points))
         if series:
@@ -378,13 +375,11 @@ def polylines(points, x_of, y_of, kind):
     return "".join(parts)
 
 
-def draw(heading, series, limits):
-    """The chart as SVG text, and its scale for the script: [first step, last step]."""
+def draw(heading, series, limits, first, last):
+    """The SVG text of a chart whose axis of steps runs from first to last."""
     found = [point for *_, points in series for point in points]
     values = [x for point in found for x in point[1:] if x is not None]
     low, high = limits_of(values, limits)
-    first, last = min(point[0] for point in found), max(point[0] for point in found)
-    last = last if last > first else first + 1
 
     def x_of(step):
         return round(LEFT + (RIGHT - LEFT) * (step - first) / (last - first), 1)
@@ -415,28 +410,32 @@ def draw(heading, series, limits):
            f"<line class='cursor' y1='{TOP}' y2='{BOTTOM}' x1='-9' x2='-9'/></svg>")
     if max(values) > high:
         svg += f"<p>Values above {short(high)}, up to {short(max(values))}, are drawn at the edge.</p>"
-    return svg, [first, last]
+    return svg
 
 
 def curves(runs, meanings):
-    """(HTML of all charts, what the script needs to know of each)"""
+    """(HTML of all charts, what the script knows of each, first and last step of their common axis)"""
     charts, empty = charts_of(runs)
-    parts, known = [], []
+    steps = [row["step"] for run in runs for row in (*run.steps, *run.evaluated)] or [0]
+    scale, parts, known = [min(steps), max(*steps, min(steps) + 1)], [], []
     for heading, metrics, series, limits in charts:
-        svg, scale = draw(heading, series, limits)
         keys = "".join(f"<li><svg viewBox='0 0 26 8' aria-hidden='true'><polyline class='c{colour} d{dash}' "
                        f"points='0,4 26,4'/></svg>{show(name)}</li>" for name, colour, dash, _ in series)
+        svg = draw(heading, series, limits, *scale)
         rows = dict.fromkeys(filter(None, (meanings.get(re.sub("^eval/.*", "eval/…", x)) for x in metrics)))
         said = "".join(f"<p><b>{names}</b>: {formula}. <b>Healthy:</b> {healthy}.</p>"
                        for names, formula, healthy in rows)
         parts.append(f"<figure><h3>{show(heading)}</h3><ul class='keys'>{keys}</ul>{svg}"
                      f"<output></output><figcaption>{said}</figcaption></figure>")
-        known.append({"scale": scale, "series": [
+        known.append({"series": [
             [name, [point[0] for point in points], [rough(point[1]) for point in points],
              [[rough(x) for x in point[2:]] for point in points]
              if any(point[2] != point[3] for point in points) else None] for name, *_, points in series]})
-    note = f"<p>Not logged: {show(', '.join(empty))}.</p>" if empty else ""
-    return f"<div class='charts'>{''.join(parts)}</div>{note}", known
+    notes = [f"Not logged: {', '.join(empty)}."] if empty else []
+    notes += [f"{', '.join(run.name for run in group)} differ in the seed only: the line is their mean, the "
+              "band their range." for group in groups_of(runs) if len(group) > 1]
+    html = "".join(f"<p>{show(note)}</p>" for note in notes) + f"<div class='charts'>{''.join(parts)}</div>"
+    return html, known, scale
 
 
 # ---- replies
@@ -557,14 +556,15 @@ def make_page(folders):
     names = names if len(set(names)) == len(names) else [str(folder) for folder in folders]
     runs, meanings = [read_run(*each) for each in zip(folders, names, strict=True)], read_meanings()
     template = read_text(ROOT / "tools" / "report_page.html")
-    charts, known = curves(runs, meanings)
+    charts, known, scale = curves(runs, meanings)
     listed, texts = [], []
     for run in runs:
         about, parts = parts_of(run, 1 / len(runs))
         listed.append(about | {"first": len(texts)})
         texts += parts
     # "<" would let a name end the element, whatever it holds.
-    data = json.dumps({"charts": known, "runs": listed, "plot": [LEFT, RIGHT]}).replace("<", "\\u003c")
+    data = {"charts": known, "scale": scale, "plot": [LEFT, RIGHT], "runs": listed}
+    data = json.dumps(data).replace("<", "\\u003c")
     inline = {tag: re.search(f"<{tag}>(.*?)</{tag}>", template, re.DOTALL)[1] for tag in ("style", "script")}
     digests = {tag: base64.b64encode(sha256(text.encode()).digest()).decode() for tag, text in inline.items()}
     policy = "default-src 'none'; base-uri 'none'; form-action 'none'; " + "; ".join(
