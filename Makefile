@@ -1,5 +1,6 @@
 # make demo      GRPO from assets/tiny on two CPU cores, then held-out accuracy before and after; fails if the
-#                gain is too small. Each run has a new folder (ARGS="--seed=1 --train.steps=20" goes to train.py)
+#                gain is too small. It ends with a page that shows the run, report.html in the run's folder.
+#                Each run has a new folder (ARGS="--seed=1 --train.steps=20" goes to train.py)
 # make demo-control   as many minutes of imitation instead of RL, compared with the newest run of make demo
 # make base      how assets/tiny is made: tokenizer, synthetic data, SFT from random weights
 # make test      the tests (PYTEST_ARGS="-k grpo -x" goes to pytest)
@@ -41,7 +42,7 @@ help:
 demo: OUT := runs/demo-$(shell date +%Y%m%d-%H%M%S)
 demo: $(RUNTIME) runs/data/demo_train.jsonl runs/data/demo_heldout.jsonl
 	$(PY) train.py configs/demo.yaml --out=$(OUT) $(ARGS)
-	@$(PY) tools/demo.py judge $(OUT)
+	@$(PY) tools/demo.py judge $(OUT); status=$$?; $(PY) tools/report.py $(OUT) && exit $$status
 
 demo-control: DEMO = $(lastword $(sort $(filter-out %-control,$(wildcard runs/demo-*))))
 demo-control: $(RUNTIME) runs/data/demo_heldout.jsonl

@@ -170,12 +170,13 @@ class MicroBatch:
     weight_L: torch.Tensor | None = None
     old_logp_L: torch.Tensor | None = None
     ref_logp_L: torch.Tensor | None = None
+    rollout_L: torch.Tensor | None = None  # which of the step's N rollouts a token belongs to; on the CPU
 
     @classmethod
     def empty(cls, device):
         """Without tokens, but with a graph down to every weight: for a rank that has fewer micro-batches."""
         none_L = torch.zeros(0, device=device)
-        return cls(pack([], []).to(device), none_L, none_L)
+        return cls(pack([], []).to(device), none_L, none_L, rollout_L=torch.zeros(0, dtype=torch.int64))
 
 
 def make_micro_batches(rollouts_N, adv_PG, live_P, micro_batch_tokens, device, average="token"):
@@ -184,16 +185,18 @@ def make_micro_batches(rollouts_N, adv_PG, live_P, micro_batch_tokens, device, a
     rollouts_N: prompt-major, each with prompt_ids, ids and logp (of the sampler); micro_batch_tokens: the
     most tokens of a pack; average: as in `token_weights`. ValueError as in `pack_micro_batches`.
     """
-    G = adv_PG.shape[1]
+    P, G = adv_PG.shape
     groups_P = [rollouts_N[p * G:(p + 1) * G] for p in live_P]
     packs = pack_micro_batches([group[0].prompt_ids for group in groups_P],
                                [[rollout.ids for rollout in group] for group in groups_P], micro_batch_tokens)
     adv_N = adv_PG[live_P].flatten()
+    index_N = torch.arange(P * G).view(P, G)[live_P].flatten()
     sampled = [logp for group in groups_P for rollout in group for logp in rollout.logp]
     weight_L, _ = token_weights([rollout.ids for group in groups_P for rollout in group], average)
     sizes = [len(part.targets_L) for part in packs]
     of_tokens = [x_L.to(device).split(sizes) for x_L in (torch.tensor(sampled), weight_L)]
-    return [MicroBatch(part.to(device), adv_N[part.reply_L].to(device), *parts_L)
+    return [MicroBatch(part.to(device), adv_N[part.reply_L].to(device), *parts_L,
+                       rollout_L=index_N[part.reply_L])
             for part, *parts_L in zip(packs, *of_tokens, strict=True)]
 
 

@@ -48,7 +48,7 @@ from reward import judge
 from runtime import adapters, ranks, sharding
 from runtime.checkpoints import precision_of_run, read_moments, write_state
 from runtime.kernel import kernel_of_run
-from runtime.metrics import rollout_lines, rollout_metrics, sampler_stats, update_metrics
+from runtime.metrics import rollout_lines, rollout_metrics, sampler_stats, token_values, update_metrics
 from runtime.ranks import all_gather, gather_in_order, is_first_rank, my_share, pad_to_longest
 from runtime.run_folder import RunFolder
 from runtime.signals import Signals, Stopped
@@ -114,13 +114,15 @@ def take_steps(c, run, signals):
                     s, functools.partial(prompt_seeds, c.seed, step), c.rollout.refill,
                     c.train.updates_per_step, c.grpo.reward, signals.poll, sampling)
             rewards_PG = torch.tensor([verdict.reward for verdict in verdicts_N]).view(-1, c.rollout.n)
-            adv_PG = grpo.group_advantages(rewards_PG, c.grpo.normalize)
+            adv_PG, passes = grpo.group_advantages(rewards_PG, c.grpo.normalize), []
             with run.phase(f"update of step {step + 1}"):
                 metrics |= grpo_updates(s.policy, s.reference, s.optimizer, rollouts_N, adv_PG,
-                                        **loss_settings, **update_settings)
+                                        keep=passes.append, **loss_settings, **update_settings)
             has_problem = metrics["skipped_updates"] or metrics["reward/raised"]
             if (step + 1) % c.log.rollouts_every == 0 or step == 0 or has_problem:
-                run.save_lines(step + 1, rollout_lines(s.chat, examples_P, rollouts_N, verdicts_N, adv_PG))
+                values = token_values(passes) if c.log.tokens else None
+                run.save_lines(step + 1, rollout_lines(s.chat, examples_P, rollouts_N, verdicts_N, adv_PG,
+                                                       values))
         else:
             examples_P = next(s.batches)
             prompts_P = [s.chat.encode_prompt(example) for example in examples_P]
@@ -276,12 +278,13 @@ def logprobs_of_pack(model, pack, temperature, vocab_size, autocast, kernel="aut
 
 def grpo_updates(policy, reference, optimizer, rollouts_N, adv_PG, *, temperature, kl_coef, updates,
                  vocab_size, micro_batch_tokens, grad_clip, autocast, kernel="auto", average="token",
-                 limit=None, poll=lambda _: None, **clipping):
+                 limit=None, poll=lambda _: None, keep=lambda _: None, **clipping):
     """The optimizer updates of one step, one for each mini-batch of whole groups, in order. Returns metrics.
 
     Each loss is divided by the denominator of its whole mini-batch, so neither micro-batches nor ranks change
     the gradient. Every rank gets the whole batch. average, limit: see token_weights; clipping: see grpo_loss.
     poll(mid_update) is called before every pass, True after the first update, by all ranks; it may raise.
+    keep((rollout_L, old_logp_L, entropy_L)) is called after every training pass.
     """
     (P, G), device = adv_PG.shape, policy.embed_tokens.weight.device
     batches_U, denominator_U = [], []  # the micro-batches of each update, the denominator of its loss
@@ -316,6 +319,7 @@ def grpo_updates(policy, reference, optimizer, rollouts_N, adv_PG, *, temperatur
                 weight_L=batch.weight_L, denominator=denominator, kl_coef=kl_coef, **clipping)
             loss.backward()
             stats.append(loss_stats | sampler_stats(entropy_L, old_logp_L, batch.sampled_logp_L))
+            keep((batch.rollout_L, old_logp_L, entropy_L.detach()))
             bar.update()
         if batches:
             done.append(apply_update(optimizer, grad_clip, sum(float(each["loss"]) for each in stats)))

@@ -97,6 +97,7 @@ class EvalSettings:
 @dataclass(frozen=True)
 class LogSettings:
     rollouts_every: int = 10  # steps between files of rollouts
+    tokens: bool = False  # these files also hold the text, log-probs and entropy of each reply token
     tracker: str = "none"  # none | tensorboard | wandb
 
 

@@ -58,15 +58,33 @@ def sampler_stats(entropy_L, old_logp_L, sampled_logp_L):
             "diff_max": diff_L.max() if len(diff_L) else diff_L.new_tensor(0.0)}
 
 
-def rollout_lines(chat, examples_P, rollouts_N, verdicts_N, adv_PG):
-    """A JSON value for each reply: what was asked, what was written, what it earned."""
+def token_values(passes):
+    """Collective: {rollout: ([log-prob before the updates], [entropy])} of its tokens under the trainer, from
+    the (rollout_L, old_logp_L, entropy_L) of the training passes of all ranks."""
+    mine = {}
+    for values in passes:
+        for rollout, logp, entropy in zip(*(x_L.tolist() for x_L in values), strict=True):
+            logps, entropies = mine.setdefault(rollout, ([], []))
+            logps.append(round(logp, 6))
+            entropies.append(round(entropy, 6))
+    return {rollout: values for part in all_gather(mine) for rollout, values in part.items()}
+
+
+def rollout_lines(chat, examples_P, rollouts_N, verdicts_N, adv_PG, values=None):
+    """A JSON value for each reply: what was asked, what was written, what it earned; with `values`, those of
+    `token_values`, also the text and numbers of each token, null where no training pass ran."""
     G = adv_PG.shape[1]
     for i, (rollout, verdict) in enumerate(zip(rollouts_N, verdicts_N, strict=True)):
         example = examples_P[i // G]
-        yield {"id": example.id, "query": example.messages[-1]["content"], "answer": example.answer,
-               "reply": chat.decode(rollout.ids), "reward": verdict.reward, "error": verdict.error,
-               "advantage": adv_PG[i // G, i % G].item(), "tokens": len(rollout.ids),
-               "logp": sum(rollout.logp), "finished": rollout.finished}
+        line = {"id": example.id, "query": example.messages[-1]["content"], "answer": example.answer,
+                "reply": chat.decode(rollout.ids), "reward": verdict.reward, "error": verdict.error,
+                "advantage": adv_PG[i // G, i % G].item(), "tokens": len(rollout.ids),
+                "logp": sum(rollout.logp), "finished": rollout.finished}
+        if values is not None:
+            trainer_logp, entropy = values.get(i, (None, None))
+            line |= {"pieces": [chat.decode([id]) for id in rollout.ids], "sampler_logp": rollout.logp,
+                     "trainer_logp": trainer_logp, "entropy": entropy}
+        yield line
 
 
 def rollout_metrics(rollouts_N, verdicts_N, rewards_PG):

@@ -1,6 +1,6 @@
 """The folder of one run: its state, its lock, its logs, and what the console says of a step.
 
-    config.yaml, git_revision.txt    what was run
+    config.yaml, git_revision.txt, hardware.txt    what was run, and on what
     metrics.jsonl                    one row a step and one an evaluation
     rollouts/step_000010.jsonl       one reply a line, with its reward and advantage
     evals/step_000010.json           one evaluation with every reply
@@ -24,7 +24,7 @@ from runtime import checkpoints
 from runtime.files import fsync, git_revision, lock, parse_json, read_json, write_json, write_text, writing
 from runtime.metrics import console_line, diagnose, open_tracker, seconds_left
 from runtime.ranks import RankError, all_gather, is_first_rank, on_first_rank, rank_variable
-from runtime.sharding import peak_memory, reset_peak_memory
+from runtime.sharding import hardware, peak_memory, reset_peak_memory
 
 MAX_SKIPPED = 3  # steps in a row without a finite gradient before the run ends
 MAX_DEAD = 10  # steps in a row with nothing to learn from before the run ends, see `metrics.diagnose`
@@ -122,6 +122,7 @@ class RunFolder(contextlib.AbstractContextManager):
                 file.unlink()
         write_text(metrics, "".join(lines[:self.rows]))
         write_text(self.folder / "git_revision.txt", git_revision() + "\n")
+        write_text(self.folder / "hardware.txt", hardware() + "\n")
         write_text(self.folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
         fsync(self.folder)
 

@@ -4,6 +4,9 @@ Knows a model only as a module with a list `layers`, a `config`, and a construct
 """
 
 import contextlib
+import platform
+import re
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -100,6 +103,15 @@ def unsharded(model, merged=True):
     finally:
         for module in groups:
             module.reshard()
+
+
+def hardware():
+    """The device that computes, in words."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    name = re.search("model name[^:]*: (.*)|$", info)[1] or platform.machine()
+    return f"{torch.get_num_threads()} threads of {name}"
 
 
 def peak_memory(phase):
