@@ -1,7 +1,6 @@
 """GRPO and SFT as pure functions: advantages, tree packs, token log-probs, losses.
 
-In:  rewards, token ids, hidden states. Out: one scalar loss to differentiate, and statistics that add up
-over parts.
+In:  rewards, token ids, hidden states. Out: one scalar loss to differentiate, and statistics of parts.
 
     A_i  = (r_i - mean(r_1..r_G)) / (std(r_1..r_G) + 1e-6)           advantages, eq. 4 (arXiv 2505.00024)
     π(t) = softmax(logits / temperature)[t]                          always the tempered distribution
@@ -65,8 +64,7 @@ def choose_groups(rewards_PG, wanted, is_last):
     indices into the P >= wanted groups drawn for it so far; None if further ones must be drawn first.
 
     They are the first `wanted` groups with spread. is_last: no more may be drawn; the first groups without
-    spread then take the places left, so that every step has as many groups. A function of the rewards alone:
-    equal on all ranks.
+    spread then take the places left, so that every step has as many groups. Equal rewards give equal groups.
     """
     spread_P = has_spread(rewards_PG).tolist()
     assert len(spread_P) >= wanted, "fewer groups than a step has"

@@ -252,8 +252,7 @@ def _compare(calls, answer):
     for name in [*wanted, *got]:
         found, expected = (
             f"the {_KINDS.get(type(side[name]), 'value')} {_key(side[name])}" if name in side else "absent"
-            for side in (got, wanted)
-        )
+            for side in (got, wanted))
         if found != expected:
             break
     skip = max(0, len(os.path.commonprefix([found, expected])) - 60)

@@ -17,15 +17,13 @@ Under torchrun the ranks share the work: weights, gradients and moments are shar
 single GPU; gathered whole for rollouts and the reference's passes), and each mini-batch is divided by whole
 groups. Rollouts and verdicts are all-gathered, so all ranks see the same batch, denominators and metrics.
 Seeds come from a prompt's index in the global batch, so replies and gradients do not depend on the number of
-ranks. Data order and sampling noise are functions of the step, so on a CPU a killed run resumes bit for bit
-(up to rounding on another number of ranks, and on a GPU, where FlashAttention's backward varies in order).
+ranks. Data order and sampling noise are functions of the step, so a killed run resumes (docs/resume.md).
 
 Where this differs from the paper's code: see grpo.py for the denominator. In the first mini-batch the current
 log-probs, detached, are the old ones, because nothing has been updated yet. Without a KL term, a group whose
 rewards are all equal has a gradient of exactly zero: it is not computed, but counts in the denominator.
 
-Axes: P prompts, G rollouts a prompt, N = P·G rollouts, U optimizer updates of a step, T packed tokens,
-L reply tokens, D width.
+Axes: P prompts, G rollouts a prompt, N = P·G, U updates a step, T packed tokens, L reply tokens, D width.
 """
 
 import dataclasses
