@@ -68,11 +68,9 @@ def evaluate(model, chat, examples, *, max_new_tokens, batch_size=256, scheme="b
 
 
 def evaluate_samples(model, chat, examples, n, temperature, *, scheme="binary", **settings):
-    """How many of n sampled replies to each example are right: a list of integers from 0 to n.
-
-    temperature: above 0; settings: those of `generate`. Seeds depend on the place in `examples` only, so
-    equal lists get the same replies, up to rounding.
-    """
+    """How many of n sampled replies to each example are right: a list of integers from 0 to n. temperature:
+    above 0; settings: those of `generate`. Seeds depend on the place in `examples` only, so equal lists get
+    the same replies, up to rounding."""
     prompts = [chat.encode_prompt(example) for example in examples]
     rollouts = generate_replies(model, chat, prompts, n, temperature, **settings)
     right = [judge(examples[i // n], chat.decode_reply(rollout.ids), scheme).reward == 1

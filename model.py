@@ -247,9 +247,8 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed):
-        """Draw matrices from N(0, initializer_range²), set biases to 0 and norms to 1; return self. The
-        result depends only on `seed` and on whether there is a GPU, which draws a 7B in a second, a CPU in a
-        minute."""
+        """Draw matrices from N(0, initializer_range²), set biases to 0 and norms to 1; return self. They
+        depend only on `seed` and whether there is a GPU, which draws a 7B in a second, a CPU in a minute."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
         generator = torch.Generator(device).manual_seed(seed)
         for name, parameter in self.named_parameters():
@@ -278,10 +277,8 @@ def sdpa(q_THE, k_SKE, v_SKE, mask_TS=None):
 
 
 def packed_attention(cu_seqlens, kernel="auto"):
-    """attend: causal within each sequence of a pack. cu_seqlens: the boundaries 0, …, T of its sequences;
-    kernel: as in `shared_prefix_attention`."""
-    bounds = [int(bound) for bound in cu_seqlens]
-    groups = [(end - start, []) for start, end in itertools.pairwise(bounds)]
+    """attend: causal within each sequence of a pack. cu_seqlens: the boundaries 0, …, T; kernel: as below."""
+    groups = [(int(end - start), []) for start, end in itertools.pairwise(cu_seqlens)]
     return shared_prefix_attention(groups, kernel)
 
 
@@ -346,8 +343,7 @@ def load_hf(path, device="cpu", dtype=torch.float32, shard=None, seed=None):
     shard(model): shards the parameters over the ranks before they have memory, and may add some, which get no
     values; each rank then reads its rows. seed: read config.json only and draw the weights.
     ValueError, naming the folder and the tensor, where one is missing, unknown or of another shape. The head
-    that some tied checkpoints repeat must equal the embedding. Rotary frequencies that older tools saved are
-    ignored, because rope_theta gives them.
+    that some tied checkpoints repeat must equal the embedding; saved rotary frequencies are ignored.
     """
     folder = resolve(path)
     with torch.device("meta"):
@@ -357,7 +353,7 @@ def load_hf(path, device="cpu", dtype=torch.float32, shard=None, seed=None):
             shard(model)
         return model.to_empty(device=device).init_weights(seed)
     slices = {name: part for name, part in open_weights(folder).items()
-              if not name.endswith("rotary_emb.inv_freq")}
+              if not name.endswith("rotary_emb.inv_freq")}  # of older tools; rope_theta gives them
     head = slices.pop("lm_head.weight", None) if model.config.tie_word_embeddings else None
     parameters = {hf_name(name): parameter for name, parameter in model.named_parameters()}
     for name, parameter in parameters.items():

@@ -209,11 +209,9 @@ def setup(c, run):
 
 
 def load_model(path, device, bf16, trained=True, on_cpu=False, seed=None, lora=None):
-    """Load a model and shard it by rows with FSDP2 (a single process on a CPU does not shard).
-
-    on_cpu: keep the shards in host memory; seed: draw random weights instead of reading them; lora: train
-    adapters of this (rank, alpha), which get no values here, and freeze the weights.
-    """
+    """Load a model and shard it by rows with FSDP2 (a single process on a CPU does not shard). on_cpu: keep
+    the shards in host memory; seed: draw random weights instead of reading them; lora: train adapters of this
+    (rank, alpha), which get no values here, and freeze the weights."""
     adapt = lora and functools.partial(adapters.add_adapters, rank=lora[0], alpha=lora[1])
     device, dtype, shard = sharding.sharder(device, bf16, trained, on_cpu, adapt)
     model = load_hf(path, device, dtype, shard, seed)
