@@ -87,8 +87,7 @@ def _read_raw(form, path, strict_schema=False):
     drop, "kept": number of examples, "dropped": {reason: count}, "dropped_ids": {reason: ids}, "nulls":
     number that undo_nulls took out, "text_left_out": number of call turns that lost text, "contradictions":
     [(id, {reason: detail})…] of answers that their tools forbid; strict_schema drops them}.
-    ValueError if the file cannot be read or a record lacks a column.
-    """
+    ValueError if the file cannot be read or a record lacks a column."""
     made, report = convert_records(path, form, CONVERTERS[form], lambda fields: _problem(Example(**fields)))
     made, nulls = undo_nulls(made)
     found = [contradictions_of(fields["tools"], fields["answer"]) for fields in made]
@@ -136,10 +135,8 @@ def _problem(example):
 # ---- augmenting, after Hammer (arXiv 2410.04587)
 def make_irrelevant(examples, share, seed):
     """Remove the right tools from a share (0 to 1) of the examples, so that their answer becomes [].
-
     `seed` selects them from the examples that offer another tool and whose earlier turns call none of the
-    right ones. "_irrelevant" is appended to their source, "/irrelevant" to their id.
-    """
+    right ones. "_irrelevant" is appended to their source, "/irrelevant" to their id."""
     result, wanted = list(examples), round(share * len(examples))
     for i in _permutation(len(examples), f"irrelevant/{seed}"):
         right = {call["name"] for call in examples[i].answer}
@@ -374,10 +371,8 @@ def usable_examples(name, examples, chat, max_prompt_tokens, max_dropped_share):
 
 def read_examples(path, heldout_path, heldout_fraction, seed, chat, max_prompt_tokens, max_dropped_share):
     """(training examples, held-out examples) of two jsonl files, or of one that is split by `seed`.
-
     What cannot be used is dropped, and its number printed. ValueError if no example is left, or if more than
-    MAX_OVERLAP of the held-out examples are of a conversation in the training file; fewer are printed.
-    """
+    MAX_OVERLAP of the held-out examples are of a conversation in the training file; fewer are printed."""
     training = read_jsonl(path)
     if heldout_path is None:
         training, heldout = split_examples(training, heldout_fraction, seed)
@@ -404,9 +399,8 @@ class Batches(Iterator):
     """An endless iterator over batches of `size` examples, in a new order each epoch.
 
     The k-th example is a function of (seed, k) only. ValueError if size is larger than the data.
-    cursor: number of examples yielded so far; a new object with this cursor resumes there.
-    epoch: the cursor in passes over the data.
-    fingerprint: hex digest of the examples in their order; a run resumes only on equal ones.
+    cursor: examples yielded so far, where a new object with it resumes; epoch: the cursor in passes over the
+    data; fingerprint: hex digest of the examples in their order; a run resumes only on equal ones.
     """
 
     def __init__(self, examples, size, seed, cursor=0):

@@ -1,19 +1,14 @@
 """Evaluation: held-out examples, BFCL, API-Bank and ACEBench, each in one table and one JSON file.
 
-In:  a model and the data of a benchmark, or, without a model, existing outputs ({"id", "category", "calls"} a
-     line).
+In:  a model and the data of a benchmark, or only existing outputs, {"id", "category", "calls"} a line.
 Out: accuracies by category with the benchmark's own averages, the paper's rows below them, scores.json.
 
-Replies are greedy. Held-out examples are scored by the reward of training, with a 95 % confidence interval:
-
-    interval = (p + z²/2n ± z √(p(1-p)/n + z²/4n²)) / (1 + z²/n),  z = 1.96         Wilson (1927)
-
-With --samples K they also get K sampled replies each: their mean accuracy, the share of examples with a right
-one (pass@K), and the share with right and wrong ones (mixed), which is what GRPO can learn from.
+Replies are greedy. Held-out examples are scored by the reward of training, with Wilson's 95 % confidence
+interval. With --samples K they also get K sampled replies each: their mean accuracy, the share of examples
+with a right one (pass@K), and the share with right and wrong ones (mixed), from which GRPO can learn.
 
 The public benchmarks are scored as their official scorers do, by the rules in the modules of benchmarks/. An
-interrupted evaluation resumes (benchmarks/replies.py). Missing replies count as wrong and are reported, so
-the denominator is fixed.
+interrupted evaluation resumes (benchmarks/replies.py). Missing replies are reported and count as wrong.
 
 Axes: P prompts.
 """
@@ -29,7 +24,10 @@ from benchmarks.api_bank import check_api_bank as check_api_bank
 from benchmarks.bfcl import check_bfcl as check_bfcl
 from benchmarks.replies import answer_entries, read_replies
 from benchmarks.tables import accuracy_table as accuracy_table
+from benchmarks.tables import by_category as by_category
 from benchmarks.tables import print_evaluation as print_evaluation
+from benchmarks.tables import summarize, summarize_samples
+from benchmarks.tables import wilson as wilson
 from data import Chat, Example, read_jsonl, usable_examples
 from model import load_hf
 from reward import judge
@@ -40,18 +38,6 @@ from sample import generate, prompt_seeds
 
 
 # ---- held-out examples
-def wilson(right, n, z=1.96):
-    """The 95 % confidence interval (low, high) of the share right / n, by default; (0, 1) for n = 0."""
-    if n == 0:
-        return 0.0, 1.0
-    p = right / n
-    middle = p + z * z / (2 * n)
-    # Wilson (1927)
-    half_width = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
-    return max(0.0, (middle - half_width) / scale), min(1.0, (middle + half_width) / scale)
-
-
 def generate_replies(model, chat, prompts, n=1, temperature=0.0, **settings):
     """n rollouts a prompt, prompt-major; greedy by default. The seeds are fixed. settings: of `generate`."""
     return generate(model, prompts, n, temperature=temperature, stop_ids=chat.stop_ids,
@@ -82,45 +68,14 @@ def evaluate(model, chat, examples, *, max_new_tokens, batch_size=256, scheme="b
 
 
 def evaluate_samples(model, chat, examples, n, temperature, *, scheme="binary", **settings):
-    """How many of n sampled replies to each example are right: a list of integers from 0 to n.
-
-    temperature: above 0; settings: those of `generate`. Seeds depend on the place in `examples` only, so
-    equal lists get the same replies, up to rounding.
-    """
+    """How many of n sampled replies to each example are right: a list of integers from 0 to n. temperature:
+    above 0; settings: those of `generate`. Seeds depend on the place in `examples` only, so equal lists get
+    the same replies, up to rounding."""
     prompts = [chat.encode_prompt(example) for example in examples]
     rollouts = generate_replies(model, chat, prompts, n, temperature, **settings)
     right = [judge(examples[i // n], chat.decode_reply(rollout.ids), scheme).reward == 1
              for i, rollout in enumerate(rollouts)]
     return [sum(right[i * n:(i + 1) * n]) for i in range(len(examples))]
-
-
-def by_category(replies):
-    """Yield (category, its replies) for the rows of a table; the last one is "all"."""
-    rows_of = {name: {name, name.split("/")[0], "all"} for name in {reply["category"] for reply in replies}}
-    for category in [*sorted(set().union(*rows_of.values()) - {"all"}), "all"]:
-        yield category, [reply for reply in replies if category in rows_of[reply["category"]]]
-
-
-def summarize_samples(replies, n):
-    """[{"mean", "pass", "mixed"}…], shares for each row of `summarize`: of right samples, of replies with a
-    right one, and with both right and wrong ones. Each reply has "samples_right", how many of n are right."""
-    counts = [[reply["samples_right"] for reply in part] for _, part in by_category(replies)]
-    return [{"mean": sum(right) / (n * len(right)), "pass": sum(map(bool, right)) / len(right),
-             "mixed": sum(0 < k < n for k in right) / len(right)} for right in counts]
-
-
-def summarize(replies):
-    """Table rows from the replies of `evaluate`: one a category in alphabetical order, then "all". Replies of
-    a category such as "tools/single" also count in a row "tools", which comes before its parts."""
-    rows = []
-    for category, part in by_category(replies):
-        right = sum(reply["right"] for reply in part)
-        low, high = wilson(right, len(part))
-        share = {key: sum(reply[key] for reply in part) / max(1, len(part))
-                 for key in ("format_ok", "names_ok", "finished")}
-        rows.append({"category": category, "n": len(part), "right": right,
-                     "accuracy": right / max(1, len(part)), "low": low, "high": high, **share})
-    return rows
 
 
 # ---- command line

@@ -1,7 +1,6 @@
 """GRPO and SFT as pure functions: advantages, tree packs, token log-probs, losses.
 
-In:  rewards, token ids, hidden states. Out: one scalar loss to differentiate, and statistics that add up
-over parts.
+In:  rewards, token ids, hidden states. Out: one scalar loss to differentiate, and statistics of parts.
 
     A_i  = (r_i - mean(r_1..r_G)) / (std(r_1..r_G) + 1e-6)           advantages, eq. 4 (arXiv 2505.00024)
     π(t) = softmax(logits / temperature)[t]                          always the tempered distribution
@@ -65,8 +64,7 @@ def choose_groups(rewards_PG, wanted, is_last):
     indices into the P >= wanted groups drawn for it so far; None if further ones must be drawn first.
 
     They are the first `wanted` groups with spread. is_last: no more may be drawn; the first groups without
-    spread then take the places left, so that every step has as many groups. A function of the rewards alone:
-    equal on all ranks.
+    spread then take the places left, so that every step has as many groups. Equal rewards give equal groups.
     """
     spread_P = has_spread(rewards_PG).tolist()
     assert len(spread_P) >= wanted, "fewer groups than a step has"
@@ -181,10 +179,8 @@ class MicroBatch:
 
 def make_micro_batches(rollouts_N, adv_PG, live_P, micro_batch_tokens, device, average="token"):
     """The micro-batches of the groups `live_P` (indices into P), in order, on `device`.
-
     rollouts_N: prompt-major, each with prompt_ids, ids and logp (of the sampler); micro_batch_tokens: the
-    most tokens of a pack; average: as in `token_weights`. ValueError as in `pack_micro_batches`.
-    """
+    most tokens of a pack; average: as in `token_weights`. ValueError as in `pack_micro_batches`."""
     P, G = adv_PG.shape
     groups_P = [rollouts_N[p * G:(p + 1) * G] for p in live_P]
     packs = pack_micro_batches([group[0].prompt_ids for group in groups_P],
@@ -207,9 +203,8 @@ def token_logprobs(hidden_LD, weight_VD, targets_L, temperature, vocab_size=None
     hidden_LD, weight_VD: floats of one dtype, or of any under autocast; targets_L: int64 below `vocab_size`;
     temperature > 0; vocab_size: number of ids that have a token: the rows beyond, with which Qwen pads its
     vocabulary, are left out. Both results are at least fp32; logp_L <= 0 has gradients for hidden and weight,
-    entropy_L >= 0 has none.
-    kernel: "reference", the definition; "fast", its twin in fast/; "auto", the twin on a GPU, else the
-    definition, printed once. ValueError where "fast" cannot run.
+    entropy_L >= 0 has none. kernel: "reference", the definition; "fast", its twin in fast/; "auto", the twin
+    on a GPU, else the definition, printed once. ValueError where "fast" cannot run.
     """
     chosen = choose_kernel(kernel, hidden_LD.device.type, "token log-probs")
     assert temperature > 0, "the tempered distribution of greedy decoding is not defined"
@@ -248,9 +243,8 @@ def token_weights(replies, average, limit=None):
     replies: anything with the lengths n of N replies; weight_L: float64, their tokens in order. average:
     "token": 1, over Σ n (the paper; DAPO, arXiv 2503.14476); "reply": 1/n, over N (DeepSeekMath, arXiv
     2402.03300, eq. 3); "constant": 1, over N · limit, the most tokens of a reply (Dr. GRPO, arXiv
-    2503.20783); without limit its denominator is None. A weight depends on its own reply only. A loss takes
-    the denominator of all replies of its update: those of all ranks, and of groups without spread.
-    ValueError for another average.
+    2503.20783); without limit its denominator is None. ValueError for others. A weight depends on its own
+    reply only; a loss takes the denominator of its whole update: all ranks, groups without spread too.
     """
     lengths = [len(reply) for reply in replies]
     denominators = {"token": sum(lengths), "reply": len(lengths), "constant": limit and len(lengths) * limit}
@@ -308,10 +302,8 @@ def grpo_loss(logp_L, old_logp_L, ref_logp_L, adv_L, *, clip_low, clip_high, kl_
 
     with torch.no_grad():
         stats = {
-            "loss": loss.detach(),
-            "tokens": torch.tensor(float(len(logp_L))),
-            "kl_sum": kl_L.sum(),
-            "ratio_sum": ratio_L.sum(),
+            "loss": loss.detach(), "tokens": torch.tensor(float(len(logp_L))),
+            "kl_sum": kl_L.sum(), "ratio_sum": ratio_L.sum(),
             # Without tokens, the bounds of the ratio: they do not change the extremes of other parts.
             "ratio_max": extreme(ratio_L, torch.max, 0.0),
             "ratio_min": extreme(ratio_L, torch.min, math.exp(MAX_LOG_RATIO)),

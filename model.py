@@ -21,8 +21,7 @@ be tied to the embedding. They differ in three places:
 
 Parameters have the names of the Hugging Face checkpoints, without the leading "model.".
 
-Axes: T packed tokens, D width, H query heads, K key/value heads, E head size, V vocabulary rows; S the keys
-that `sdpa` attends to.
+Axes: T packed tokens, D width, H query heads, K key/value heads, E head size, V vocabulary rows, S keys.
 """
 
 import functools
@@ -138,8 +137,7 @@ def rope_tables(positions_T, config, dtype=torch.float32):
     [T, 1, E] of `dtype`. frequency = theta^(-2i/E) (arXiv 2104.09864), or scaled as in Llama 3.1."""
     E, scaling = config.head_dim, config.rope_scaling
     exponent = torch.arange(0, E, 2, device=positions_T.device, dtype=torch.float32) / E
-    # The weights were trained with a product with the reciprocal; at large positions a quotient rounds to
-    # another angle.
+    # A product with the reciprocal, as in training: at large positions a quotient rounds to another angle.
     frequency = 1.0 / config.rope_theta**exponent
     if scaling:
         # The share of the unscaled frequency, by the number of turns within the original context.
@@ -152,8 +150,7 @@ def rope_tables(positions_T, config, dtype=torch.float32):
 
 
 def rotate(x_THE, cos, sin):
-    """Rotate the pair of elements i and i + E/2 of each head by the angle of its token. The published weights
-    use this pairing."""
+    """Rotate elements i and i + E/2 of each head, the pairs of published weights, by the token's angle."""
     cos, sin = cos.to(x_THE.dtype), sin.to(x_THE.dtype)  # under autocast the products have another dtype
     return torch.addcmul(x_THE * cos, x_THE.roll(x_THE.shape[-1] // 2, -1), sin)
 
@@ -250,11 +247,8 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed):
-        """Draw matrices from N(0, initializer_range²), set biases to 0 and norms to 1; return self.
-
-        The result depends only on `seed` and on whether there is a GPU, which is used if it is there: it
-        draws the weights of a 7B in a second, a CPU in a minute.
-        """
+        """Draw matrices from N(0, initializer_range²), set biases to 0 and norms to 1; return self. They
+        depend only on `seed` and whether there is a GPU, which draws a 7B in a second, a CPU in a minute."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
         generator = torch.Generator(device).manual_seed(seed)
         for name, parameter in self.named_parameters():
@@ -283,10 +277,8 @@ def sdpa(q_THE, k_SKE, v_SKE, mask_TS=None):
 
 
 def packed_attention(cu_seqlens, kernel="auto"):
-    """attend: causal within each sequence of a pack. cu_seqlens: the boundaries 0, …, T of its sequences;
-    kernel: as in `shared_prefix_attention`."""
-    bounds = [int(bound) for bound in cu_seqlens]
-    groups = [(end - start, []) for start, end in itertools.pairwise(bounds)]
+    """attend: causal within each sequence of a pack. cu_seqlens: the boundaries 0, …, T; kernel: as below."""
+    groups = [(int(end - start), []) for start, end in itertools.pairwise(cu_seqlens)]
     return shared_prefix_attention(groups, kernel)
 
 
@@ -330,9 +322,7 @@ def shared_prefix_attention(groups, kernel="auto"):
 def flash_attention_runs(kernel, q_THE):
     """Whether FlashAttention, which exists on GPUs and for 16 bits only, computes attention for q_THE."""
     is_16_bit = q_THE.dtype in (torch.bfloat16, torch.float16)
-    if kernel == "auto" and not is_16_bit:
-        return False
-    if choose_kernel(kernel, q_THE.device.type, "attention") != "gpu":
+    if kernel == "auto" and not is_16_bit or choose_kernel(kernel, q_THE.device.type, "attention") != "gpu":
         return False
     if not is_16_bit:
         raise ValueError(f"kernel {kernel!r}: FlashAttention computes in bf16 and fp16, not in "
@@ -340,9 +330,7 @@ def flash_attention_runs(kernel, q_THE):
     return True
 
 
-# Hugging Face folders.
-
-
+# ---- Hugging Face folders
 def hf_name(name):
     """The name that a parameter has in a Hugging Face checkpoint."""
     return name if name.startswith("lm_head.") else "model." + name
@@ -352,11 +340,10 @@ def hf_name(name):
 def load_hf(path, device="cpu", dtype=torch.float32, shard=None, seed=None):
     """The model of a Hugging Face folder or hub name, its tensors cast to `dtype` on `device`.
 
-    shard(model): shards the parameters over the ranks before they have memory; each rank then reads its rows.
-    It may add parameters, which get no values.
-    seed: read config.json only and draw the weights. ValueError, naming the folder and the tensor, where one
-    is missing, unknown or of another shape. The head that some tied checkpoints repeat must equal the
-    embedding. Rotary frequencies that older tools saved are ignored, because rope_theta gives them.
+    shard(model): shards the parameters over the ranks before they have memory, and may add some, which get no
+    values; each rank then reads its rows. seed: read config.json only and draw the weights.
+    ValueError, naming the folder and the tensor, where one is missing, unknown or of another shape. The head
+    that some tied checkpoints repeat must equal the embedding; saved rotary frequencies are ignored.
     """
     folder = resolve(path)
     with torch.device("meta"):
@@ -366,7 +353,7 @@ def load_hf(path, device="cpu", dtype=torch.float32, shard=None, seed=None):
             shard(model)
         return model.to_empty(device=device).init_weights(seed)
     slices = {name: part for name, part in open_weights(folder).items()
-              if not name.endswith("rotary_emb.inv_freq")}
+              if not name.endswith("rotary_emb.inv_freq")}  # of older tools; rope_theta gives them
     head = slices.pop("lm_head.weight", None) if model.config.tie_word_embeddings else None
     parameters = {hf_name(name): parameter for name, parameter in model.named_parameters()}
     for name, parameter in parameters.items():

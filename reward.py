@@ -28,8 +28,7 @@ which ends the reply:
 Where we differ: the paper requires the output *wrapped* in both blocks, its code the think tags anywhere.
 `binary` follows the paper. `official` follows the code, which reads from the last assistant header on, takes
 the last call block, accepts one object, or a JSON string of it or of the list, as the list, and takes the
-last of duplicate keys. `official` is 0 where the code crashes. The other schemes use the strict reader, so
-that they differ from `binary` in the rule only.
+last of duplicate keys; where the code crashes, `official` is 0. The other schemes use the strict reader.
 """
 
 import json
@@ -252,8 +251,7 @@ def _compare(calls, answer):
     for name in [*wanted, *got]:
         found, expected = (
             f"the {_KINDS.get(type(side[name]), 'value')} {_key(side[name])}" if name in side else "absent"
-            for side in (got, wanted)
-        )
+            for side in (got, wanted))
         if found != expected:
             break
     skip = max(0, len(os.path.commonprefix([found, expected])) - 60)

@@ -17,15 +17,13 @@ Under torchrun the ranks share the work: weights, gradients and moments are shar
 single GPU; gathered whole for rollouts and the reference's passes), and each mini-batch is divided by whole
 groups. Rollouts and verdicts are all-gathered, so all ranks see the same batch, denominators and metrics.
 Seeds come from a prompt's index in the global batch, so replies and gradients do not depend on the number of
-ranks. Data order and sampling noise are functions of the step, so on a CPU a killed run resumes bit for bit
-(up to rounding on another number of ranks, and on a GPU, where FlashAttention's backward varies in order).
+ranks. Data order and sampling noise are functions of the step, so a killed run resumes (docs/resume.md).
 
 Where this differs from the paper's code: see grpo.py for the denominator. In the first mini-batch the current
 log-probs, detached, are the old ones, because nothing has been updated yet. Without a KL term, a group whose
 rewards are all equal has a gradient of exactly zero: it is not computed, but counts in the denominator.
 
-Axes: P prompts, G rollouts a prompt, N = P·G rollouts, U optimizer updates of a step, T packed tokens,
-L reply tokens, D width.
+Axes: P prompts, G rollouts a prompt, N = P·G, U updates a step, T packed tokens, L reply tokens, D width.
 """
 
 import dataclasses
@@ -213,11 +211,9 @@ def setup(c, run):
 
 
 def load_model(path, device, bf16, trained=True, on_cpu=False, seed=None, lora=None):
-    """Load a model and shard it by rows with FSDP2 (a single process on a CPU does not shard).
-
-    on_cpu: keep the shards in host memory; seed: draw random weights instead of reading them; lora: train
-    adapters of this (rank, alpha), which get no values here, and freeze the weights.
-    """
+    """Load a model and shard it by rows with FSDP2 (a single process on a CPU does not shard). on_cpu: keep
+    the shards in host memory; seed: draw random weights instead of reading them; lora: train adapters of this
+    (rank, alpha), which get no values here, and freeze the weights."""
     adapt = lora and functools.partial(adapters.add_adapters, rank=lora[0], alpha=lora[1])
     device, dtype, shard = sharding.sharder(device, bf16, trained, on_cpu, adapt)
     model = load_hf(path, device, dtype, shard, seed)

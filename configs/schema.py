@@ -7,6 +7,7 @@ Out: a frozen Config. An unknown key, a value of another type or an impossible v
 "Paper" is arXiv 2505.00024, Table 6; "code" is its released training script. Their values are the defaults.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -201,10 +202,8 @@ def coerce(value, where, kind):
     """`value` as the type `kind`, else ValueError. A float may be an integer, or 1e-6, a text in YAML 1.1."""
     options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     if float in options and isinstance(value, int | str) and not isinstance(value, bool):
-        try:
+        with contextlib.suppress(ValueError):
             return float(value)
-        except ValueError:
-            pass
     if type(value) not in options:
         names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
         expected = " or ".join(names.get(option, "null") for option in options)

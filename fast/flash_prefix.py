@@ -1,8 +1,7 @@
 """Equals model.shared_prefix_attention: two calls of FlashAttention over sequences of different lengths.
 
 The first call takes the prompts, each over itself. The second takes each reply over [its prompt; itself], for
-which a prompt's keys are copied once for every reply. A single call would launch as many blocks for each
-sequence as its longest one needs.
+which a prompt's keys are copied. A single call would launch for each sequence the blocks of the longest one.
 
 Axes: T packed tokens, H query heads, K key/value heads, E head size.
 """
@@ -41,8 +40,7 @@ def shared_prefix_attention(groups):
 
 
 class Runs(NamedTuple):
-    """Sequences cut out of a pack: the index of each of their tokens in it, their int32 boundaries, and the
-    length of the longest in tokens."""
+    """Sequences cut out of a pack: index of each token in it, int32 boundaries, tokens of the longest one."""
 
     index: torch.Tensor
     bounds: torch.Tensor

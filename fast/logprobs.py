@@ -73,8 +73,7 @@ class FusedLogprobs(torch.autograd.Function):
 def logit_chunks(hidden_LD, weight_VD):
     """Yield (slice of L, hidden_CD, logits_CV) of each chunk, in the weight's dtype; logits share one buffer.
 
-    Rows of ids without a token are multiplied too: without them the rows of logits would start at addresses
-    at which tensor cores are slower.
+    Rows of ids without a token are multiplied too: else logits would start where tensor cores are slower.
     """
     buffer_CV = weight_VD.new_empty(min(CHUNK_TOKENS, len(hidden_LD)), len(weight_VD))
     for start in range(0, len(hidden_LD), CHUNK_TOKENS):

@@ -112,10 +112,8 @@ def newest_checkpoint(run, resume, state_keys, read_settings, settings, defaults
 
 def write_state(folder, model, optimizer, save_model, base, save_prompt=None):
     """Collective: write weights, moments, and the tokenizer of the folder `base`; the adapters of LoRA too.
-
     save_model(model, folder) writes the weights; save_prompt(folder), on rank 0, the prompt that belongs to
-    them. Tensors are gathered one at a time, and rank 0 writes.
-    """
+    them. Tensors are gathered one at a time, and rank 0 writes."""
     save_model(model, folder)  # must come first: state_dict() reshards what an interrupted rollout gathered
     if has_adapters(model):
         write_adapter(folder, model, base)

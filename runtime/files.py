@@ -18,8 +18,7 @@ from pathlib import Path
 
 
 def tolerant_output():
-    """Let stdout and stderr print a character that they cannot encode as an escape such as \\u2192, where
-    Python would raise an error. For the main of every program."""
+    """Let stdout and stderr print what they cannot encode as an escape such as \\u2192. For every `main`."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a caller may have put another object in its place
             stream.reconfigure(errors="backslashreplace")

@@ -20,8 +20,7 @@ def gpu_twin_runs(device, part):
 
 @functools.cache
 def choose_kernel(kernel, device, part):
-    """What computes one part of the method on one type of device: "reference", "gpu" or "cpu", where the last
-    two are the twins for a GPU and for a CPU.
+    """What computes one part of the method on one type of device: "reference", or the twin "gpu" or "cpu".
 
     part: "sampling", "token log-probs" or "attention"; device: "cpu" or "cuda"; kernel: "reference", the
     definition; "fast", or "triton", its older name, the twin for the device; "auto", the twin where there is

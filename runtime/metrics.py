@@ -51,8 +51,7 @@ def update_metrics(stats_U, norms, skipped, has_reference):
 
 
 def sampler_stats(entropy_L, old_logp_L, sampled_logp_L):
-    """Statistics of one micro-batch besides those of its loss: the entropy, and the differences between the
-    log-probs of the sampler and of the trainer."""
+    """More statistics of a micro-batch: the entropy, and how far sampler's and trainer's log-probs differ."""
     diff_L = (old_logp_L - sampled_logp_L).abs()
     return {"entropy_sum": entropy_L.sum(), "diff_sum": diff_L.sum(),
             "diff_max": diff_L.max() if len(diff_L) else diff_L.new_tensor(0.0)}

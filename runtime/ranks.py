@@ -79,11 +79,9 @@ def run_and_exit(function):
 
 
 def leave_ranks(status):
-    """End the process with `status`; return where it is 0 and there are no other ranks.
-
-    With other ranks the interpreter's own exit is skipped: it may abort in gloo's threads after all work is
-    done (torch 2.13), which would change the status.
-    """
+    """End the process with `status`; return where it is 0 and there are no other ranks. With other ranks the
+    interpreter's own exit is skipped: it may abort in gloo's threads after all work is done (torch 2.13),
+    which would change the status."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         if status == 0:
             all_gather(None)  # a barrier: no rank leaves while another still needs it

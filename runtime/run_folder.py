@@ -95,10 +95,8 @@ class RunFolder(contextlib.AbstractContextManager):
 
     def open(self, config, training, tracker, write_state, keep):
         """Collective: create the folder, once everything has been read; delete what was logged after `step`.
-
         config: the tree that config.yaml shows; training: what every training.json holds besides the state;
-        write_state(folder): writes weights and moments; keep: newest checkpoints kept, None for all.
-        """
+        write_state(folder): writes weights and moments; keep: newest checkpoints kept, None for all."""
         self.training, self.write_state, self.keep = training, write_state, keep
         on_first_rank(self.prepare, config, tracker)
 

@@ -1,7 +1,6 @@
 """SIGTERM and SIGINT: the first is recorded and polled where a step can be interrupted, the second one kills.
 
-Training state exists at step boundaries only, so a signal inside a step either waits for the next boundary or
-falls back to the previous one.
+State exists at step boundaries only: a signal inside a step waits for the next one or falls back to the last.
 """
 
 import contextlib
@@ -37,8 +36,7 @@ class Signals(contextlib.AbstractContextManager):
             self.handlers[number] = signal.signal(number, self.handle)
 
     def handle(self, number, frame):
-        # A launcher sends its ranks the signal that their whole process group has already received: within a
-        # second it counts as the same signal.
+        # A launcher repeats the signal that its ranks have received already: within a second it is the same.
         if self.number and time.monotonic() > self.received_s + 1:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)

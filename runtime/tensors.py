@@ -52,11 +52,10 @@ def identity(folder, weights=True):
     from start to end (15 GB for a 7B); nothing is cached: a copy may have size and times of another file.
     """
     texts = [name for name in TEXT_FILES if (folder / name).exists()]
-    files = {}
+    files = {"config": ["config.json"], "tokenizer": texts}
     if weights:
         open_weights(folder)  # what is not complete is refused before gigabytes of it are read
-        files["weights"] = weight_files(folder)
-    files |= {"config": ["config.json"], "tokenizer": texts}
+        files = {"weights": weight_files(folder), **files}
     try:
         return {part: sha256("".join(digest(folder / name) for name in names).encode()).hexdigest()
                 for part, names in files.items()}
@@ -154,11 +153,8 @@ def write_weights(folder, tensors, texts, max_shard_bytes):
 
 
 def write_tensors(file, tensors):
-    """Collective: write {name: tensor} as safetensors. Sharded tensors are gathered one after the other, so
-    that one full tensor exists at a time; rank 0 writes.
-
-    The format: 8 bytes with the length of a JSON header, the header, the numbers of each tensor in its order.
-    """
+    """Collective: write {name: tensor} as safetensors. Rank 0 writes; shards are gathered a tensor at a time.
+    The format: 8 bytes with the length of a JSON header, the header, the numbers of the tensors in order."""
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, tensor in tensors.items():
         header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape),
