@@ -23,6 +23,7 @@ import torch.nn.functional as F
 
 FIRST_ROOM = 256  # tokens of a reply that fit before the cache has to grow
 WORTH_SHARING = 2**18  # keys, in numbers a layer, that take as long to read as sharing does
+PART = 8  # prompts, in the order in which they started, the shorter ones first, that are padded together
 HIDDEN = -1e30  # is added to a score, whose weight is then zero
 # SDPA's kernel on a CPU; SDPA itself does not return the log-sum-exp.
 prompt_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -91,12 +92,13 @@ class Cache:
     def arrange(self, rows):
         """Where queries of rows[i] in slot i meet their shared prompts; kept until a row starts or ends.
 
-        Returns (apart_B, to, back, kv, mask_P11T). apart_B: tokens of each row that are not in its columns;
-        kv: [layer, 2, P, K, T, E]; to: for a prompt's rows times Q times K, the query of [B·H] at that place
-        (a prompt with fewer rows than others has its first one again); back: for each query, one such place.
+        Returns (apart_B, to, back, parts). apart_B: tokens of each row that are not in its columns; to: for
+        a prompt's rows times Q times K, the query of [B·H] at that place (a prompt with fewer rows than
+        others has its first one again); back: for each query, one such place; parts: (prompts, keys and
+        values [layer, 2, P, K, T, E], mask) of every few prompts, which are padded to the longest of them.
         """
         if self.shared is None:
-            return [0] * len(rows), None, None, None, None
+            return [0] * len(rows), None, None, None
         H, K = self.heads, self.keys.shape[2]
         slots_P = {prompt: [] for prompt in self.prompts}
         for slot, row in enumerate(rows):
@@ -105,17 +107,18 @@ class Cache:
         slot_PG = torch.tensor([slots + slots[:1] * (most - len(slots)) for slots in slots_P.values()])
         to = (slot_PG[:, :, None, None] * H + torch.arange(H).view(K, H // K).T).flatten()
         back = torch.empty(len(rows) * H, dtype=torch.int64).scatter_(0, to, torch.arange(len(to)))
-        length_P = torch.tensor([len(prompt.ids) - 1 for prompt in self.prompts])
-        T = max(1, int(length_P.max()))
-        kv = self.shared[:, :, :len(self.prompts), :T].transpose(3, 4)
-        mask_PT = (torch.arange(T) >= length_P[:, None]) * torch.tensor(HIDDEN, dtype=kv.dtype)
-        return [len(row.prompt.ids) - 1 for row in rows], to, back, kv, mask_PT[:, None, None]
+        parts, first = [], 0
+        for length_P in torch.tensor([len(prompt.ids) - 1 for prompt in self.prompts]).split(PART):
+            T, places = max(1, int(length_P.max())), slice(first, first := first + len(length_P))
+            mask_PT = (torch.arange(T) >= length_P[:, None]) * torch.tensor(HIDDEN, dtype=self.shared.dtype)
+            parts.append((places, self.shared[:, :, places, :T].transpose(3, 4), mask_PT[:, None, None]))
+        return [len(row.prompt.ids) - 1 for row in rows], to, back, parts
 
     def attend(self, position_B):
-        apart_B, to, back, kv, mask_P11T = self.arrangement
+        apart_B, to, back, parts = self.arrangement
         B, start_B = len(position_B), self.end - position_B + torch.tensor(apart_B)
         self.end += 1
-        visible, last = slice(int(start_B.min()), self.end + (kv is not None)), self.end - 1
+        visible, last = slice(int(start_B.min()), self.end + (parts is not None)), self.end - 1
         mask_J1S = None
         if visible.start < start_B.max():
             mask_BS = (torch.arange(visible.start, visible.stop) < start_B[:, None]) * torch.tensor(HIDDEN)
@@ -130,13 +133,15 @@ class Cache:
             values_JSE = values_BKSE.flatten(0, 1)[:, visible]
             scores_JQS = (torch.bmm(q_JQE, keys_JES) if mask_J1S is None else
                           torch.baddbmm(mask_J1S, q_JQE, keys_JES)).float()
-            if kv is None:
+            if parts is None:
                 return torch.bmm(scores_JQS.softmax(-1).to(values_JSE.dtype), values_JSE).view(B, H, E)
-            q_PKRE = q_BHE.reshape(B * H, E)[to].view(len(mask_P11T), -1, K, E).transpose(1, 2)
-            o_PKRE, lse_PKR = prompt_attention(q_PKRE, *kv[layer], attn_mask=mask_P11T)
-            scores_JQS[..., -1] = lse_PKR.transpose(1, 2).flatten()[back].view(B * K, H // K)
+            q_PKRE = q_BHE.reshape(B * H, E)[to].view(len(self.prompts), -1, K, E).transpose(1, 2)
+            o, lse = zip(*(prompt_attention(q_PKRE[places], *kv[layer], attn_mask=mask_P11T)
+                           for places, kv, mask_P11T in parts), strict=True)
+            o_PRKE, lse_PRK = (torch.cat([x.transpose(1, 2) for x in both]) for both in (o, lse))
+            scores_JQS[..., -1] = lse_PRK.flatten()[back].view(B * K, H // K)
             weights_JQS = scores_JQS.softmax(-1).to(values_JSE.dtype)
-            o_BHE = o_PKRE.transpose(1, 2).reshape(-1, E)[back].view(B, H, E)
+            o_BHE = o_PRKE.reshape(-1, E)[back].view(B, H, E)
             own_BHE = torch.bmm(weights_JQS, values_JSE).view(B, H, E)
             return torch.addcmul(own_BHE, weights_JQS[..., -1].reshape(B, H, 1), o_BHE)
 
