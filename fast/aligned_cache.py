@@ -1,16 +1,11 @@
-"""Equals sample.Cache: rows aligned at their last tokens and prompts read once, which is fast on a CPU.
+"""Equals sample.Cache: prompts read once and rows aligned at their last tokens, which is fast on a CPU.
 
-The last tokens of all rows share one column of the cache, `end` - 1. So a step writes one column, attention
+The last tokens of all rows share one column of the cache, `end` - 1: a step writes one column, attention
 multiplies one run of columns as it is, and a mask hides what lies left of a shorter row. The columns start
-few and grow, because most replies end long before their limit.
-
-A prompt with several replies is stored once, outside these columns, and the queries of all its running
-replies are rows of one product: it is read once a step, not once a reply (Hydragen, arXiv 2402.05099). Its
-part of the attention, o with the log-sum-exp s of its scores, then counts as one more token of each reply:
-
-    softmax([prompt scores, scores]) [prompt values, values] = softmax([s, scores]) [o, values]
-
-That token's column is `end`, where nothing is written yet: its key and value are zero.
+few and grow, because most replies end long before their limit. A prompt with several replies is kept apart,
+once: the queries of all its running replies are rows of one product (Hydragen, arXiv 2402.05099). The result
+o counts as one more token of each reply, with value o and, as its score, the log-sum-exp of the prompt's
+scores. Its column is `end`, where nothing is written yet.
 
 Axes: B rows being decoded, P prompts of these rows, H query heads, K key/value heads, Q query heads of one
 key/value head, J = B·K, E head size, S columns of the cache, T positions of a shared prompt.
@@ -24,25 +19,21 @@ import torch.nn.functional as F
 FIRST_ROOM = 256  # tokens of a reply that fit before the cache has to grow
 WORTH_SHARING = 2**18  # keys, in numbers a layer, that take as long to read as sharing does
 PART = 8  # prompts, in the order in which they started, the shorter ones first, that are padded together
-HIDDEN = -1e30  # is added to a score, whose weight is then zero
+HIDDEN = torch.tensor(-1e30)  # is added to a score, whose weight is then zero
 # SDPA's kernel on a CPU; SDPA itself does not return the log-sum-exp.
 prompt_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 def shared_prompts(slots, prompts, rows, size):
-    """How many prompts have a place of their own: 0 where sharing saves too little. size: numbers of keys of
-    a prompt in a layer."""
+    """How many prompts are kept apart, 0 where that saves too little. size: numbers of a prompt's keys."""
     saved = slots - max(1, slots * prompts // rows)  # times that a prompt is not read in a step
     return min(slots, prompts) if saved * size >= WORTH_SHARING else 0
 
 
 class Cache:
     """keys: [layer, slot, K, E, S], values: [layer, slot, K, S, E], as batched products read them; shared:
-    [layer, 2, prompt, T, K, E], keys and values of `prompts`, or None where sharing saves too little.
-
-    Takes the memory that its rows need, so `memory_gib` must be None; `steps` and `kernel` change nothing.
-    users: how many rows of each shared prompt are running; with the last of them its place is free.
-    """
+    [layer, 2, prompt, T, K, E], keys and values of `prompts`, or None; users: running rows of each of these.
+    Takes the memory that its rows need, so `memory_gib` must be None; `steps` and `kernel` change nothing."""
 
     def __init__(self, config, dtype, device, slots, rows, limit, steps, memory_gib, kernel):
         assert memory_gib is None, "a bound on memory needs pages"
@@ -51,9 +42,9 @@ class Cache:
         room = min(limit + 1 - longest, FIRST_ROOM)
         self.slots, self.heads, self.prompts, self.users = slots, config.num_attention_heads, [], Counter()
         self.shared = self.arrangement = None
-        if places := shared_prompts(slots, prompts, len(rows), longest * K * E):
-            shape = layers, 2, places, longest, K, E
-            self.shared, longest, room = torch.zeros(shape, dtype=dtype, device=device), 0, room + 1
+        if apart := shared_prompts(slots, prompts, len(rows), longest * K * E):
+            self.shared = torch.zeros(layers, 2, apart, longest, K, E, dtype=dtype, device=device)
+            longest, room = 0, room + 1
         self.end = self.longest_start = longest  # the most columns that a row starts with
         self.keys = torch.zeros(layers, slots, K, E, longest + room, dtype=dtype, device=device)
         self.values = torch.zeros(layers, slots, K, longest + room, E, dtype=dtype, device=device)
@@ -67,8 +58,7 @@ class Cache:
             held = slice(self.end - row.cached(), self.end)
             self.keys[:, slot, :, :, held] = kv[:, 0].permute(0, 2, 3, 1)
             self.values[:, slot, :, held] = kv[:, 1].transpose(1, 2)
-            return
-        if row.prompt not in self.users:
+        elif row.prompt not in self.prompts:
             self.shared[:, :, len(self.prompts), :kv.shape[2]] = kv
             self.prompts.append(row.prompt)
         self.users[row.prompt] += 1
@@ -78,8 +68,7 @@ class Cache:
             prompt.kv = None
 
     def reserve(self, rows, steps):
-        if self.arrangement is None:
-            self.arrangement = self.arrange(rows)
+        self.arrangement = self.arrangement or self.arrange(rows)
         if self.end + steps + (self.shared is not None) > self.keys.shape[4]:
             # Columns left of the longest row are cut off, unless a row may start with them.
             columns = [row.cached() - apart for row, apart in zip(rows, self.arrangement[0], strict=True)]
@@ -90,38 +79,34 @@ class Cache:
         return None
 
     def arrange(self, rows):
-        """Where queries of rows[i] in slot i meet their shared prompts; kept until a row starts or ends.
-
-        Returns (apart_B, to, back, parts). apart_B: tokens of each row that are not in its columns; to: for
-        a prompt's rows times Q times K, the query of [B·H] at that place (a prompt with fewer rows than
-        others has its first one again); back: for each query, one such place; parts: (prompts, keys and
-        values [layer, 2, P, K, T, E], mask) of every few prompts, which are padded to the longest of them.
-        """
+        """Where queries of rows[i] in slot i meet their shared prompts, until another row starts or ends: the
+        tokens of each row that are kept apart; `to`, queries of [B·H] in the order [P, row, Q, K], the first
+        row again where a prompt has fewer than others; `back`, a place there of each query; and of every few
+        prompts, padded to the longest, (places, keys and values [layer, 2, P, K, T, E], mask)."""
         if self.shared is None:
             return [0] * len(rows), None, None, None
-        H, K = self.heads, self.keys.shape[2]
-        slots_P = {prompt: [] for prompt in self.prompts}
+        H, K, parts, slots_P = self.heads, self.keys.shape[2], [], {prompt: [] for prompt in self.prompts}
         for slot, row in enumerate(rows):
             slots_P[row.prompt].append(slot)
         most = max(map(len, slots_P.values()))
         slot_PG = torch.tensor([slots + slots[:1] * (most - len(slots)) for slots in slots_P.values()])
         to = (slot_PG[:, :, None, None] * H + torch.arange(H).view(K, H // K).T).flatten()
         back = torch.empty(len(rows) * H, dtype=torch.int64).scatter_(0, to, torch.arange(len(to)))
-        parts, first = [], 0
-        for length_P in torch.tensor([len(prompt.ids) - 1 for prompt in self.prompts]).split(PART):
-            T, places = max(1, int(length_P.max())), slice(first, first := first + len(length_P))
-            mask_PT = (torch.arange(T) >= length_P[:, None]) * torch.tensor(HIDDEN, dtype=self.shared.dtype)
+        for place_P in torch.arange(len(slots_P)).split(PART):
+            places = slice(int(place_P[0]), int(place_P[-1]) + 1)
+            length_P = torch.tensor([len(prompt.ids) - 1 for prompt in self.prompts[places]])
+            T = max(1, int(length_P.max()))
+            mask_PT = ((torch.arange(T) >= length_P[:, None]) * HIDDEN).to(self.shared.dtype)
             parts.append((places, self.shared[:, :, places, :T].transpose(3, 4), mask_PT[:, None, None]))
         return [len(row.prompt.ids) - 1 for row in rows], to, back, parts
 
     def attend(self, position_B):
         apart_B, to, back, parts = self.arrangement
-        B, start_B = len(position_B), self.end - position_B + torch.tensor(apart_B)
+        B, start_B, last = len(position_B), self.end - position_B + torch.tensor(apart_B), self.end
         self.end += 1
-        visible, last = slice(int(start_B.min()), self.end + (parts is not None)), self.end - 1
-        mask_J1S = None
+        visible, mask_J1S = slice(int(start_B.min()), self.end + (parts is not None)), None
         if visible.start < start_B.max():
-            mask_BS = (torch.arange(visible.start, visible.stop) < start_B[:, None]) * torch.tensor(HIDDEN)
+            mask_BS = (torch.arange(visible.start, visible.stop) < start_B[:, None]) * HIDDEN
             mask_J1S = mask_BS.to(self.keys.dtype).repeat_interleave(self.keys.shape[2], 0)[:, None]
 
         def attend(layer, q_BHE, k_BKE, v_BKE):
@@ -130,34 +115,30 @@ class Cache:
             keys_BKES[..., last], values_BKSE[:, :, last] = k_BKE, v_BKE
             # The query heads of a key/value head are rows of one product: keys and values are read once.
             q_JQE, keys_JES = (q_BHE * E**-0.5).view(B * K, H // K, E), keys_BKES.flatten(0, 1)[..., visible]
-            values_JSE = values_BKSE.flatten(0, 1)[:, visible]
             scores_JQS = (torch.bmm(q_JQE, keys_JES) if mask_J1S is None else
                           torch.baddbmm(mask_J1S, q_JQE, keys_JES)).float()
-            if parts is None:
-                return torch.bmm(scores_JQS.softmax(-1).to(values_JSE.dtype), values_JSE).view(B, H, E)
-            q_PKRE = q_BHE.reshape(B * H, E)[to].view(len(self.prompts), -1, K, E).transpose(1, 2)
-            o, lse = zip(*(prompt_attention(q_PKRE[places], *kv[layer], attn_mask=mask_P11T)
-                           for places, kv, mask_P11T in parts), strict=True)
-            o_PRKE, lse_PRK = (torch.cat([x.transpose(1, 2) for x in both]) for both in (o, lse))
-            scores_JQS[..., -1] = lse_PRK.flatten()[back].view(B * K, H // K)
-            weights_JQS = scores_JQS.softmax(-1).to(values_JSE.dtype)
-            o_BHE = o_PRKE.reshape(-1, E)[back].view(B, H, E)
-            own_BHE = torch.bmm(weights_JQS, values_JSE).view(B, H, E)
-            return torch.addcmul(own_BHE, weights_JQS[..., -1].reshape(B, H, 1), o_BHE)
+            if parts is not None:
+                q_PKRE = q_BHE.reshape(B * H, E)[to].view(len(self.prompts), -1, K, E).transpose(1, 2)
+                o_lse = zip(*(prompt_attention(q_PKRE[places], *kv[layer], attn_mask=mask_P11T)
+                              for places, kv, mask_P11T in parts), strict=True)
+                o_PRKE, lse_PRK = (torch.cat([x.transpose(1, 2) for x in each]) for each in o_lse)
+                scores_JQS[..., -1] = lse_PRK.flatten()[back].view(B * K, H // K)
+            weights_JQS = scores_JQS.softmax(-1).to(values_BKSE.dtype)
+            o_BHE = torch.bmm(weights_JQS, values_BKSE.flatten(0, 1)[:, visible]).view(B, H, E)
+            if parts is not None:
+                o_BHE.addcmul_(weights_JQS[..., -1].reshape(B, H, 1), o_PRKE.view(-1, E)[back].view(B, H, E))
+            return o_BHE
 
         return attend
 
     def release(self, row):
         self.arrangement = None
-        if self.shared is None:
-            return
         self.users[row.prompt] -= 1
-        if not self.users[row.prompt]:
-            del self.users[row.prompt]
-            i, last = self.prompts.index(row.prompt), self.prompts.pop()
-            if last is not row.prompt:  # it takes the free place
-                self.prompts[i] = last
-                self.shared[:, :, i] = self.shared[:, :, len(self.prompts)]
+        if self.shared is not None and not self.users[row.prompt]:  # the last prompt takes the free place
+            place, last = self.prompts.index(row.prompt), self.prompts.pop()
+            if last is not row.prompt:
+                self.prompts[place] = last
+                self.shared[:, :, place] = self.shared[:, :, len(self.prompts)]
 
     def move(self, source, target):
         self.keys[:, target] = self.keys[:, source]
