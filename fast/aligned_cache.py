@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 FIRST_ROOM = 256  # tokens of a reply that fit before the cache has to grow
-WORTH_SHARING = 2**18  # keys, in numbers a layer, that take as long to read as sharing does
+WORTH_SHARING = 2**13  # keys, in numbers a row and layer, that take as long to read as sharing does
 PART = 8  # prompts, in the order in which they started, the shorter ones first, that are padded together
 HIDDEN = torch.tensor(-1e30)  # is added to a score, whose weight is then zero
 # SDPA's kernel on a CPU; SDPA itself does not return the log-sum-exp.
@@ -27,7 +27,7 @@ prompt_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 def shared_prompts(slots, prompts, rows, size):
     """How many prompts are kept apart, 0 where that saves too little. size: numbers of a prompt's keys."""
     saved = slots - max(1, slots * prompts // rows)  # times that a prompt is not read in a step
-    return min(slots, prompts) if saved * size >= WORTH_SHARING else 0
+    return min(slots, prompts) if saved * size >= slots * WORTH_SHARING else 0
 
 
 class Cache:

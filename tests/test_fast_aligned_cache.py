@@ -138,11 +138,10 @@ def test_a_prompt_is_shared_where_that_saves_enough():
     def is_shared(P, n, length, slots=64):
         return make([[1] * length] * P, n, 5, min(slots, P * n))[0].shared is not None
 
-    # Of a prompt's token the toy model has 2 heads of 8 numbers.
-    tokens = aligned_cache.WORTH_SHARING // 16
-    assert is_shared(8, 8, -(-tokens // 56)) and not is_shared(8, 8, tokens // 56 - 1)
-    assert is_shared(8, 8, tokens, slots=2) and not is_shared(8, 8, tokens, slots=1)
-    assert not is_shared(8, 1, tokens)
+    tokens = aligned_cache.WORTH_SHARING // 16  # of a prompt's token the toy model has 2 heads of 8 numbers
+    assert is_shared(8, 8, tokens * 8 // 7 + 1) and not is_shared(8, 8, tokens * 8 // 7 - 1)
+    assert is_shared(8, 8, 2 * tokens, slots=2) and not is_shared(8, 8, 2 * tokens, slots=1)
+    assert not is_shared(8, 1, 9 * tokens)
 
 
 def test_a_prompt_has_a_place_while_one_of_its_rows_is_running(sampled, shared, monkeypatch):
