@@ -126,11 +126,11 @@ class Cache:
     move(source, target)    The row in the last slot takes the free one.
     close()                 Free all memory, even if a traceback still refers to the cache.
 
-    longest_prompt, limit: most tokens of a prompt, of a row; steps: as in `reserve`; memory_gib: bounds keys
-    and values, here by fewer slots, None: no bound; kernel: as chosen. ValueError if not one row fits.
+    rows: all, the longest prompt last; limit: most tokens of one; steps: as in `reserve`; memory_gib: bounds
+    keys and values, here by fewer slots, None: no bound; kernel: as chosen. ValueError if not one row fits.
     """
 
-    def __init__(self, config, dtype, device, slots, longest_prompt, limit, steps, memory_gib, kernel):
+    def __init__(self, config, dtype, device, slots, rows, limit, steps, memory_gib, kernel):
         S = limit + steps - 1  # a row may be decoded past its limit
         layers, shape = config.num_hidden_layers, (S, config.num_key_value_heads, config.head_dim)
         row_gib = 2 * layers * math.prod(shape) * dtype.itemsize / 2**30
@@ -280,8 +280,8 @@ def generate(model, prompts, n, *, max_new_tokens, temperature, stop_ids, seeds_
     torch.cuda.empty_cache()  # pages need whole segments, and so does training after them; a CPU has none
     if kv_memory_gib is None and device.type == "cuda":
         kv_memory_gib = torch.cuda.mem_get_info(device)[0] / 2**30 - MARGIN_GIB
-    cache = cache_class(model.config, dtype, device, min(batch_size, len(rows)), len(rows[-1].prompt.ids),
-                        rows[-1].limit, STEPS[device.type], kv_memory_gib, kernel)
+    cache = cache_class(model.config, dtype, device, min(batch_size, len(rows)), rows, rows[-1].limit,
+                        STEPS[device.type], kv_memory_gib, kernel)
     draw = functools.partial(draw, temperature=temperature, top_p=top_p, vocab_size=vocab_size)
     bar = tqdm(total=len(rows), desc=progress, disable=None if progress else True, leave=False, unit="reply")
     with closing(Decoder(model, cache, draw, dtype, kernel)) as decoder, bar:

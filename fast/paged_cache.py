@@ -41,7 +41,7 @@ class Cache:
     page, the most recently started row is preempted. The oldest never is, so every reply finishes.
     """
 
-    def __init__(self, config, dtype, device, slots, longest_prompt, limit, steps, memory_gib, kernel):
+    def __init__(self, config, dtype, device, slots, rows, limit, steps, memory_gib, kernel):
         self.slots, M = slots, -(-limit // PAGE)
         shape = (PAGE, config.num_key_value_heads, config.head_dim)
         page_gib = 2 * config.num_hidden_layers * math.prod(shape) * dtype.itemsize / 2**30

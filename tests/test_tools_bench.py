@@ -19,12 +19,15 @@ import expected  # noqa: E402
 import peers  # noqa: E402
 
 import train  # noqa: E402
+from fast import aligned_cache  # noqa: E402
 from grpo import token_logprobs_reference  # noqa: E402
 from sample import generate  # noqa: E402
 
 pytestmark = pytest.mark.skipif(bench.DEVICE != "cpu", reason="toy sizes are for a CPU; a GPU has others")
 
-PEERS = {"logprob": {"reference", "torch.compile", "naive", "Liger"}, "decode": {"transformers"},
+PEERS = {"logprob": {"reference", "torch.compile", "naive", "Liger"},
+         "decode": {"transformers", "ours, prompt not shared"},
+         "decode_prompt": {"transformers", "ours, prompt not shared"},
          "sampling": {"multinomial", "sort"}, "prefix": {"plain packed"},
          "step": {"ours, no shared prefix", "TRL fp32", "ours bf16", "ours bf16, no shared prefix",
                   "TRL bf16"}}
@@ -36,6 +39,7 @@ def toy_sizes(monkeypatch):
     # The vocabulary is that of assets/tiny, whose tokenizer the benchmark `run` uses.
     monkeypatch.setitem(bench.SHAPES, "toy run", (32, 64, 2, 2, 1, 16, 2048, True))
     settings = {"logprob": ("toy", 40), "decode": ("toy", 2, 3, 5, 8), "sampling": (3, 64),
+                "decode_prompt": ("toy", 2, 3, 9, 4),
                 "step": ("toy", 2, 4, 5, 6), "prefix": ("toy", 2, 3, 5, 4), "run": ("toy run", 2, 4, 6)}
     monkeypatch.setattr(bench, "SETTINGS", {name: {"cpu": [setting]} for name, setting in settings.items()})
     # Compilation would take longer than all other work of these tests.
@@ -97,6 +101,22 @@ def test_a_run_of_the_preset_for_one_gpu_has_a_row_for_each_phase(tmp_path, monk
 def test_sampler_and_trainer_agree_on_log_probs(name, tmp_path, without_peers):
     row = next(row for row in measure(name, tmp_path)["rows"] if row["who"] == "ours")
     assert 0 <= row["logp_diff_mean"] <= row["logp_diff_max"] < 1e-4
+
+
+@pytest.mark.parametrize("name", ["decode", "decode_prompt"])
+def test_prompts_of_our_rollouts_are_shared_in_one_row_and_not_in_the_other(
+        name, tmp_path, monkeypatch, without_peers):
+    shared, make = [], aligned_cache.Cache.__init__
+
+    def watching(cache, *arguments):
+        make(cache, *arguments)
+        shared.append(cache.shared is not None)
+
+    monkeypatch.setattr(aligned_cache.Cache, "__init__", watching)
+    monkeypatch.setattr(aligned_cache, "WORTH_SHARING", 0)
+    rows = measure(name, tmp_path)["rows"]
+    assert [row["who"] for row in rows[:2]] == ["ours, prompt not shared", "ours"]
+    assert shared == [False, True] * 2
 
 
 def test_log_probs_are_compared_with_fp64(tmp_path, without_peers):
@@ -174,7 +194,7 @@ def check_gpu(python, out):
 def test_without_a_gpu_the_check_says_of_each_part_that_it_did_not_run(tmp_path):
     done = check_gpu(sys.executable, tmp_path / "out")
     parts = re.findall(r"^(\w+) +not run: .*finds no CUDA GPU", done.stdout, re.M)
-    assert {"graphs", "tests", *bench.BENCHMARKS} == set(parts) and done.returncode == 1
+    assert {"graphs", "tests", *bench.BENCHMARKS} - {"decode_prompt"} == set(parts) and done.returncode == 1
     script = (ROOT / "tools/gpu_check.sh").read_text()
     limits = [int(limit) for limit in re.findall(r"^part \w+ (\d+) ", script, re.M)]
     assert len(limits) == len(parts) and sum(limits) <= 13 * 60 + 30

@@ -6,6 +6,7 @@ no data; FSDP allocates the same memory there as with real ranks.
 """
 
 import contextlib
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from model import ModelConfig, Transformer, save_hf
 from runtime import metrics, sharding
 from runtime import ranks as ranks_module
 from runtime.adapters import add_adapters, fill_adapters
-from sample import Rollout, generate
+from sample import Prompt, Rollout, Row, generate
 from tools import memory
 
 ROOT = Path(__file__).parent.parent
@@ -198,10 +199,10 @@ def test_peak_of_an_update_on_shards(ranks, config, checkpointed, lengths, tmp_p
 
 
 @pytest.mark.parametrize("prompts, prompt, reply, slots", [
-    (8, 100, 15, 32), (2, 30, 45, 8), (4, 1100, 10, 8), (8, 40, 20, 32)])
+    (8, 100, 15, 32), (2, 30, 45, 8), (16, 650, 10, 32), (8, 40, 20, 32), (8, 200, 60, 32)])
 def test_peak_of_a_rollout_on_a_cpu(prompts, prompt, reply, slots, monkeypatch):
     """The cache has room from the start; it grows; prefill takes several passes and the rows two rounds; the
-    replies fill the room exactly.
+    replies fill the room exactly; prompts are shared and replies grow.
     """
     monkeypatch.setattr(sample, "PREFILL_TOKENS", 2000)
     monkeypatch.setattr(aligned_cache, "FIRST_ROOM", 20)
@@ -218,13 +219,17 @@ def test_peak_of_a_rollout_on_a_cpu(prompts, prompt, reply, slots, monkeypatch):
     assert memory.total(parts) == pytest.approx(bytes_of(model.parameters()) + peak_of(rollout), rel=0.05)
 
 
-def test_keys_and_values_have_the_size_of_the_caches():
+def test_keys_and_values_have_the_size_of_the_caches(monkeypatch):
     s, row = setup(DEEP, prompt=100, batch_size=6), 100 + 60 - 1
-    cpu = torch.device("cpu")
-    cache = aligned_cache.Cache(DEEP, torch.float32, cpu, 6, 100, row, 1, None, "cpu")
-    assert memory.sampling_memory(s, 2, 3, 60)[memory.KV] == bytes_of([cache.keys, cache.values])
+    cpu, prompts = torch.device("cpu"), [Prompt([0] * 100, 3) for _ in range(2)]
+    rows = [Row(0, None, prompt, 0, row) for prompt in prompts for _ in range(3)]
+    for worth in (0, math.inf):
+        monkeypatch.setattr(aligned_cache, "WORTH_SHARING", worth)
+        cache = aligned_cache.Cache(DEEP, torch.float32, cpu, 6, rows, row, 1, None, "cpu")
+        held = [x for x in (cache.keys, cache.values, cache.shared) if x is not None]
+        assert memory.sampling_memory(s, 2, 3, 60)[memory.KV] == bytes_of(held)
     for gib in (0.0016, 1.0):  # fewer pages than all rows need, and more than that
-        pool = paged_cache.Cache(DEEP, torch.float32, cpu, 6, 100, row, 1, gib, "cpu").pool
+        pool = paged_cache.Cache(DEEP, torch.float32, cpu, 6, rows, row, 1, gib, "cpu").pool
         assert memory.sampling_memory(replace(s, kv_gib=gib), 2, 3, 60)[memory.KV] == pool.nbytes
 
 

@@ -254,8 +254,11 @@ def sampling_memory(s, prompts, n, reply, free=math.inf):
     parts = {SHARD: shard_bytes(s, z), WHOLE: whole * z.total, MOMENTS: 8 * z.shard,
              REFERENCE: reference_bytes(s, z)}
     if s.device == "cpu" and s.kv_gib is None:
-        first = slots * token * (s.prompt + min(reply, aligned_cache.FIRST_ROOM))
-        most = slots * token * grown_cache(s.prompt, reply, math.ceil(rows / slots) * reply)
+        numbers = c.num_key_value_heads * c.head_dim
+        shared = aligned_cache.shared_prompts(slots, rows // n, rows, s.prompt * numbers) * s.prompt * token
+        prompt, extra = (0, 1) if shared else (s.prompt, 0)
+        first = shared + slots * token * (prompt + extra + min(reply, aligned_cache.FIRST_ROOM))
+        most = shared + slots * token * grown_cache(prompt, extra, reply, math.ceil(rows / slots) * reply)
     else:
         page, pages = paged_cache.PAGE * token, -(-(s.prompt + reply - 1) // paged_cache.PAGE)
         given = free - total(parts) - sample.MARGIN_GIB * GIB if s.kv_gib is None else s.kv_gib * GIB
@@ -274,13 +277,13 @@ def kv_bytes(s):
     return 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * s.itemsize
 
 
-def grown_cache(prompt, reply, steps):
-    """The most tokens a row that fast/aligned_cache.py holds within `steps` steps, its copies while it grows
-    included."""
-    size = most = prompt + min(reply, aligned_cache.FIRST_ROOM)
-    done = size - prompt
+def grown_cache(prompt, extra, reply, steps):
+    """The most columns a row that fast/aligned_cache.py holds within `steps` steps, its copies while it grows
+    included. extra: columns that hold no token."""
+    size = most = prompt + extra + min(reply, aligned_cache.FIRST_ROOM)
+    done = size - prompt - extra
     while done < steps:
-        kept = min(size, prompt + reply - 1)
+        kept = min(size, prompt + extra + reply - 1)
         done += size // 2 + 1
         size, old = kept + size // 2 + 1, size
         most = max(most, size + old / 2)  # the keys have grown, the values exist twice
