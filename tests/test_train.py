@@ -373,8 +373,8 @@ def whole_run(files, tmp_path_factory):
 
 def test_run_folder_holds_what_the_readme_says(whole_run):
     names = {path.name for path in whole_run.iterdir()}
-    assert names == {"config.yaml", "git_revision.txt", "metrics.jsonl", "rollouts", "evals", "checkpoints",
-                     "lock"}
+    assert names == {"config.yaml", "git_revision.txt", "hardware.txt", "metrics.jsonl", "rollouts", "evals",
+                     "checkpoints", "lock"}
     assert sorted(x.name for x in (whole_run / "checkpoints").iterdir()) == ["step_000002", "step_000004"]
     evaluations = sorted(x.name for x in (whole_run / "evals").iterdir())
     assert evaluations == [f"step_00000{i}.json" for i in (0, 2, 4)]
@@ -528,7 +528,7 @@ def test_a_character_that_stdout_cannot_show_is_printed_as_an_escape(files, tmp_
 
 def test_help_prints_every_key_with_its_default(capsys):
     train.main(["--help"])
-    printed = yaml.safe_load(capsys.readouterr().out.split("The defaults:")[1])
+    printed = yaml.safe_load(capsys.readouterr().out.split(" Defaults:")[1])
     assert printed == dataclasses.asdict(Config())
 
 
