@@ -241,20 +241,20 @@ def roll_out(s, seeds_of, refill, updates, scheme, poll, sampling):
     seeds_of(first, count): seeds of prompts of the step. A rank samples the share that it would train on."""
     P, n, examples_P, rollouts_N, verdicts_N, kept_P = s.batches.size, sampling["n"], [], [], [], None
     mine_P = [p for part in mini_batches(P, updates) for p in my_share(part)]
-    while kept_P is None:
-        batch_P, seeds_P = next(s.batches), seeds_of(len(examples_P), P)
-        with sharding.unsharded(s.policy) as policy, s.autocast:
+    with sharding.unsharded(s.policy) as policy, s.autocast:  # once, also for several batches
+        while kept_P is None:
+            batch_P, seeds_P = next(s.batches), seeds_of(len(examples_P), P)
             rollouts = generate(policy, [s.chat.encode_prompt(batch_P[p]) for p in mine_P],
                                 seeds_P=seeds_P[mine_P], stop_ids=s.chat.stop_ids,
                                 vocab_size=s.chat.vocab_size, **sampling)
-        poll()
-        verdicts = [judge(batch_P[mine_P[i // n]], s.chat.decode_reply(rollout.ids), scheme)
-                    for i, rollout in enumerate(rollouts)]
-        examples_P += batch_P
-        rollouts_N += gather_in_order(mine_P, rollouts)
-        verdicts_N += gather_in_order(mine_P, verdicts)
-        rewards_PG = torch.tensor([verdict.reward for verdict in verdicts_N]).view(-1, n)
-        kept_P = grpo.choose_groups(rewards_PG, P, is_last=len(examples_P) > refill * P)
+            poll()
+            verdicts = [judge(batch_P[mine_P[i // n]], s.chat.decode_reply(rollout.ids), scheme)
+                        for i, rollout in enumerate(rollouts)]
+            examples_P += batch_P
+            rollouts_N += gather_in_order(mine_P, rollouts)
+            verdicts_N += gather_in_order(mine_P, verdicts)
+            rewards_PG = torch.tensor([verdict.reward for verdict in verdicts_N]).view(-1, n)
+            kept_P = grpo.choose_groups(rewards_PG, P, is_last=len(examples_P) > refill * P)
     metrics = rollout_metrics(rollouts_N, verdicts_N, rewards_PG)
     kept_N = [p * n + i for p in kept_P for i in range(n)]
     rollouts_N, verdicts_N = [rollouts_N[i] for i in kept_N], [verdicts_N[i] for i in kept_N]

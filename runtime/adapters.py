@@ -13,7 +13,7 @@ from torch import nn
 
 from runtime.files import write_json
 from runtime.ranks import is_first_rank
-from runtime.sharding import own_rows
+from runtime.sharding import own_rows, plain_model_on
 from runtime.tensors import ADAPTER, open_tensors, write_tensors
 
 NAMES = ("lora_A", "lora_B")
@@ -110,11 +110,8 @@ def plain_weights(model, merged=True):
 def plain_model(model, merged=True):
     """Collective: a model without adapters on whole weights. Weights that are neither merged nor gathered are
     those of `model`; merged ones are new tensors, and the base is never written."""
-    with torch.device("meta"):
-        plain = type(model)(model.config)  # the class that FSDP puts in front makes a model without FSDP
     weights = {name: whole(weight) for name, weight in plain_weights(model, merged).items()}
-    plain.load_state_dict(weights, assign=True)
-    return plain.requires_grad_(False)
+    return plain_model_on(model, weights).requires_grad_(False)
 
 
 @torch.no_grad()
@@ -125,9 +122,9 @@ def share_lost(model):
     for weight in plain_weights(model).values():
         if isinstance(weight, MergedWeight):
             W, change = weight.parts()
-            lost += float(((W + change).to(weight.dtype).to(W.dtype) - W - change).square().sum())
-            total += float(change.square().sum())
-    return (lost / total) ** 0.5 if total else 0.0
+            lost += ((W + change).to(weight.dtype).to(W.dtype) - W - change).square().sum().double()
+            total += change.square().sum().double()
+    return float(lost / total) ** 0.5 if total else 0.0
 
 
 def metrics(model):

@@ -95,23 +95,31 @@ def unsharded(model, merged=True):
     try:
         for module in groups:
             module.unshard()
-        with torch.device("meta"):
-            plain = type(model)(model.config)  # the class that FSDP puts in front makes a model without FSDP
-        weights = {name: weight.detach() for name, weight in model.named_parameters()}
-        plain.load_state_dict(weights, assign=True)
-        yield plain
+        yield plain_model_on(model, {name: weight.detach() for name, weight in model.named_parameters()})
     finally:
         for module in groups:
             module.reshard()
+
+
+def plain_model_on(model, weights):
+    """A model of the same config on {name: whole weight}, without FSDP and adapters; nothing is copied."""
+    with torch.device("meta"):
+        plain = type(model)(model.config)  # the class that FSDP puts in front makes a model without FSDP
+    plain.load_state_dict(weights, assign=True)
+    return plain
 
 
 def hardware():
     """The device that computes, in words."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
+    return f"{torch.get_num_threads()} threads of {processor_name()}"
+
+
+def processor_name():
+    """The CPU in words, as Linux names it; elsewhere the kind of machine."""
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    name = re.search("model name[^:]*: (.*)|$", info)[1] or platform.machine()
-    return f"{torch.get_num_threads()} threads of {name}"
+    return re.search("model name[^:]*: (.*)|$", info)[1] or platform.machine()
 
 
 def peak_memory(phase):

@@ -26,7 +26,7 @@ from torch.func import functional_call
 
 import train
 from model import ModelConfig, Transformer, load_hf, packed_attention, save_hf
-from runtime import adapters, checkpoints
+from runtime import adapters, checkpoints, sharding
 from runtime.adapters import LoRALinear, MergedWeight
 from runtime.ranks import join_ranks, leave_ranks
 from tools.soak import differences, rows
@@ -124,6 +124,15 @@ def test_a_merged_model_equals_the_adapted_one_and_a_plain_one_the_base(tied):
         assert torch.equal(model.state_dict()[name], weight), name
     assert plain.embed_tokens.weight.data_ptr() == model.embed_tokens.weight.data_ptr()
     assert plain.layers[0].mlp.up_proj.weight.data_ptr() == model.layers[0].mlp.up_proj.weight.data_ptr()
+
+
+@pytest.mark.parametrize("merged", [True, False])
+def test_the_plain_model_of_a_phase_holds_no_weights_after_it(merged):
+    model = adapted(base_model())
+    with sharding.unsharded(model, merged) as plain:
+        assert all(weight.device.type == "cpu" for weight in plain.parameters())
+    assert all(weight.is_meta for weight in plain.parameters())
+    assert not any(weight.is_meta for weight in model.parameters())
 
 
 def test_merging_adds_in_fp32_and_casts_once():

@@ -46,6 +46,7 @@ from fast import aligned_cache  # noqa: E402
 from grpo import group_advantages, pack, token_logprobs, token_logprobs_reference  # noqa: E402
 from model import ModelConfig, Transformer, packed_attention, shared_prefix_attention  # noqa: E402
 from runtime.files import write_json  # noqa: E402
+from runtime.sharding import processor_name  # noqa: E402
 from sample import fold, generate, prompt_seeds, sample_tokens  # noqa: E402
 from tools.synthetic import synthetic  # noqa: E402
 from train import grpo_updates, logprobs_of_pack, make_optimizer  # noqa: E402
@@ -436,11 +437,8 @@ BENCHMARKS = {f.__name__: f for f in (logprob, decode, decode_prompt, sampling, 
 
 def machine():
     """Hardware and versions, for the results."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    details = {"processor": (names or [platform.machine()])[0], "cores": os.cpu_count(),
-             "threads": torch.get_num_threads(), "python": platform.python_version()}
+    details = {"processor": processor_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+               "python": platform.python_version()}
     details |= {"gpu": torch.cuda.get_device_name()} if DEVICE == "cuda" else {}
     for package in ("torch", "triton", "transformers", "trl", "liger-kernel"):
         try:

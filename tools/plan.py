@@ -22,7 +22,7 @@ from model import ModelConfig
 from runtime.sharding import cpu_has_amx
 from runtime.tensors import resolve
 from tools import minutes
-from tools.memory import GIB, PARTS, Setup, memory, peak, sizes, total
+from tools.memory import GIB, KV, PARTS, Setup, memory, peak, sizes, total
 
 DEFAULT_GIB = 80  # of a GPU, if this machine has none
 TYPICAL_PROMPT, TYPICAL_REPLY = 900, 120  # tokens, if there are no examples or no tokenizer
@@ -257,14 +257,15 @@ def time_lines(c, s, gib, found):
              "  not counted: rewards, files, and what a small model waits for Python on a GPU"]
     machines = []
     if s.device == "cpu":
-        torch.set_num_threads(c.train.threads or torch.get_num_threads())
+        if c.train.threads is not None:
+            torch.set_num_threads(c.train.threads)
         pace = minutes.measured_pace(s.model)
         machines.append(("CPU", s, minutes.cpu(pace)))
         notes.append(f"CPU: {pace / 1e9:.3g} GFLOP/s in one product, measured now, threads: "
                      f"{torch.get_num_threads()}; the rest is computed")
         s, gib = replace(s, device="cuda", itemsize=2, sharded=True), DEFAULT_GIB
     if s.kv_gib is None:
-        s = replace(s, kv_gib=memory(s, gib * GIB)[s.samplings[0][0]]["keys and values"] / GIB)
+        s = replace(s, kv_gib=memory(s, gib * GIB)[s.samplings[0][0]][KV] / GIB)
     machines.append((f"{s.ranks} H100" if s.ranks > 1 else "H100", s, minutes.H100))
     notes.append("H100: by assumption, not measured: 72 % of 3.35 TB/s, 60 to 70 % of 989 TFLOP/s in bf16")
     if s.ranks > 1:
