@@ -8,8 +8,8 @@ log-prob of each under the distribution that it was drawn from. Training takes t
 
 So a reply does not depend on its batch, and a row that restarts after being preempted draws the same tokens.
 Each prompt is computed once for its n replies, except its last token, their first input. A waiting row takes
-the slot of a reply that ends. At the end of `generate` all is freed that points to weights, for training
-moves them. These are the definitions; unless the kernel is "reference", twins in fast/ are used.
+the slot of a reply that ends. `generate` ends by freeing all that points to weights, because training moves
+them. These are the definitions; unless the kernel is "reference", twins in fast/ are used.
 
 Axes: P prompts, G rollouts a prompt, T packed tokens, B rows being decoded, D width, H query heads,
 K key/value heads, E head size, S positions of a cache slot, V vocabulary rows.

@@ -729,7 +729,7 @@ def test_without_siblings_the_split_is_that_of_earlier_versions():
 
 
 def dialogue(name, turns):
-    """The examples of a conversation: a call turn after each of its user turns, with the tools of its own."""
+    """The examples of a conversation: a call turn after each of its user turns."""
     messages, made = [], []
     for turn in range(turns):
         messages.append({"role": "user", "content": f"{name} asks {turn}"})

@@ -1,6 +1,6 @@
 """tools/compile_kernels.py: every kernel compiles for a GPU that is not there, and what must fail does.
 
-Each test runs the tool in a process of its own, because it compiles kernels that this one interprets.
+Each test runs the tool in a separate process, because it compiles kernels that this one interprets.
 """
 
 import subprocess

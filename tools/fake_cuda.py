@@ -124,7 +124,7 @@ def empty_model(config, device):
 def decoder(model, B, draw):
     """A Decoder of B rows as `generate` makes it on a GPU: for 900 tokens of prompt and 512 of reply."""
     weight = model.head_weight()
-    cache = Cache(model.config, weight.dtype, weight.device, B, 900, 1411, 8, None, "gpu")
+    cache = Cache(model.config, weight.dtype, weight.device, B, [], 1411, 8, None, "gpu")
     return Decoder(model, cache, draw, weight.dtype, "gpu")
 
 
