@@ -13,7 +13,7 @@ import short_run
 from benchmarks import bfcl
 from data import Chat, Example, conversations, read_jsonl, write_jsonl
 from runtime.files import read_json
-from tools import real
+from tools import real, real_data
 from tools.synthetic import synthetic
 
 PACE = {"bf16": False, "sft": 900.0, "rollout": 60.0, "update": 60.0, "reply": 1.0}  # four steps in an hour
@@ -38,10 +38,13 @@ def files(tmp_path_factory):
 
 @pytest.fixture
 def small(monkeypatch):
-    for name, value in {"SIZES": {"imitation": 24, "further": 16, "heldout": 8, "sampled": 4},
-                        "MAX_PROMPT": 900, "MAX_REPLY": 400, "GRPO_STEPS": (2, 3), "TRIAL_STEPS": 2,
-                        "BFCL_EVERY": 50, "BFCL_TOKENS": 3, "WATCH_S": 0.1, "measure": lambda plan: PACE}.items():
-        monkeypatch.setattr(real, name, value)
+    sizes = {"imitation": 24, "further": 16, "heldout": 8, "sampled": 4}
+    for module, settings in (
+            (real_data, {"SIZES": sizes, "MAX_PROMPT": 900, "MAX_REPLY": 400}),
+            (real, {"SIZES": sizes, "GRPO_STEPS": (2, 3), "TRIAL_STEPS": 2, "BFCL_EVERY": 50,
+                    "BFCL_TOKENS": 3, "WATCH_S": 0.1, "measure": lambda plan: PACE})):
+        for name, value in settings.items():
+            monkeypatch.setattr(module, name, value)
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
@@ -69,10 +72,10 @@ def test_prepared_files_hold_out_whole_conversations_and_show_two_to_four_tools(
     words = ["prepare", str(tmp_path / "data"), "--model", str(files / "base"),
              str(files / "large.jsonl"), f"{files / 'small.jsonl'}=2"]
     real.main(words)
-    parts = {name: read_jsonl(tmp_path / f"data/{name}.jsonl") for name in real.SIZES}
+    parts = {name: read_jsonl(tmp_path / f"data/{name}.jsonl") for name in real_data.SIZES}
     sizes = {name: len(examples) for name, examples in parts.items()}
     # Copies of held-out examples are left out.
-    assert sizes == pytest.approx(real.SIZES | {"imitation": 18}, abs=6) and sizes["heldout"] == 8
+    assert sizes == pytest.approx(real_data.SIZES | {"imitation": 18}, abs=6) and sizes["heldout"] == 8
     every = [example for name in ("imitation", "further", "heldout") for example in parts[name]]
     assert {len(example.tools) for example in every} <= {2, 3, 4}
     assert {example.source.split("/")[-1] for example in every} == {"large", "small"}
@@ -99,18 +102,18 @@ def test_a_tool_of_another_file_is_shown_only_where_it_shares_no_word_with_the_r
                       [{"name": "book_table", "arguments": {"city": "Oslo"}}])
     near, far = tool("findRestaurants", "Search for places"), tool("set_alarm", "Ring later", time=1)
     chat = Chat(files / "base", "configs/real_prompt.txt")
-    made = [real.shown(example, [near, far], False, chat, random.Random(seed)) for seed in range(9)]
+    made = [real_data.shown(example, [near, far], False, chat, random.Random(seed)) for seed in range(9)]
     assert {tuple(sorted(tool["name"] for tool in e.tools)) for e in made} == {("book_table", "set_alarm")}
     assert made[0].reasoning == "book_table with city."
-    assert real.shown(example, [near], False, chat, random.Random(0)) is None, "there are not two tools"
-    assert real.shown(example, [far], True, chat, random.Random(0)) is None, "one is left of the two"
+    assert real_data.shown(example, [near], False, chat, random.Random(0)) is None, "there are not two tools"
+    assert real_data.shown(example, [far], True, chat, random.Random(0)) is None, "one is left of the two"
 
 
 def test_the_dialogues_of_the_known_sets_are_recognised_by_their_ids():
     ids = {"sgd-train_42_00004-19-dia/1": "sgd-train_42_00004-", "dria-37-3/none/2": "dria-37-",
            "star-6175-doctor_followup": "star-6175-", "home-12853/1": None, "toolllm-69791": None}
     for id, dialogue in ids.items():
-        match = real.DIALOGUE.match(id)
+        match = real_data.DIALOGUE.match(id)
         assert (match and match[0]) == dialogue
 
 
@@ -173,7 +176,7 @@ def test_a_killed_run_stops_its_jobs_and_the_same_command_ends_with_the_table(fi
     said = capsys.readouterr()
     assert not stopped.value.code, said.out + said.err + "".join(
         file.read_text()[-2000:] for file in (runs / "logs").iterdir())
-    assert "imitation: about" not in said.out, "what is done is not repeated"
+    assert "\nimitation: about" not in f"\n{said.out}", "what is done is not repeated"
     found = read_json(runs / "results.json")
     assert said.out.endswith((runs / "results.md").read_text())
     assert found["steps"]["imitation"] == 4 and found["steps"]["grpo-1"] == 3
@@ -211,7 +214,7 @@ def test_two_steps_of_imitation_and_grpo_of_the_real_model_on_real_records(real_
     from tools import smollm2
 
     smollm2.main([str(tmp_path / "model")])
-    monkeypatch.setattr(real, "SIZES", {"imitation": 40, "further": 20, "heldout": 8, "sampled": 4})
+    monkeypatch.setattr(real_data, "SIZES", {"imitation": 40, "further": 20, "heldout": 8, "sampled": 4})
     source = Path(real_data) / "data/train_large/dria_pythonic.jsonl"
     real.main(["prepare", str(tmp_path / "data"), "--model", str(tmp_path / "model"), str(source),
                str(source.with_name("toolbench.jsonl"))])
