@@ -14,7 +14,8 @@ import short_run
 from benchmarks import bfcl
 from data import Chat, Example, conversations, read_jsonl, write_jsonl
 from runtime.files import read_json
-from tools import real, real_data
+from tools import real
+from tools import real_data as mixing  # real_data is a fixture
 from tools.synthetic import synthetic
 
 PACE = {"bf16": False, "sft": 900.0, "rollout": 60.0, "update": 60.0, "reply": 1.0}  # four steps in an hour
@@ -41,7 +42,7 @@ def files(tmp_path_factory):
 def small(monkeypatch):
     sizes = {"imitation": 24, "further": 16, "heldout": 8, "sampled": 4}
     for module, settings in (
-            (real_data, {"SIZES": sizes, "MAX_PROMPT": 900, "MAX_REPLY": 400}),
+            (mixing, {"SIZES": sizes, "MAX_PROMPT": 900, "MAX_REPLY": 400}),
             (real, {"SIZES": sizes, "GRPO_STEPS": (2, 3), "TRIAL_STEPS": 2, "BFCL_EVERY": 50,
                     "BFCL_TOKENS": 3, "WATCH_S": 0.1, "measure": lambda plan: PACE})):
         for name, value in settings.items():
@@ -73,10 +74,10 @@ def test_prepared_files_hold_out_whole_conversations_and_show_two_to_four_tools(
     words = ["prepare", str(tmp_path / "data"), "--model", str(files / "base"),
              str(files / "large.jsonl"), f"{files / 'small.jsonl'}=2"]
     real.main(words)
-    parts = {name: read_jsonl(tmp_path / f"data/{name}.jsonl") for name in real_data.SIZES}
+    parts = {name: read_jsonl(tmp_path / f"data/{name}.jsonl") for name in mixing.SIZES}
     sizes = {name: len(examples) for name, examples in parts.items()}
     # Copies of held-out examples are left out.
-    assert sizes == pytest.approx(real_data.SIZES | {"imitation": 18}, abs=6) and sizes["heldout"] == 8
+    assert sizes == pytest.approx(mixing.SIZES | {"imitation": 18}, abs=6) and sizes["heldout"] == 8
     every = [example for name in ("imitation", "further", "heldout") for example in parts[name]]
     assert {len(example.tools) for example in every} <= {2, 3, 4}
     assert {example.source.split("/")[-1] for example in every} == {"large", "small"}
@@ -103,18 +104,18 @@ def test_a_tool_of_another_file_is_shown_only_where_it_shares_no_word_with_the_r
                       [{"name": "book_table", "arguments": {"city": "Oslo"}}])
     near, far = tool("findRestaurants", "Search for places"), tool("set_alarm", "Ring later", time=1)
     chat = Chat(files / "base", "configs/real_prompt.txt")
-    made = [real_data.shown(example, [near, far], False, chat, random.Random(seed)) for seed in range(9)]
+    made = [mixing.shown(example, [near, far], False, chat, random.Random(seed)) for seed in range(9)]
     assert {tuple(sorted(tool["name"] for tool in e.tools)) for e in made} == {("book_table", "set_alarm")}
     assert made[0].reasoning == "book_table with city."
-    assert real_data.shown(example, [near], False, chat, random.Random(0)) is None, "there are not two tools"
-    assert real_data.shown(example, [far], True, chat, random.Random(0)) is None, "one is left of the two"
+    assert mixing.shown(example, [near], False, chat, random.Random(0)) is None, "there are not two tools"
+    assert mixing.shown(example, [far], True, chat, random.Random(0)) is None, "one is left of the two"
 
 
 def test_the_dialogues_of_the_known_sets_are_recognised_by_their_ids():
     ids = {"sgd-train_42_00004-19-dia/1": "sgd-train_42_00004-", "dria-37-3/none/2": "dria-37-",
            "star-6175-doctor_followup": "star-6175-", "home-12853/1": None, "toolllm-69791": None}
     for id, dialogue in ids.items():
-        match = real_data.DIALOGUE.match(id)
+        match = mixing.DIALOGUE.match(id)
         assert (match and match[0]) == dialogue
 
 
@@ -130,7 +131,8 @@ def test_jobs_run_two_at_a_time_and_wait_for_what_they_need():
 def test_the_plan_takes_as_many_steps_as_the_hours_allow_and_refuses_fewer_than_the_least(small, capsys):
     plan = {"pace": PACE, "bfcl": None}
     real.plan_of(plan, 100)
-    assert plan["steps"] == {"imitation": 4, "grpo": 3} and "seconds on one thread" in capsys.readouterr().out
+    assert plan["steps"] == {"imitation": 4, "grpo": 3}
+    assert "processor seconds here" in capsys.readouterr().out
     assert plan["every"] == {"sft": 1, "grpo": 3}, "ten minutes between checkpoints"
     with pytest.raises(ValueError, match="2 steps of GRPO take"):
         real.plan_of(plan, 0.1)
@@ -216,7 +218,7 @@ def test_two_steps_of_imitation_and_grpo_of_the_real_model_on_real_records(real_
     from tools import smollm2
 
     smollm2.main([str(tmp_path / "model")])
-    monkeypatch.setattr(real_data, "SIZES", {"imitation": 40, "further": 20, "heldout": 8, "sampled": 4})
+    monkeypatch.setattr(mixing, "SIZES", {"imitation": 40, "further": 20, "heldout": 8, "sampled": 4})
     source = Path(real_data) / "data/train_large/dria_pythonic.jsonl"
     real.main(["prepare", str(tmp_path / "data"), "--model", str(tmp_path / "model"), str(source),
                str(source.with_name("toolbench.jsonl"))])

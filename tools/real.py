@@ -66,8 +66,9 @@ Job = namedtuple("Job", "needs hours run")
 
 
 def measure(plan):
-    """Seconds here, on one thread, of a step of imitation ("sft"), a batch of rollouts, an update on it in
-    which all groups have spread, and a greedy reply in fp32; "bf16": whether the first three are in bf16."""
+    """Processor seconds here, on one thread, of a step of imitation ("sft"), a batch of rollouts, an update
+    on it in which all groups have spread, and a greedy reply in fp32; "bf16": whether the others are in bf16.
+    The clock would count other programs, and a plan must not depend on what runs when it is made."""
     torch.set_num_threads(1)
     c, chat = config_of(plan, "real_grpo", "pace", 0, plan["model"]), Chat(plan["model"], plan["prompt"])
     bf16, P = sharding.choose_device(c.model.precision)[1], c.train.prompts_per_step
@@ -98,9 +99,9 @@ def measure(plan):
                                                   kl_coef=0.0, clip_low=0.2, clip_high=0.2, **updating)),
             ("reply", lambda: sample(1, 0.0))):
         for _ in range(2):  # the first call of each is slower
-            began = time.perf_counter()
+            began = time.process_time()
             work()
-            took[name] = (time.perf_counter() - began) / (8 * P if name == "reply" else 1)
+            took[name] = (time.process_time() - began) / (8 * P if name == "reply" else 1)
     return took
 
 
@@ -133,7 +134,7 @@ def plan_of(plan, hours):
         total = hours_together(jobs)
         if total <= hours:
             break
-    print(f"seconds on one thread here: a step of imitation {sft:.1f}, a batch of rollouts "
+    print(f"processor seconds here: a step of imitation {sft:.1f}, a batch of rollouts "
           f"{pace['rollout']:.1f}, an update {pace['update']:.1f} ({'bf16' if pace['bf16'] else 'fp32'}), a "
           f"greedy reply {pace['reply']:.2f}\nsteps: {plan['steps']}; hours: "
           + ", ".join(f"{name} {job.hours:.2f}" for name, job in jobs.items())
