@@ -282,8 +282,6 @@ def start(plan, name, job):
 def work(plan, jobs):
     """Do the jobs that are not done, two at a time. Returns 0, 1 if one failed, 128 + a signal's number."""
     runs, running, asked, stopped, failed = Path(plan["runs"]), {}, set(), [], []
-    for folder in ("done", "logs", "spent"):
-        (runs / folder).mkdir(exist_ok=True)
     handlers = {number: signal.signal(number, lambda number, _: stopped.append(number))
                 for number in (signal.SIGINT, signal.SIGTERM)}
     done, began, noted = {file.name for file in (runs / "done").iterdir()}, time.time(), time.time()
@@ -415,7 +413,8 @@ def bfcl_folder(given):
 
 def run(args, extra):
     """Plan, do the jobs, print the table. Returns the exit status."""
-    args.runs.mkdir(parents=True, exist_ok=True)
+    for folder in ("done", "logs", "spent"):
+        (args.runs / folder).mkdir(parents=True, exist_ok=True)
     with lock(args.runs):
         file = args.runs / "plan.json"
         plan = {"runs": str(args.runs), "model": args.model, "data": str(args.data), "extra": extra,
@@ -425,8 +424,15 @@ def run(args, extra):
         earlier = read_json(file) if file.exists() else {}
         if changed := [key for key in plan if earlier and earlier[key] != plan[key]]:
             raise ValueError(f"{args.runs} was planned with another {', '.join(changed)}; choose another")
-        plan |= earlier or {"pace": measure(plan)}
-        plan_of(plan, args.hours) if not earlier else None
+        plan |= earlier
+        if not earlier:
+            print("measuring the time of a step, some minutes", flush=True)
+            pace = args.runs / "pace.json"  # of a process that ends, and its memory with it
+            pid = start(plan, "pace", lambda plan, _: write_json(pace, measure(plan)))
+            if os.waitpid(pid, 0)[1]:
+                raise ValueError(f"nothing could be measured; see {args.runs / 'logs/pace.txt'}")
+            plan["pace"] = read_json(pace)
+            plan_of(plan, args.hours)
         if args.plan:
             return 0
         write_json(file, plan)
