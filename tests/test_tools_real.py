@@ -19,6 +19,7 @@ from tools import real_data as mixing  # real_data is a fixture
 from tools.synthetic import synthetic
 
 PACE = {"bf16": False, "sft": 900.0, "rollout": 60.0, "update": 60.0, "reply": 1.0}  # four steps in an hour
+MEASURE = real.measure  # the fixture `small` replaces it
 TOY = ["--data.max_prompt_tokens=900", "--rollout.max_new_tokens=6", "--eval.max_new_tokens=6",
        "--eval.examples=4", "--train.prompts_per_step=2", "--rollout.n=2", "--rollout.refill=0"]
 
@@ -152,6 +153,15 @@ def command(files, tmp_path):
                str(files / "small.jsonl")])
     return ["run", str(tmp_path / "runs"), "--model", str(files / "base"), "--data", str(tmp_path / "data"),
             "--bfcl", str(tmp_path / "bfcl"), "--hours=100", *TOY]
+
+
+def test_the_pace_of_every_kind_of_step_is_measured(files, tmp_path, small):
+    command(files, tmp_path)
+    plan = {"runs": str(tmp_path), "model": str(files / "base"), "data": str(tmp_path / "data"),
+            "prompt": str(tmp_path / "data/prompt.txt"), "extra": [*TOY, "--model.precision=fp32"]}
+    pace = MEASURE(plan)
+    assert not pace.pop("bf16") and pace.keys() == {"sft", "rollout", "update", "reply"}
+    assert min(pace.values()) > 0
 
 
 def test_a_killed_run_stops_its_jobs_and_the_same_command_ends_with_the_table(files, tmp_path, small, capsys):

@@ -81,15 +81,15 @@ def measure(plan):
                 "autocast": sharding.autocast("cpu", bf16), "micro_batch_tokens": c.train.micro_batch_tokens}
     adv_PG, rollouts = torch.tensor([[1.0, -1.0] * (c.rollout.n // 2)] * P), []
 
-    def sample(n, temperature):
+    def sample(copies, n, temperature):
         # The base does not end its replies, so they are cut at the mean length of right ones.
-        return generate(model, prompts * (8 // n), n, temperature=temperature, vocab_size=chat.vocab_size,
-                        stop_ids=(), seeds_P=prompt_seeds(0, 0, 0, P * (8 // n)),
+        return generate(model, prompts * copies, n, temperature=temperature, vocab_size=chat.vocab_size,
+                        stop_ids=(), seeds_P=prompt_seeds(0, 0, 0, P * copies),
                         max_new_tokens=round(mean(map(len, replies))))
 
     def roll_out():
         with updating["autocast"]:
-            rollouts[:] = sample(c.rollout.n, 1.0)
+            rollouts[:] = sample(1, c.rollout.n, 1.0)
 
     took = {"bf16": bf16}
     for name, work in (
@@ -97,7 +97,7 @@ def measure(plan):
             ("rollout", roll_out),
             ("update", lambda: train.grpo_updates(model, None, optimizer, rollouts, adv_PG, temperature=1.0,
                                                   kl_coef=0.0, clip_low=0.2, clip_high=0.2, **updating)),
-            ("reply", lambda: sample(1, 0.0))):
+            ("reply", lambda: sample(8, 1, 0.0))):
         for _ in range(2):  # the first call of each is slower
             began = time.process_time()
             work()
