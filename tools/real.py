@@ -97,11 +97,11 @@ def measure(plan):
             ("rollout", roll_out),
             ("update", lambda: train.grpo_updates(model, None, optimizer, rollouts, adv_PG, temperature=1.0,
                                                   kl_coef=0.0, clip_low=0.2, clip_high=0.2, **updating)),
-            ("reply", lambda: sample(8, 1, 0.0))):
+            ("reply", lambda: sample(4, 1, 0.0))):
         for _ in range(2):  # the first call of each is slower
             began = time.process_time()
             work()
-            took[name] = (time.process_time() - began) / (8 * P if name == "reply" else 1)
+            took[name] = (time.process_time() - began) / (4 * P if name == "reply" else 1)
     return took
 
 
