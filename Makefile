@@ -5,7 +5,7 @@
 # make base      how assets/tiny is made: tokenizer, synthetic data, SFT from random weights
 # make test      the tests (PYTEST_ARGS="-k grpo -x" goes to pytest)
 # make check     ruff, then the tests
-# make soak      100 kills at random times (ARGS="--kills=15" goes to tools/soak.py), then a check that nothing is lost
+# make soak      100 kills at random times (ARGS="--kills=15" goes to tests/soak.py), then a check that nothing is lost
 # make mutants   plants known faults in the code and checks that the tests catch each one
 # make kernels   compiles the Triton kernels for A100, H100 and B200, on a machine with or without a GPU; fails if
 #                one spills registers or does not fit
@@ -69,7 +69,7 @@ bench: $(PEERS)
 	OMP_NUM_THREADS=1 $(PY) tools/bench.py $(ARGS)
 
 soak: $(RUNTIME)
-	$(PY) tools/soak.py $(ARGS)
+	$(PY) tests/soak.py $(ARGS)
 
 runs/data/demo_train.jsonl: tools/synthetic.py $(wildcard assets/synthetic.json) | $(RUNTIME)
 	@mkdir -p $(@D)

@@ -29,7 +29,7 @@ from model import ModelConfig, Transformer, load_hf, packed_attention, save_hf
 from runtime import adapters, checkpoints, sharding
 from runtime.adapters import LoRALinear, MergedWeight
 from runtime.ranks import join_ranks, leave_ranks
-from tools.soak import differences, rows
+from soak import differences, rows
 
 limit = pytest.fixture(autouse=True)(limit_time)
 setting = pytest.fixture(autouse=True)(make_setting)

@@ -34,7 +34,7 @@ from short_run import (
 
 import train
 from data import read_jsonl
-from tools.soak import differences, rows
+from soak import differences, rows
 
 limit = pytest.fixture(autouse=True)(limit_time)
 setting = pytest.fixture(autouse=True)(make_setting)

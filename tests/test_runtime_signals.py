@@ -23,7 +23,7 @@ from short_run import (
 
 import train
 from runtime import signals
-from tools.soak import differences
+from soak import differences
 
 limit = pytest.fixture(autouse=True)(limit_time)
 setting = pytest.fixture(autouse=True)(make_setting)

@@ -1,0 +1,157 @@
+"""The jobs of an experiment: two at a time, each a process with one thread; killed, the same call resumes.
+
+In:  {name: Job} and a folder. Out: what the jobs write, and in the folder
+
+    done/NAME, logs/NAME.txt    a mark of each job that is done, and what it printed
+    sittings.json               of each call of `work`, by its beginning: hours, {run: [steps before, steps
+                                now]}, and {job: [processor seconds, seconds]} of the jobs that ended in it
+
+A job that is a run of train.py has its run folder there under its name, and resumes by itself.
+"""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections import namedtuple
+from pathlib import Path
+from statistics import mean
+
+import torch
+import yaml
+
+from runtime.files import lock, read_json, write_json, write_text
+
+AT_ONCE = 2
+WATCH_S, NOTE_S = 1, 60  # how often a job looks whether its parent lives; how often progress is printed
+
+# needs: names of the jobs that must be done before; minutes that it should take; run() -> exit status or None
+Job = namedtuple("Job", "needs minutes run")
+
+
+def minutes_together(jobs, done=()):
+    """Minutes until all jobs are done, each started as `work` does."""
+    done, running, now = set(done), {}, 0.0
+    while not jobs.keys() <= done:
+        ready = [name for name in jobs if name not in {*done, *running} and jobs[name].needs <= done]
+        running |= {name: now + jobs[name].minutes for name in ready[:AT_ONCE - len(running)]}
+        first = min(running, key=running.get)
+        now = running.pop(first)
+        done.add(first)
+    return now
+
+
+def finished(folder):
+    """Names of the jobs that are done."""
+    return {file.name for file in (folder / "done").glob("*")}
+
+
+def rows_of(run):
+    """The rows of a run's metrics.jsonl that are of steps; [] before the first."""
+    file = Path(run) / "metrics.jsonl"
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}") and '"time/step_s"' in line]
+
+
+def progress(run):
+    """A bar of a run's steps, its latest mean reward or loss, and the minutes that are left."""
+    if not (rows := rows_of(run)):
+        return f"{run.name:<20} at work"
+    steps, last = yaml.safe_load((run / "config.yaml").read_text())["train"]["steps"], rows[-20:]
+    what = "reward/mean" if "reward/mean" in last[0] else "loss"
+    left = (steps - len(rows)) * mean(row["time/step_s"] for row in last) / 60
+    return (f"{run.name:<20} [{'#' * (20 * len(rows) // steps):<20}] {len(rows)}/{steps}  {what} "
+            f"{mean(row[what] for row in last):.3f}  {left:.0f} minutes left")
+
+
+def start(folder, name, run):
+    """Fork a process that does run() on one thread, and stops as by SIGTERM when its parent has died. Returns
+    its id."""
+    (folder / "logs").mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    parent = os.getpid()
+    if pid := os.fork():
+        return pid
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(WATCH_S)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    status = 1
+    try:
+        os.setsid()  # so that Ctrl-C reaches the parent alone, which passes it on
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+        log = os.open(folder / f"logs/{name}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        for stream in (1, 2):
+            os.dup2(log, stream)
+        sys.stdout, sys.stderr = (open(stream, "w", buffering=1, closefd=False) for stream in (1, 2))
+        torch.set_num_threads(1)
+        threading.Thread(target=watch, daemon=True).start()
+        status = run() or 0
+    except SystemExit as stopped:
+        status = stopped.code or 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)  # never back into the code of the parent
+
+
+def value_of(folder, name, function):
+    """What function() returns, called in a process that takes its memory with it; kept in NAME.json."""
+    file = folder / f"{name}.json"
+    if not file.exists() and os.waitpid(start(folder, name, lambda: write_json(file, function())), 0)[1]:
+        raise ValueError(f"{name} failed; see {folder}/logs/{name}.txt")
+    return read_json(file)
+
+
+def work(folder, jobs):
+    """Do the jobs that are not done. Returns 0, 1 if one failed, 128 + the number of a signal."""
+    (folder / "done").mkdir(parents=True, exist_ok=True)
+    done, running, asked, signals, failed, spent = finished(folder), {}, set(), [], [], {}
+    began = noted = time.time()
+    before = {name: len(rows_of(folder / name)) for name in jobs}
+    with lock(folder):  # forked jobs inherit it: none of an earlier call is at work
+        handlers = {number: signal.signal(number, lambda number, _: signals.append(number))
+                    for number in (signal.SIGINT, signal.SIGTERM)}
+        while running or not (jobs.keys() <= done or signals or failed):
+            for name, job in () if signals or failed else jobs.items():
+                if len(running) < AT_ONCE and job.needs <= done and name not in {*done, *running}:
+                    print(f"{name}: about {job.minutes:.0f} minutes; {folder}/logs/{name}.txt", flush=True)
+                    running[name] = start(folder, name, job.run), time.time()
+            for name, (pid, since) in list(running.items()):
+                ended, status, usage = os.wait4(pid, os.WNOHANG)
+                if ended:
+                    del running[name]
+                    spent[name] = [usage.ru_utime + usage.ru_stime, time.time() - since]
+                    if not status:
+                        done.add(name)
+                        write_text(folder / "done" / name, "")
+                    elif not signals:
+                        failed.append(name)
+                    print(f"{name}: {'not finished' if status else 'done'}", flush=True)
+            for name in running.keys() - asked if signals or failed else ():
+                asked.add(name)  # once: a run that is asked again ends without saving
+                os.kill(running[name][0], signal.SIGTERM)
+            if time.time() - noted > NOTE_S or not running:
+                noted = time.time()
+                note_sitting(folder, began, before, spent)
+                print(*(progress(folder / name) for name in running), sep="\n", flush=True)
+            time.sleep(0.05)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if failed:
+        print(f"{failed[0]} failed, see its log; the same command resumes", file=sys.stderr)
+    return 128 + signals[0] if signals else int(bool(failed))
+
+
+def note_sitting(folder, began, before, spent):
+    file, when = folder / "sittings.json", time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(began))
+    steps = {name: [first, len(rows_of(folder / name))] for name, first in before.items()}
+    write_json(file, (read_json(file) if file.exists() else {}) | {when: {
+        "hours": (time.time() - began) / 3600, "spent": spent,
+        "steps": {name: span for name, span in steps.items() if span[0] < span[1]}}})
