@@ -37,8 +37,7 @@ from eval import accuracy_table, evaluate  # noqa: E402
 from grpo import pack, sft_loss, token_logprobs  # noqa: E402
 from model import ModelConfig, Qwen2, save_hf, shared_prefix_attention  # noqa: E402
 from reward import CALL, END_CALL, IM_END, IM_START, format_reply  # noqa: E402
-from runtime.files import write_json  # noqa: E402
-from runtime.sharding import choose_device  # noqa: E402
+from runtime.files import atomically, write_json  # noqa: E402
 from tools.synthetic import (  # noqa: E402
     synthetic,
     synthetic_groups,
@@ -154,6 +153,13 @@ class MuonAndAdamW:
                            torch.optim.AdamW(parts[1], betas=(0.9, 0.95), weight_decay=0.0)]
         self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
+    def state_dicts(self):
+        return [optimizer.state_dict() for optimizer in self.optimizers]
+
+    def load_state_dicts(self, states):
+        for optimizer, state in zip(self.optimizers, states, strict=True):
+            optimizer.load_state_dict(state)
+
     def step(self):
         for optimizer in self.optimizers:
             optimizer.step()
@@ -194,49 +200,53 @@ def query_lessons(chat, n, seed, rng):
         yield Lesson(prompts[0][:shared], texts, learnt)
 
 
-def loss_of(model, lessons, vocab_size, bf16):
+def loss_of(model, lessons, vocab_size):
     """The mean loss in nats of the ids of `lessons` that carry one, with gradient."""
     tree = pack([lesson.prefix for lesson in lessons], [lesson.texts for lesson in lessons])
     learnt, first, kept = [n for lesson in lessons for n in lesson.learnt], 0, []
     for length, n in zip((len(text) for lesson in lessons for text in lesson.texts), learnt, strict=True):
         first += length
         kept += range(first - n, first)
-    attend = shared_prefix_attention(tree.groups)
-
-    def attend_fp32(layer, q_THE, k_TKE, v_TKE):
-        # On CPUs attention in bf16 is slower than in fp32; matrix products are several times as fast.
-        with torch.autocast("cpu", enabled=False):
-            return attend(layer, q_THE.float(), k_TKE.float(), v_TKE.float())
-
-    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        hidden_TD = model(tree.tokens_T, tree.positions_T, attend_fp32)
-    logp_L, _ = token_logprobs(hidden_TD[tree.predictor_L[kept]].float(), model.head_weight(),
-                               tree.targets_L[kept], 1.0, vocab_size)
+    hidden_TD = model(tree.tokens_T, tree.positions_T, shared_prefix_attention(tree.groups))
+    logp_L, _ = token_logprobs(hidden_TD[tree.predictor_L[kept]], model.head_weight(), tree.targets_L[kept],
+                               1.0, vocab_size)
     return sft_loss(logp_L, len(logp_L))
 
 
-def learn(model, lessons, size, steps, peak, vocab_size, name):
-    """Train `model` in place, supervised, on `steps` batches of `size` of the iterator `lessons`."""
-    optimizer, began, recent, bf16 = MuonAndAdamW(model), time.perf_counter(), 0.0, choose_device()[1]
-    for step in range(steps):
+def learn(model, lessons, size, steps, peak, vocab_size, name, saved):
+    """Train `model` in place, supervised, on `steps` batches of `size` of the iterator `lessons`. Every
+    100 steps the state is written to the file `saved`, and it is read from there if it is there."""
+    optimizer, began, recent, done = MuonAndAdamW(model), time.perf_counter(), 0.0, {}
+    if saved.exists():
+        done, weights, moments = torch.load(saved)
+        if name in done:
+            model.load_state_dict(weights)
+            optimizer.load_state_dicts(moments)
+            lessons = itertools.islice(lessons, size * done[name], None)
+            print(f"{name} resumes at step {done[name]} from {saved}")
+    for step in range(done.get(name, 0), steps):
         train.set_learning_rate(optimizer, train.learning_rate(step, steps, peak, "cosine", 0.05))
-        loss = loss_of(model, list(itertools.islice(lessons, size)), vocab_size, bf16)
+        loss = loss_of(model, list(itertools.islice(lessons, size)), vocab_size)
         loss.backward()
         train.apply_update(optimizer, 1.0, loss.item())
         recent += loss.item()
-        if (step + 1) % 50 == 0:
+        if (step + 1) % 100 == 0:
             seconds = time.perf_counter() - began
-            print(f"{name} step {step + 1}/{steps}  loss {recent / 50:.3f}  {seconds:.0f} s", flush=True)
+            print(f"{name} step {step + 1}/{steps}  loss {recent / 100:.3f}  {seconds:.0f} s", flush=True)
             recent = 0.0
+            with atomically(saved) as file:
+                torch.save((done | {name: step + 1}, model.state_dict(), optimizer.state_dicts()), file)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Make the base model of the demo from nothing.")
     parser.add_argument("--out", type=Path, default=Path("assets/tiny"))
-    parser.add_argument("--copy_steps", type=int, default=600, help="batches of 32")
-    parser.add_argument("--steps", type=int, default=2400, help="batches of 5 lessons")
+    parser.add_argument("--copy_steps", type=int, default=400, help="batches of 32")
+    parser.add_argument("--steps", type=int, default=2000, help="batches of 5 lessons")
     args = parser.parse_args(argv)
     began, prompt_file = time.perf_counter(), "configs/demo_prompt.txt"
+    saved = Path(f"runs/{args.out.name}-{args.copy_steps}-{args.steps}.pt")
+    saved.parent.mkdir(exist_ok=True)
 
     examples = synthetic(16000, 1, "train")
     system_prompt = Path(prompt_file).read_text(encoding="utf-8")
@@ -248,14 +258,15 @@ def main(argv=None):
         chat, model = Chat(folder, prompt_file), Qwen2(CONFIG).init_weights(0)
         model.embed_tokens.weight.data *= 5  # copying forms in half the steps if embeddings start far apart
         lessons = phrase_lessons(chat, 32 * args.copy_steps, 0, 1, 2)
-        learn(model, lessons, 32, args.copy_steps, 3e-3, chat.vocab_size, "copying")
+        learn(model, lessons, 32, args.copy_steps, 3e-3, chat.vocab_size, "copying", saved)
         lessons = query_lessons(chat, 5 * args.steps, 0, rng)
-        learn(model, lessons, 5, args.steps, 2e-3, chat.vocab_size, "imitation")
+        learn(model, lessons, 5, args.steps, 2e-3, chat.vocab_size, "imitation", saved)
         rows, _ = evaluate(model, chat, synthetic(300, 1, "heldout"), max_new_tokens=128)
         print(accuracy_table({"greedy": rows}))
         save_hf(model.to(torch.bfloat16), args.out)
         for file in sorted(Path(folder).iterdir()):
             shutil.copyfile(file, args.out / file.name)
+    saved.unlink(missing_ok=True)
     minutes = (time.perf_counter() - began) / 60
     print(f"{args.out}: made in {minutes:.0f} minutes with {torch.get_num_threads()} threads")
 
