@@ -123,7 +123,8 @@ def draw(rows, curves):
         lines += [polyline(xs, percents, f"seed {split}") for percents in curves[split]]
         lines.append(polyline(xs, means, f"mean {split}"))
         heights |= {(split, "grpo"): y_of(means[-1]) + 4, (split, "control"): y_of(control) + 4}
-        labels |= {(split, "grpo"): f"{label} {means[-1]:.1f}", (split, "control"): f"imitation {control:.1f}"}
+        labels |= {(split, "grpo"): f"{label} {means[-1]:.1f}",
+                   (split, "control"): f"imitation {control:.1f}"}
     for name, y in apart(heights).items():
         lines.append(text(RIGHT + 8, round(y, 1), labels[name], name[0]))
     return "\n".join([*lines, "</svg>"]) + "\n"
