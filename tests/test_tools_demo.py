@@ -117,7 +117,7 @@ def test_replies_of_each_arm_are_those_that_it_names(tmp_path):
     examples = synthetic(200, 0, "train")
     write_jsonl(tmp_path / "train.jsonl", examples)
     shown = {arm: read_jsonl(demo.write_replies(tmp_path / "train.jsonl", arm))
-             for arm in {kind for kind, _ in demo.ARMS.values()}}
+             for arm in {kind for kind, *_ in demo.ARMS.values()}}
     assert shown["right"] == examples
     assert [e.answer for e in shown["calls"]] == [e.answer for e in examples]
     assert all(e.reasoning is None for e in shown["calls"])
@@ -148,7 +148,7 @@ def test_arms_train_from_the_base_of_the_run_for_its_minutes_or_its_queries(tmp_
     assert [c.model.path for c in started[:-1]] == ["assets/tiny"] * (len(started) - 1)
     assert second.model.path == f"{first.out}/checkpoints/step_000060"
     assert first.train.max_minutes == second.train.max_minutes == pytest.approx(1.0)
-    for (shown, amount), c in zip(demo.ARMS.values(), started, strict=False):
+    for (shown, amount, _), c in zip(demo.ARMS.values(), started, strict=False):
         assert c.data.train.endswith(f"train_{shown}.jsonl")
         assert c.train.max_minutes == {"minutes": 2.0, "queries": None, "half": 1.0}[amount]
         assert amount != "queries" or c.train.steps == 60

@@ -44,11 +44,15 @@ GAINS = {"values": 25, "paraphrases": 15, "tools": 15}  # points that each split
 LEAST = 50  # percent that every kind of query must reach on new values
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306)  # Student's t at 95 %, 1 to 8 degrees
 
-# What an arm is shown: replies of the lazy teacher, right replies (the answers that the reward checks, with
-# the reasoning line), or right calls with an empty line. And for how long: the minutes of the GRPO run's
-# steps, or the very queries of these steps, once each. The last arm has half of the minutes, and then GRPO.
-ARMS = {"right": ("right", "minutes"), "calls": ("calls", "minutes"), "right_once": ("right", "queries"),
-        "calls_once": ("calls", "queries"), "lazy": ("lazy", "minutes"), "then_grpo": ("right", "half")}
+# What each arm is shown: replies of the lazy teacher, right replies (the answers that the reward checks, with
+# the reasoning line), or right calls after an empty line. For how long: the minutes of the GRPO run's steps,
+# half of them and then GRPO for the other half, or the very queries of these steps, once each.
+ARMS = {"right": ("right", "minutes", "imitation of right replies, same minutes"),
+        "right_once": ("right", "queries", "imitation of right replies, same queries"),
+        "calls": ("calls", "minutes", "imitation of right calls without reasoning, same minutes"),
+        "calls_once": ("calls", "queries", "imitation of right calls without reasoning, same queries"),
+        "lazy": ("lazy", "minutes", "more imitation of the lazy teacher, same minutes"),
+        "then_grpo": ("right", "half", "imitation of right replies, then GRPO, half of the minutes each")}
 
 
 def evaluations(run):
@@ -86,7 +90,7 @@ def control(run, arms, extra):
     that has finished is not repeated."""
     config = yaml.safe_load((Path(run) / "config.yaml").read_text())
     for arm in arms:
-        shown, amount = ARMS[arm]
+        shown, amount, _ = ARMS[arm]
         spent = minutes(run)[0] / (2 if amount == "half" else 1)
         timed = ["--train.schedule=cosine_time", f"--train.max_minutes={spent}"]
         length = timed if amount != "queries" else [f"--train.steps={config['train']['steps']}"]
@@ -195,12 +199,14 @@ def arms_table(rows):
     """The arms by split as Markdown, and by how much GRPO differs from the arm "right", seed by seed."""
     splits = (*GAINS, "all")
     lines = [f"| | {' | '.join(splits)} |", "|---" * (len(splits) + 1) + "|"]
+    names = ["base", *(label for *_, label in ARMS.values()), "**GRPO**",
+             "GRPO - right replies, same minutes"]
     columns = [[f"{rows[split]['base']:.1f}" for split in splits]]
     columns += [[interval(rows[split][arm]) for split in splits] for arm in (*ARMS, "grpo")]
     differences = [[a - b for a, b in zip(rows[split]["grpo"], rows[split]["right"], strict=True)]
                    for split in splits]
     columns.append([interval(each, "+") for each in differences])
-    for name, cells in zip(("base", *ARMS, "grpo", "grpo - right"), columns, strict=True):
+    for name, cells in zip(names, columns, strict=True):
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
