@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import mean
 from typing import NamedTuple
 
 import torch
@@ -51,6 +52,7 @@ DROPS_CALL = 0.5  # omits the second call of two
 INVENTS_CALL = 0.5  # calls the first tool where no tool fits
 
 LESSON = 4  # queries of imitation, and as many of binding, that share the tools of a lesson
+SAVED_EVERY = 100  # steps
 TWO_CALLS = 60  # percent of the queries of binding that ask for two calls, where values are mixed up most
 
 CONFIG = ModelConfig(vocab_size=1280, hidden_size=192, intermediate_size=320, num_hidden_layers=6,
@@ -151,7 +153,10 @@ class MuonAndAdamW:
             parts[parameter.dim() < 2 or "embed" in name].append(parameter)
         self.optimizers = [torch.optim.Muon(parts[0], weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
                            torch.optim.AdamW(parts[1], betas=(0.9, 0.95), weight_decay=0.0)]
-        self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    @property
+    def param_groups(self):
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
     def state_dicts(self):
         return [optimizer.state_dict() for optimizer in self.optimizers]
@@ -215,8 +220,8 @@ def loss_of(model, lessons, vocab_size):
 
 def learn(model, lessons, size, steps, peak, vocab_size, name, saved):
     """Train `model` in place, supervised, on `steps` batches of `size` of the iterator `lessons`. Every
-    100 steps the state is written to the file `saved`, and it is read from there if it is there."""
-    optimizer, began, recent, done = MuonAndAdamW(model), time.perf_counter(), 0.0, {}
+    `SAVED_EVERY` steps, and after the last, the state is written to the file `saved`; a later call reads it."""
+    optimizer, began, recent, done = MuonAndAdamW(model), time.perf_counter(), [], {}
     if saved.exists():
         done, weights, moments = torch.load(saved)
         if name in done:
@@ -229,11 +234,11 @@ def learn(model, lessons, size, steps, peak, vocab_size, name, saved):
         loss = loss_of(model, list(itertools.islice(lessons, size)), vocab_size)
         loss.backward()
         train.apply_update(optimizer, 1.0, loss.item())
-        recent += loss.item()
-        if (step + 1) % 100 == 0:
+        recent.append(loss.item())
+        if (step + 1) % SAVED_EVERY == 0 or step + 1 == steps:
             seconds = time.perf_counter() - began
-            print(f"{name} step {step + 1}/{steps}  loss {recent / 100:.3f}  {seconds:.0f} s", flush=True)
-            recent = 0.0
+            print(f"{name} step {step + 1}/{steps}  loss {mean(recent):.3f}  {seconds:.0f} s", flush=True)
+            recent = []
             with atomically(saved) as file:
                 torch.save((done | {name: step + 1}, model.state_dict(), optimizer.state_dicts()), file)
 
