@@ -220,7 +220,7 @@ def loss_of(model, lessons, vocab_size):
 
 def learn(model, lessons, size, steps, peak, vocab_size, name, saved):
     """Train `model` in place, supervised, on `steps` batches of `size` of the iterator `lessons`. Every
-    `SAVED_EVERY` steps, and after the last, the state is written to the file `saved`; a later call reads it."""
+    `SAVED_EVERY` steps and after the last, the state is written to `saved`, which a later call reads."""
     optimizer, began, recent, done = MuonAndAdamW(model), time.perf_counter(), [], {}
     if saved.exists():
         done, weights, moments = torch.load(saved)
