@@ -137,7 +137,7 @@ def write_replies(file, shown):
 
 def pass_at(model, chat, examples, k):
     """{category: percent of its examples for which one of k replies at temperature 1 is right}."""
-    right = evaluate_samples(model, chat, examples, k, 1.0, max_new_tokens=128, progress=f"pass@{k}")
+    right = evaluate_samples(model, chat, examples, k, 1.0, max_new_tokens=96, progress=f"pass@{k}")
     replies = [{"category": example.source, "samples_right": n}
                for example, n in zip(examples, right, strict=True)]
     rows = zip(by_category(replies), summarize_samples(replies, k), strict=True)

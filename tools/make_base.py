@@ -266,7 +266,7 @@ def main(argv=None):
         learn(model, lessons, 32, args.copy_steps, 3e-3, chat.vocab_size, "copying", saved)
         lessons = query_lessons(chat, 5 * args.steps, 0, rng)
         learn(model, lessons, 5, args.steps, 2e-3, chat.vocab_size, "imitation", saved)
-        rows, _ = evaluate(model, chat, synthetic(300, 1, "heldout"), max_new_tokens=128)
+        rows, _ = evaluate(model, chat, synthetic(300, 1, "heldout"), max_new_tokens=96)
         print(accuracy_table({"greedy": rows}))
         save_hf(model.to(torch.bfloat16), args.out)
         for file in sorted(Path(folder).iterdir()):
