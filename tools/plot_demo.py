@@ -111,9 +111,8 @@ def draw(rows, curves):
     for percent in range(LOWEST, 101, 20):
         y = y_of(percent)
         lines += [line(LEFT, RIGHT, y, "grid"), text(LEFT - 8, y + 4, percent, "end")]
-    for step, x in zip(steps, xs, strict=True):
-        if step % 20 == 0:
-            lines.append(text(x, BOTTOM + 20, step, "middle"))
+    for step, x in [*zip(steps, xs, strict=True)][::3]:
+        lines.append(text(x, BOTTOM + 20, step, "middle"))
     lines.append(text((LEFT + RIGHT) / 2, BOTTOM + 38, "step", "middle"))
     heights, labels = {}, {}
     for split, label in SPLITS.items():
