@@ -29,6 +29,7 @@ from statistics import mean
 from typing import NamedTuple
 
 import torch
+from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -158,11 +159,18 @@ class MuonAndAdamW:
     def param_groups(self):
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
-    def state_dicts(self):
-        return [optimizer.state_dict() for optimizer in self.optimizers]
+    def tensors(self):
+        """{name: tensor} of all moments."""
+        return {f"{i}.{k}.{key}": tensor for i, optimizer in enumerate(self.optimizers)
+                for k, state in optimizer.state_dict()["state"].items() for key, tensor in state.items()}
 
-    def load_state_dicts(self, states):
-        for optimizer, state in zip(self.optimizers, states, strict=True):
+    def load_tensors(self, tensors):
+        for i, optimizer in enumerate(self.optimizers):
+            state = optimizer.state_dict()
+            for name, tensor in tensors.items():
+                if name.startswith(f"{i}."):
+                    _, k, key = name.split(".")
+                    state["state"].setdefault(int(k), {})[key] = tensor
             optimizer.load_state_dict(state)
 
     def step(self):
@@ -223,10 +231,14 @@ def learn(model, lessons, size, steps, peak, vocab_size, name, saved):
     `SAVED_EVERY` steps and after the last, the state is written to `saved`, which a later call reads."""
     optimizer, began, recent, done = MuonAndAdamW(model), time.perf_counter(), [], {}
     if saved.exists():
-        done, weights, moments = torch.load(saved)
+        parts = {"steps": {}, "model": {}, "moments": {}}
+        for key, tensor in load_file(saved).items():
+            part, _, key = key.partition(".")
+            parts[part][key] = tensor
+        done = {phase: int(n) for phase, n in parts["steps"].items()}
         if name in done:
-            model.load_state_dict(weights)
-            optimizer.load_state_dicts(moments)
+            model.load_state_dict(parts["model"])
+            optimizer.load_tensors(parts["moments"])
             lessons = itertools.islice(lessons, size * done[name], None)
             print(f"{name} resumes at step {done[name]} from {saved}")
     for step in range(done.get(name, 0), steps):
@@ -239,8 +251,11 @@ def learn(model, lessons, size, steps, peak, vocab_size, name, saved):
             seconds = time.perf_counter() - began
             print(f"{name} step {step + 1}/{steps}  loss {mean(recent):.3f}  {seconds:.0f} s", flush=True)
             recent = []
+            parts = {"steps": {phase: torch.tensor(n) for phase, n in (done | {name: step + 1}).items()},
+                     "model": model.state_dict(), "moments": optimizer.tensors()}
             with atomically(saved) as file:
-                torch.save((done | {name: step + 1}, model.state_dict(), optimizer.state_dicts()), file)
+                save_file({f"{part}.{key}": tensor for part, tensors in parts.items()
+                           for key, tensor in tensors.items()}, file)
 
 
 def main(argv=None):
@@ -250,7 +265,7 @@ def main(argv=None):
     parser.add_argument("--steps", type=int, default=2000, help="batches of 5 lessons")
     args = parser.parse_args(argv)
     began, prompt_file = time.perf_counter(), "configs/demo_prompt.txt"
-    saved = Path(f"runs/{args.out.name}-{args.copy_steps}-{args.steps}.pt")
+    saved = Path(f"runs/{args.out.name}-{args.copy_steps}-{args.steps}.safetensors")
     saved.parent.mkdir(exist_ok=True)
 
     examples = synthetic(16000, 1, "train")
