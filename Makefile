@@ -1,11 +1,14 @@
 # make demo      GRPO from assets/tiny on two CPU cores, then held-out accuracy before and after; fails if the
-#                gain is too small. Each run has a new folder (ARGS="--seed=1 --train.steps=20" goes to train.py)
+#                gain is too small. It ends with a page that shows the run, report.html in the run's folder.
+#                Each run has a new folder (ARGS="--seed=1 --train.steps=20" goes to train.py)
 # make demo-control   as many minutes of imitation instead of RL, compared with the newest run of make demo
 # make base      how assets/tiny is made: tokenizer, synthetic data, SFT from random weights
 # make test      the tests (PYTEST_ARGS="-k grpo -x" goes to pytest)
 # make check     ruff, then the tests
 # make soak      100 kills at random times (ARGS="--kills=15" goes to tools/soak.py), then a check that nothing is lost
 # make mutants   plants known faults in the code and checks that the tests catch each one
+# make kernels   compiles the Triton kernels for A100, H100 and B200, on a machine with or without a GPU; fails if
+#                one spills registers or does not fit
 # make bench     speed side by side with peers, in one table (ARGS="decode step --rounds=9" goes to bench.py)
 #
 # Each target sets up .venv first. It needs Python 3.10 or newer, pip and make. Variables:
@@ -31,7 +34,7 @@ DEV := $(VENV)/.dev-installed
 PEERS := $(VENV)/.peers-installed
 PIP_INSTALL := $(PY) -m pip install --disable-pip-version-check $(addprefix -c ,$(LOCK))
 
-.PHONY: help demo demo-control base test check mutants bench soak
+.PHONY: help demo demo-control base test check mutants kernels bench soak
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -39,7 +42,7 @@ help:
 demo: OUT := runs/demo-$(shell date +%Y%m%d-%H%M%S)
 demo: $(RUNTIME) runs/data/demo_train.jsonl runs/data/demo_heldout.jsonl
 	$(PY) train.py configs/demo.yaml --out=$(OUT) $(ARGS)
-	@$(PY) tools/demo.py judge $(OUT)
+	@$(PY) tools/demo.py judge $(OUT); status=$$?; $(PY) tools/report.py $(OUT) && exit $$status
 
 demo-control: DEMO = $(lastword $(sort $(filter-out %-control,$(wildcard runs/demo-*))))
 demo-control: $(RUNTIME) runs/data/demo_heldout.jsonl
@@ -58,6 +61,9 @@ check: $(DEV)
 
 mutants: $(DEV)
 	$(PY) tests/mutants.py
+
+kernels: $(RUNTIME)
+	$(PY) tools/compile_kernels.py --arch 80 90 100 $(ARGS)
 
 bench: $(PEERS)
 	OMP_NUM_THREADS=1 $(PY) tools/bench.py $(ARGS)

@@ -4,16 +4,12 @@ In:  our own jsonl, or published files through converters/ (xLAM, ToolACE, chat 
 Out: `Example`s. `Chat` encodes an example as token ids, `Batches` yields batches of examples.
 
 An example is one decision of the model: an assistant turn that makes calls, or should make none. The turns
-before it are the context, with earlier calls as `<tool_call>[{"name": …, "arguments": {…}}]</tool_call>`. An
-example is dropped if its answer, written in the reply format, does not score 1. Qwen2.5's chat format:
-
-    <|im_start|>ROLE\nCONTENT<|im_end|>\n       each message; a prompt ends with <|im_start|>assistant\n
-    <|im_start|>user\n<tool_response>\nCONTENT\n</tool_response><|im_end|>\n    results in a row share a block
+before it are the context, with earlier calls as `<tool_call>[{"name": …, "arguments": {…}}]</tool_call>`. It
+is dropped if its answer, in the reply format, does not score 1. docs/chat_formats.md has the chat formats.
 
 Differences from the paper's code (arXiv 2505.00024): roles are mapped, so raw ToolACE yields its calls; calls
 are parsed and not cut at the first ")"; earlier calls are JSON that is encoded once; the split has a seed;
-dropped examples are counted by reason; prompts are never truncated; the system prompt is our own,
-assets/system_prompt.txt.
+dropped examples are counted by reason; prompts are never truncated; assets/system_prompt.txt is our own.
 """
 
 import argparse
@@ -21,11 +17,12 @@ import contextlib
 import hashlib
 import json
 import random
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from itertools import groupby
 from pathlib import Path
 
@@ -35,7 +32,7 @@ from converters import messages as chat_messages
 from converters import toolace, xlam
 from converters.nulls import undo_nulls
 from converters.schemas import bare_tools, contradictions_of, rename_parameters
-from reward import IM_END, IM_START, format_calls, format_reply, score
+from reward import CALL, CHAT_FORMATS, END_THINK, format_calls, format_reply, score
 from runtime.files import atomically, parse_json, read_text, tolerant_output, write_text
 from runtime.records import convert_records, print_report, print_shortfall, read_records
 
@@ -57,11 +54,8 @@ class Example:
 
 # ---- files
 def read_jsonl(path):
-    """Read examples from our own format, one JSON object a line with the fields of Example; `tools` may have
-    any form of converters/schemas.py.
-
-    ValueError, with file and line, if the file cannot be read or a line is not a valid example.
-    """
+    """Read examples, one JSON object a line: fields of Example, `tools` in any form of converters/schemas.py.
+    ValueError, with file and line, if the file cannot be read or a line is not a valid example."""
     examples = []
     for place, record in read_records(path):
         try:
@@ -86,31 +80,15 @@ def write_jsonl(path, examples):
         file.writelines(json.dumps(vars(example), ensure_ascii=False) + "\n" for example in examples)
 
 
-def read_xlam(path, strict_schema=False):
-    """Convert a file of xlam-function-calling-60k (converters/xlam.py) -> (examples, report).
+def _read_raw(form, path, strict_schema=False):
+    """Convert a file whose form is a key of CONVERTERS, which describe it -> (examples, report).
 
     report: {"raw": number of records, "without_calls": number of records that gave neither an example nor a
     drop, "kept": number of examples, "dropped": {reason: count}, "dropped_ids": {reason: ids}, "nulls":
     number that undo_nulls took out, "text_left_out": number of call turns that lost text, "contradictions":
     [(id, {reason: detail})…] of answers that their tools forbid; strict_schema drops them}.
-    ValueError if the file cannot be read or a record lacks a column.
-    """
-    return _read_raw(path, "xlam", xlam, strict_schema)
-
-
-def read_toolace(path, strict_schema=False):
-    """Convert a file of ToolACE (converters/toolace.py) -> (examples, report), as read_xlam does."""
-    return _read_raw(path, "toolace", toolace, strict_schema)
-
-
-def read_chat(path, strict_schema=False):
-    """Convert a file of conversations (converters/messages.py) -> (examples, report), as read_xlam does."""
-    return _read_raw(path, "chat", chat_messages, strict_schema)
-
-
-def _read_raw(path, prefix, converter, strict_schema):
-    made, report = convert_records(path, prefix, converter.COLUMNS, converter.convert,
-                                   lambda fields: _problem(Example(**fields)))
+    ValueError if the file cannot be read or a record lacks a column."""
+    made, report = convert_records(path, form, CONVERTERS[form], lambda fields: _problem(Example(**fields)))
     made, nulls = undo_nulls(made)
     found = [contradictions_of(fields["tools"], fields["answer"]) for fields in made]
     contradictory = [(fields["id"], reasons) for fields, reasons in zip(made, found, strict=True) if reasons]
@@ -120,6 +98,10 @@ def _read_raw(path, prefix, converter, strict_schema):
     counts = {reason: len(ids) for reason, ids in report["dropped_ids"].items()}
     return [Example(**fields) for fields in made], {
         **report, "kept": len(made), "dropped": counts, "contradictions": contradictory, "nulls": nulls}
+
+
+CONVERTERS = {"toolace": toolace, "xlam": xlam, "chat": chat_messages}
+read_toolace, read_xlam, read_chat = (partial(_read_raw, form) for form in CONVERTERS)
 
 
 def _problem(example):
@@ -153,10 +135,8 @@ def _problem(example):
 # ---- augmenting, after Hammer (arXiv 2410.04587)
 def make_irrelevant(examples, share, seed):
     """Remove the right tools from a share (0 to 1) of the examples, so that their answer becomes [].
-
     `seed` selects them from the examples that offer another tool and whose earlier turns call none of the
-    right ones. "_irrelevant" is appended to their source, "/irrelevant" to their id.
-    """
+    right ones. "_irrelevant" is appended to their source, "/irrelevant" to their id."""
     result, wanted = list(examples), round(share * len(examples))
     for i in _permutation(len(examples), f"irrelevant/{seed}"):
         right = {call["name"] for call in examples[i].answer}
@@ -201,8 +181,7 @@ def _masked(example, rng):
                 value = {**value, "default": rename(tool["name"], key, "default")}
             return rename(tool["name"], key), value
 
-        masked = rename_parameters(tool, mask)
-        return {**masked, "name": rename(tool["name"])}
+        return {**rename_parameters(tool, mask), "name": rename(tool["name"])}
 
     def mask_calls(calls):
         pairs = ((call["name"], call["arguments"].items()) for call in calls)
@@ -221,24 +200,27 @@ def _masked(example, rng):
 
 # ---- text and ids
 class Chat:
-    """A tokenizer and the chat format of Qwen2.5.
+    """A tokenizer and a chat format.
 
     path: a hub name, or a folder with tokenizer.json. The other FILES are optional; they name stop tokens.
     system_prompt: a text file that contains {tools} once; None: system_prompt.txt of the folder or of assets.
-    stop_ids: <|im_end|>, which ends a chat turn, and every end-of-sequence token that the files name.
+    chat_format: chatml, llama3, or auto: by the tokenizer's tokens, then the folder's template, or chatml.
+    stop_ids: the token that ends a chat turn, and every end-of-sequence token that the files name.
     vocab_size: number of ids that have a token. A model may have more rows; these must never be sampled.
-    ValueError if a file is missing or unusable.
+    ValueError if a file is missing or unusable, or the tokenizer lacks a token of the chat format.
     """
 
+    # The system text of a chat without one is that in the folder's own template, or this without a template.
     DEFAULT_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+    _SYSTEM = re.compile(r"<\|im_start\|>system(?:\n|\\+n)([^<>{}#'\"\\]+)<\|im_end\|>")
     FILES = ("tokenizer.json", "tokenizer_config.json", "config.json", "generation_config.json")
     PROMPT, TEMPLATE = "system_prompt.txt", "chat_template.jinja"
 
-    def __init__(self, path, system_prompt=None):
+    def __init__(self, path, system_prompt=None, chat_format="auto"):
         # Imported here because it loads torch, which `data.py convert` does not need.
         from runtime.tensors import resolve
 
-        folder = resolve(path, (*self.FILES, self.PROMPT))
+        folder = resolve(path, (*self.FILES, self.PROMPT, self.TEMPLATE))
         tokenizer, named, *configs = (parse_json(read_text(folder / name), folder / name)
                                       if (folder / name).exists() else {} for name in self.FILES)
         if not tokenizer:
@@ -248,12 +230,15 @@ class Chat:
         self.tokenizer.no_padding()
         self.vocab_size = max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
+        own = folder / self.TEMPLATE
+        template = read_text(own) if own.exists() else str(named.get("chat_template") or "")
+        self.format = self._choose_format(folder, template, chat_format)
+        self.default_system = [*self._SYSTEM.findall(template), "" if template else self.DEFAULT_SYSTEM][0]
+        self.cuts_reasoning = self.tokenizer.token_to_id(END_THINK) is not None  # as Qwen3's template does
+
         eos = named.get("eos_token") or ""
-        ends = (IM_END, IM_START, eos["content"] if isinstance(eos, dict) else eos)
-        self._end_of_turn, start_of_turn, *stops = map(self.tokenizer.token_to_id, ends)
-        if None in (self._end_of_turn, start_of_turn):
-            raise ValueError(f"{folder}: the chat format of Qwen2.5 needs {IM_START} and {IM_END}, which its "
-                             "tokenizer lacks; add them to it, or choose another model")
+        ends = (CHAT_FORMATS[self.format][-1], eos["content"] if isinstance(eos, dict) else eos)
+        self._end_of_turn, *stops = map(self.tokenizer.token_to_id, ends)
         for ids in (config.get("eos_token_id") for config in configs):
             stops += ids if isinstance(ids, list) else [ids]
         self.stop_ids = frozenset([self._end_of_turn, *stops]) - {None}
@@ -263,28 +248,46 @@ class Chat:
         if self.prompt.count("{tools}") != 1:
             raise ValueError(f"{file}: {self.prompt.count('{tools}')} times {{tools}}, not 1")
 
+    def _choose_format(self, folder, template, asked):
+        lacks = {name: [token for token in tokens if self.tokenizer.token_to_id(token) is None]
+                 for name, tokens in CHAT_FORMATS.items() if asked in ("auto", name)}
+        for name in sorted(lacks, key=lambda name: CHAT_FORMATS[name][-1] not in template):
+            if not lacks[name]:
+                return name
+        needs = ", and ".join(f"{name} needs {' and '.join(lacks[name])}" for name in lacks)
+        raise ValueError(f"{folder}: the chat format {needs}, which its tokenizer lacks; add them to it, or "
+                         "choose another format or model")
+
     def save(self, folder):
         """Write the prompt into a checkpoint: system_prompt.txt, which Chat reads, and chat_template.jinja,
         with which `apply_chat_template` of transformers equals `encode_prompt`."""
+        write_text(Path(folder, self.PROMPT), self.prompt)
         # Jinja reads the escapes of JSON, but not those of surrogate pairs.
         texts = json.dumps(self.prompt.split("{tools}"), ensure_ascii=False)
-        write_text(Path(folder, self.PROMPT), self.prompt)
-        template = read_text(ASSETS / self.TEMPLATE).replace("PROMPT_TEXTS", texts)
-        write_text(Path(folder, self.TEMPLATE), template)
+        template = read_text(ASSETS / f"{self.format}.jinja").replace("DEFAULT_SYSTEM", self.default_system)
+        template = template.replace("CUTS_REASONING", json.dumps(self.cuts_reasoning))
+        write_text(Path(folder, self.TEMPLATE), template.replace("PROMPT_TEXTS", texts))
 
     def render(self, messages, add_generation_prompt):
-        """The text of a conversation [{"role", "content"}…], equal to that of Qwen2.5's chat template."""
-        if messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": self.DEFAULT_SYSTEM}, *messages]
+        """The text of a conversation [{"role", "content"}…], as the family's own chat template has it."""
+        if self.format == "llama3":
+            begin, header, end_header, end = CHAT_FORMATS["llama3"]
+            turns = [("ipython", message["content"]) if message["role"] == "tool" else
+                     (message["role"], message["content"].strip()) for message in messages]
+            text = "".join(f"{header}{role}{end_header}\n\n{content}{end}" for role, content in turns)
+            return f"{begin}{text}" + (f"{header}assistant{end_header}\n\n" if add_generation_prompt else "")
+        start, end = CHAT_FORMATS["chatml"]
+        if messages[0]["role"] != "system" and self.default_system:
+            messages = [{"role": "system", "content": self.default_system}, *messages]
         text = ""
         for role, run in groupby(messages, key=lambda message: message["role"]):
-            contents = [message["content"] for message in run]
+            parts = [message["content"] for message in run]
             if role == "tool":
-                results = (f"\n<tool_response>\n{content}\n</tool_response>" for content in contents)
-                text += f"{IM_START}user{''.join(results)}{IM_END}\n"
-            else:
-                text += "".join(f"{IM_START}{role}\n{content}{IM_END}\n" for content in contents)
-        return text + (f"{IM_START}assistant\n" if add_generation_prompt else "")
+                role, parts = "user", ["\n".join(f"<tool_response>\n{p}\n</tool_response>" for p in parts)]
+            elif role == "assistant" and self.cuts_reasoning:
+                parts = [re.sub(f"(?s)^(?!{CALL}).*{END_THINK}\n*", "", part) for part in parts]
+            text += "".join(f"{start}{role}\n{part}{end}\n" for part in parts)
+        return text + (f"{start}assistant\n" if add_generation_prompt else "")
 
     def encode(self, text):
         """Ids of a text. A marker in it, such as <|im_end|>, becomes its special token."""
@@ -348,9 +351,7 @@ def split_examples(examples, fraction, seed):
 def usable_examples(name, examples, chat, max_prompt_tokens, max_dropped_share):
     """Those whose prompt has at most max_prompt_tokens, because a truncated one would lack tools, and whose
     right reply scores 1 after the tokenizer, which may change text. The number of others is printed.
-
-    ValueError if more than a share (0 to 1) would be dropped for one of the reasons. name: of the examples.
-    """
+    ValueError if more than a share (0 to 1) would be dropped for one reason. name: of the examples."""
     for what, fault, remedy, usable in (
             ("prompts", f"are longer than {max_prompt_tokens} tokens", "raise one of both",
              lambda e: len(chat.encode_prompt(e)) <= max_prompt_tokens),
@@ -370,10 +371,8 @@ def usable_examples(name, examples, chat, max_prompt_tokens, max_dropped_share):
 
 def read_examples(path, heldout_path, heldout_fraction, seed, chat, max_prompt_tokens, max_dropped_share):
     """(training examples, held-out examples) of two jsonl files, or of one that is split by `seed`.
-
     What cannot be used is dropped, and its number printed. ValueError if no example is left, or if more than
-    MAX_OVERLAP of the held-out examples are of a conversation in the training file; fewer are printed.
-    """
+    MAX_OVERLAP of the held-out examples are of a conversation in the training file; fewer are printed."""
     training = read_jsonl(path)
     if heldout_path is None:
         training, heldout = split_examples(training, heldout_fraction, seed)
@@ -400,9 +399,8 @@ class Batches(Iterator):
     """An endless iterator over batches of `size` examples, in a new order each epoch.
 
     The k-th example is a function of (seed, k) only. ValueError if size is larger than the data.
-    cursor: number of examples yielded so far; a new object with this cursor resumes there.
-    epoch: the cursor in passes over the data.
-    fingerprint: hex digest of the examples in their order; a run resumes only on equal ones.
+    cursor: examples yielded so far, where a new object with it resumes; epoch: the cursor in passes over the
+    data; fingerprint: hex digest of the examples in their order; a run resumes only on equal ones.
     """
 
     def __init__(self, examples, size, seed, cursor=0):
@@ -421,8 +419,7 @@ class Batches(Iterator):
 
     @cached_property
     def fingerprint(self):
-        lines = (json.dumps(vars(example)) for example in self.examples)
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+        return hashlib.sha256("\n".join(json.dumps(vars(e)) for e in self.examples).encode()).hexdigest()
 
 
 # ---- command line
@@ -430,7 +427,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="data.py", description="Make training files, one example a line.")
     commands = parser.add_subparsers(dest="command", required=True)
     convert = commands.add_parser("convert", help="convert a published set, counting what is dropped and why")
-    convert.add_argument("format", choices=("toolace", "xlam", "chat"))
+    convert.add_argument("format", choices=CONVERTERS)
     convert.add_argument("raw", help=".json (one list) or .jsonl, or one of them as .gz")
     convert.add_argument("--irrelevant", type=float, default=0, metavar="SHARE", help="as in the paper: 0.15")
     convert.add_argument("--mask", type=float, default=0, metavar="SHARE", help="as in the paper: 0.67")
@@ -440,7 +437,19 @@ def main(argv=None):
     tolerant_output()
     args = parser.parse_args(argv)
     try:
-        write_and_count(args.out, _convert(args))
+        for share in (args.irrelevant, args.mask):
+            if not 0 <= share <= 1:
+                raise ValueError(f"{share}: --irrelevant and --mask are shares between 0 and 1")
+        examples, report = _read_raw(args.format, args.raw, args.strict_schema)
+        print_report(report)
+        if not examples:
+            raise ValueError(f"{args.raw}: no example in it can be used; is it a {args.format} file?")
+        made = make_irrelevant(examples, args.irrelevant, args.seed)
+        print_shortfall(args.irrelevant, made, "irrelevant",
+                        "no other tool, or the history calls the right one")
+        made = mask_names(made, args.mask, args.seed)
+        print_shortfall(args.mask, made, "masked", "the parameters of a tool are no object")
+        write_and_count(args.out, made)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -453,22 +462,6 @@ def write_and_count(path, examples):
     for source, count in sorted(Counter(example.source for example in examples).items()):
         print(f"{count:8d} {source}")
     print(f"{len(examples):8d} written to {path}")
-
-
-def _convert(args):
-    for share in (args.irrelevant, args.mask):
-        if not 0 <= share <= 1:
-            raise ValueError(f"{share}: --irrelevant and --mask are shares between 0 and 1")
-    read = {"toolace": read_toolace, "xlam": read_xlam, "chat": read_chat}[args.format]
-    examples, report = read(args.raw, args.strict_schema)
-    print_report(report)
-    if not examples:
-        raise ValueError(f"{args.raw}: no example in it can be used; is it a {args.format} file?")
-    made = make_irrelevant(examples, args.irrelevant, args.seed)
-    print_shortfall(args.irrelevant, made, "irrelevant", "no other tool, or the history calls the right one")
-    made = mask_names(made, args.mask, args.seed)
-    print_shortfall(args.mask, made, "masked", "the parameters of a tool are no object")
-    return made
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 """GRPO and SFT as pure functions: advantages, tree packs, token log-probs, losses.
 
-In:  rewards, token ids, hidden states. Out: one scalar loss to differentiate, and statistics that add up
-over parts.
+In:  rewards, token ids, hidden states. Out: one scalar loss to differentiate, and statistics of parts.
 
     A_i  = (r_i - mean(r_1..r_G)) / (std(r_1..r_G) + 1e-6)           advantages, eq. 4 (arXiv 2505.00024)
     π(t) = softmax(logits / temperature)[t]                          always the tempered distribution
     ρ    = exp(log π - log π_old)                                    per token
     k3   = exp(d) - d - 1,  d = log π_ref - log π                    KL(π ‖ π_ref), never negative
     loss = Σ_tokens( -min(ρ A, clip(ρ, 1-ε_low, 1+ε_high) A) + β k3 ) / denominator       eq. 3, negated
+
+Arguments of `grpo_loss` and `token_weights` choose other losses than the paper's; docs/losses.md lists them.
 
 Two differences from the paper's code. The denominator is the number of reply tokens of the whole optimizer
 update (its mini-batch, all ranks, groups with equal rewards included), known before the first backward. The
@@ -49,8 +50,28 @@ def group_advantages(rewards_PG, normalize="std"):
     if normalize == "std":
         adv_PG = adv_PG / (rewards_PG.std(1, keepdim=True) + 1e-6)
     # The mean of equal rewards can differ from them by rounding, which division by 1e-6 would amplify.
-    spread_P = (rewards_PG != rewards_PG[:, :1]).any(1) & rewards_PG.isfinite().all(1)
+    spread_P = has_spread(rewards_PG)
     return torch.where(spread_P[:, None], adv_PG, 0.0)
+
+
+def has_spread(rewards_PG):
+    """Whether the rewards of a group differ, all of them finite: bool [P]. Only such groups teach."""
+    return (rewards_PG != rewards_PG[:, :1]).any(1) & rewards_PG.isfinite().all(1)
+
+
+def choose_groups(rewards_PG, wanted, is_last):
+    """Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): the groups that a step trains on, as ascending
+    indices into the P >= wanted groups drawn for it so far; None if further ones must be drawn first.
+
+    They are the first `wanted` groups with spread. is_last: no more may be drawn; the first groups without
+    spread then take the places left, so that every step has as many groups. Equal rewards give equal groups.
+    """
+    spread_P = has_spread(rewards_PG).tolist()
+    assert len(spread_P) >= wanted, "fewer groups than a step has"
+    if sum(spread_P) < wanted and not is_last:
+        return None
+    # The sort is stable: groups with spread come first, both kinds in the order in which they were drawn.
+    return sorted(sorted(range(len(spread_P)), key=lambda p: not spread_P[p])[:wanted])
 
 
 @dataclass
@@ -107,7 +128,8 @@ def pack_micro_batches(prompts_P, replies_P_G, max_tokens):
     """Split groups into packs of at most `max_tokens` tokens, in order; `reply_L` counts over all packs.
 
     prompts_P, replies_P_G: as in `pack`. A group longer than `max_tokens` is split into parts, each with the
-    prompt again. ValueError where a prompt with one of its replies is already too long.
+    prompt again. A reply is never split: all of its tokens are in one pack, which the sequence ratio of
+    `grpo_loss` needs. ValueError where a prompt with one of its replies is already too long.
     """
     packs, prompts, replies, size, first, index = [], [], [], 0, 0, 0
     for prompt, group in zip(prompts_P, replies_P_G, strict=True):
@@ -143,31 +165,35 @@ class MicroBatch:
     pack: Pack
     adv_L: torch.Tensor
     sampled_logp_L: torch.Tensor
+    weight_L: torch.Tensor | None = None
     old_logp_L: torch.Tensor | None = None
     ref_logp_L: torch.Tensor | None = None
+    rollout_L: torch.Tensor | None = None  # which of the step's N rollouts a token belongs to; on the CPU
 
     @classmethod
     def empty(cls, device):
         """Without tokens, but with a graph down to every weight: for a rank that has fewer micro-batches."""
         none_L = torch.zeros(0, device=device)
-        return cls(pack([], []).to(device), none_L, none_L)
+        return cls(pack([], []).to(device), none_L, none_L, rollout_L=torch.zeros(0, dtype=torch.int64))
 
 
-def make_micro_batches(rollouts_N, adv_PG, live_P, micro_batch_tokens, device):
+def make_micro_batches(rollouts_N, adv_PG, live_P, micro_batch_tokens, device, average="token"):
     """The micro-batches of the groups `live_P` (indices into P), in order, on `device`.
-
     rollouts_N: prompt-major, each with prompt_ids, ids and logp (of the sampler); micro_batch_tokens: the
-    most tokens of a pack. ValueError as in `pack_micro_batches`.
-    """
-    G = adv_PG.shape[1]
+    most tokens of a pack; average: as in `token_weights`. ValueError as in `pack_micro_batches`."""
+    P, G = adv_PG.shape
     groups_P = [rollouts_N[p * G:(p + 1) * G] for p in live_P]
     packs = pack_micro_batches([group[0].prompt_ids for group in groups_P],
                                [[rollout.ids for rollout in group] for group in groups_P], micro_batch_tokens)
     adv_N = adv_PG[live_P].flatten()
+    index_N = torch.arange(P * G).view(P, G)[live_P].flatten()
     sampled = [logp for group in groups_P for rollout in group for logp in rollout.logp]
+    weight_L, _ = token_weights([rollout.ids for group in groups_P for rollout in group], average)
     sizes = [len(part.targets_L) for part in packs]
-    return [MicroBatch(part.to(device), adv_N[part.reply_L].to(device), logp_L.to(device))
-            for part, logp_L in zip(packs, torch.tensor(sampled).split(sizes), strict=True)]
+    of_tokens = [x_L.to(device).split(sizes) for x_L in (torch.tensor(sampled), weight_L)]
+    return [MicroBatch(part.to(device), adv_N[part.reply_L].to(device), *parts_L,
+                       rollout_L=index_N[part.reply_L])
+            for part, *parts_L in zip(packs, *of_tokens, strict=True)]
 
 
 def token_logprobs(hidden_LD, weight_VD, targets_L, temperature, vocab_size=None, kernel="auto"):
@@ -177,9 +203,8 @@ def token_logprobs(hidden_LD, weight_VD, targets_L, temperature, vocab_size=None
     hidden_LD, weight_VD: floats of one dtype, or of any under autocast; targets_L: int64 below `vocab_size`;
     temperature > 0; vocab_size: number of ids that have a token: the rows beyond, with which Qwen pads its
     vocabulary, are left out. Both results are at least fp32; logp_L <= 0 has gradients for hidden and weight,
-    entropy_L >= 0 has none.
-    kernel: "reference", the definition; "fast", its twin in fast/; "auto", the twin on a GPU, else the
-    definition, printed once. ValueError where "fast" cannot run.
+    entropy_L >= 0 has none. kernel: "reference", the definition; "fast", its twin in fast/; "auto", the twin
+    on a GPU, else the definition, printed once. ValueError where "fast" cannot run.
     """
     chosen = choose_kernel(kernel, hidden_LD.device.type, "token log-probs")
     assert temperature > 0, "the tempered distribution of greedy decoding is not defined"
@@ -212,26 +237,58 @@ def token_logprobs_reference(hidden_LD, weight_VD, targets_L, temperature, vocab
     return tuple(torch.cat(parts) for parts in zip(*chunks, strict=True))
 
 
-def grpo_loss(logp_L, old_logp_L, ref_logp_L, adv_L, *, clip_low, clip_high, kl_coef, denominator):
+def token_weights(replies, average, limit=None):
+    """The weight of each reply token in a loss and the denominator of the sum: (weight_L, denominator).
+
+    replies: anything with the lengths n of N replies; weight_L: float64, their tokens in order. average:
+    "token": 1, over Σ n (the paper; DAPO, arXiv 2503.14476); "reply": 1/n, over N (DeepSeekMath, arXiv
+    2402.03300, eq. 3); "constant": 1, over N · limit, the most tokens of a reply (Dr. GRPO, arXiv
+    2503.20783); without limit its denominator is None. ValueError for others. A weight depends on its own
+    reply only; a loss takes the denominator of its whole update: all ranks, groups without spread too.
+    """
+    lengths = [len(reply) for reply in replies]
+    denominators = {"token": sum(lengths), "reply": len(lengths), "constant": limit and len(lengths) * limit}
+    if average not in denominators:
+        raise ValueError(f"average is {average!r}; choose 'token', 'reply' or 'constant'")
+    weights = [1 / n if average == "reply" else 1.0 for n in lengths for _ in range(n)]
+    return torch.tensor(weights, dtype=torch.float64), denominators[average]
+
+
+def grpo_loss(logp_L, old_logp_L, ref_logp_L, adv_L, *, clip_low, clip_high, kl_coef, denominator,
+              ratio="token", clip="ppo", reply_L=None, weight_L=None):
     """The clipped policy-gradient loss with a KL penalty (eq. 3) of one part of an optimizer update.
 
     logp_L: log-probs of the policy in nats, with gradient; old_logp_L: of the policy that sampled;
     ref_logp_L: of the reference model, or None without one (then kl_coef must be 0); adv_L: each token's
-    advantage, that of its reply; denominator: reply tokens of the whole update. Returns (loss, stats): losses
-    of parts sum to the loss of the update, stats merge by runtime.metrics.merge_stats. Stats are detached:
-    `loss` is the loss as a number, `tokens` and `*_sum` are sums over tokens, `*_max` and `*_min` extremes.
+    advantage, that of its reply; weight_L (None: 1), denominator: see `token_weights`.
+    ratio: "token", ρ of eq. 3; "sequence", its geometric mean over the tokens of a reply, which reply_L
+    numbers and which must be whole (GSPO, arXiv 2507.18071, eq. 7). clip: "ppo", eq. 3; "cispo",
+    -clip(ρ) A log π without a gradient of clip(ρ) (arXiv 2506.13585, eq. 4). ValueError for others.
+    Returns (loss, stats): losses of parts sum to that of the update, stats (detached; `*_sum` over tokens,
+    without weights) merge by runtime.metrics.merge_stats.
     """
+    if (ratio, clip) not in (("token", "ppo"), ("sequence", "ppo"), ("token", "cispo")):
+        raise ValueError(f"no loss has the ratio {ratio!r} with the clip {clip!r}; choose token or sequence "
+                         "with ppo, or token with cispo")
     assert denominator > 0, "an optimizer update without reply tokens"
     assert ref_logp_L is not None or kl_coef == 0, "a KL penalty needs a reference model"
+    assert reply_L is not None or ratio == "token", "a ratio of replies needs reply_L"
     # Broadcasting would silently accept one number for all tokens.
-    assert logp_L.shape == old_logp_L.shape == adv_L.shape, "one number for each reply token"
-    assert ref_logp_L is None or ref_logp_L.shape == logp_L.shape, "one number for each reply token"
+    given = [x for x in (old_logp_L, ref_logp_L, adv_L, reply_L, weight_L) if x is not None]
+    assert all(x.shape == logp_L.shape for x in given), "one number for each reply token"
     old_logp_L = old_logp_L.detach()
     log_ratio_L = logp_L - old_logp_L
+    if ratio == "sequence":
+        # eq. 7 of GSPO
+        log_ratio_L = mean_over_reply(log_ratio_L, reply_L)
     ratio_L = log_ratio_L.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     plain_L, clipped_L = ratio_L * adv_L, ratio_L.clamp(1 - clip_low, 1 + clip_high) * adv_L
-    # eq. 3: the lower of the plain and the clipped objective
-    loss_L = -torch.minimum(plain_L, clipped_L)
+    if clip == "ppo":
+        # eq. 3: the lower of the plain and the clipped objective
+        loss_L, clipped_off_L = -torch.minimum(plain_L, clipped_L), clipped_L < plain_L
+    else:
+        # eq. 4 of CISPO
+        loss_L, clipped_off_L = -clipped_L.detach() * logp_L, clipped_L != plain_L
     kl_L = torch.zeros_like(logp_L)
     if ref_logp_L is not None:
         d_L = (ref_logp_L.detach() - logp_L).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
@@ -239,23 +296,29 @@ def grpo_loss(logp_L, old_logp_L, ref_logp_L, adv_L, *, clip_low, clip_high, kl_
         kl_L = torch.expm1(d_L) - d_L
     if kl_coef:
         loss_L = loss_L + kl_coef * kl_L
+    if weight_L is not None:
+        loss_L = loss_L * weight_L.to(loss_L.dtype)
     loss = loss_L.sum() / denominator
 
     with torch.no_grad():
-        clipped_off_L = clipped_L < plain_L
         stats = {
-            "loss": loss.detach(),
-            "tokens": torch.tensor(float(len(logp_L))),
-            "kl_sum": kl_L.sum(),
-            "ratio_sum": ratio_L.sum(),
+            "loss": loss.detach(), "tokens": torch.tensor(float(len(logp_L))),
+            "kl_sum": kl_L.sum(), "ratio_sum": ratio_L.sum(),
             # Without tokens, the bounds of the ratio: they do not change the extremes of other parts.
             "ratio_max": extreme(ratio_L, torch.max, 0.0),
             "ratio_min": extreme(ratio_L, torch.min, math.exp(MAX_LOG_RATIO)),
-            "clip_low_sum": (clipped_off_L & (adv_L < 0)).float().sum(),
-            "clip_high_sum": (clipped_off_L & (adv_L > 0)).float().sum(),
+            "clip_low_sum": (clipped_off_L & (ratio_L < 1)).float().sum(),
+            "clip_high_sum": (clipped_off_L & (ratio_L > 1)).float().sum(),
             "log_ratio_abs_max": extreme(log_ratio_L.abs(), torch.max, 0.0),
         }
     return loss, stats
+
+
+def mean_over_reply(x_L, reply_L):
+    """For each token the mean of x over the tokens of its reply; reply_L: int64, equal for these alone."""
+    _, reply_L, lengths_N = reply_L.unique(return_inverse=True, return_counts=True)
+    mean_N = x_L.new_zeros(len(lengths_N)).index_add(0, reply_L, x_L) / lengths_N
+    return mean_N.index_select(0, reply_L)
 
 
 def extreme(x_L, function, empty):

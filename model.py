@@ -1,4 +1,4 @@
-"""Qwen2.5: configuration, forward pass, Hugging Face weights in and out.
+"""Qwen2.5, Llama 3 and Qwen3: configuration, forward pass, Hugging Face weights in and out.
 
 In:  packed tokens of any number of sequences, one after the other, never padded. Out: the hidden state of
 every token after the final norm; the caller multiplies the rows it needs by `head_weight()`. Parameters may
@@ -11,16 +11,22 @@ be sharded over ranks by rows (runtime/sharding.py); folders are then read and w
 
 The model does not decide which token sees which: `forward` takes a function `attend(layer, q_THE, k_TKE,
 v_TKE) -> o_THE`. Packing, the shared prefix of a group and the key/value cache of the sampler are three such
-functions. The architecture is that of Qwen2 (arXiv 2407.10671): RMSNorm, rotary positions, grouped-query
-attention with a bias on q, k and v only, SwiGLU, a head that may be tied to the embedding. Parameters have
-the names of the Hugging Face checkpoints, without the leading "model.".
+functions. All families have RMSNorm, rotary positions, grouped-query attention, SwiGLU, and a head that may
+be tied to the embedding. They differ in three places:
 
-Axes: T packed tokens, D width, H query heads, K key/value heads, E head size, V vocabulary rows; S the keys
-that `sdpa` attends to.
+    qwen2   (arXiv 2407.10671)  q, k and v have a bias
+    llama   (arXiv 2407.21783)  a bias on q, k, v and o where `attention_bias` says so; rotary angles may be
+                                scaled to longer contexts
+    qwen3   (arXiv 2505.09388)  the same bias; RMSNorm on each head of q and k, before the rotation
+
+Parameters have the names of the Hugging Face checkpoints, without the leading "model.".
+
+Axes: T packed tokens, D width, H query heads, K key/value heads, E head size, V vocabulary rows, S keys.
 """
 
 import functools
 import itertools
+import math
 from dataclasses import asdict, dataclass, fields
 
 import torch
@@ -28,15 +34,32 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from runtime.adapters import plain_weights
 from runtime.files import read_json
 from runtime.kernel import choose_kernel
 from runtime.sharding import own_rows
 from runtime.tensors import open_weights, resolve, write_weights
 
+ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+# Keys of a config.json with the only value that this module computes; a missing key has this value.
+SUPPORTED = {"hidden_act": "silu", "mlp_bias": False, "use_sliding_window": False, "rope": "default",
+             "quantization_config": None}
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Rotary scaling "llama3": wavelengths of more than original_max_position_embeddings / low_freq_factor
+    tokens grow by `factor`, those below original_max_position_embeddings / high_freq_factor do not."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape of a Qwen2.5 model, under the names of its config.json. ValueError where a size is not a positive
+    """Shape of a model, under the names of its config.json. ValueError where a size is not a positive
     integer, or where the query heads cannot be shared out evenly over the key/value heads."""
 
     vocab_size: int
@@ -51,6 +74,9 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     max_position_embeddings: int = 32768
     initializer_range: float = 0.02
+    model_type: str = "qwen2"
+    attention_bias: bool = False
+    rope_scaling: RopeScaling | None = None
 
     def __post_init__(self):
         for field in fields(self):
@@ -63,48 +89,68 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, path):
-        """Read `config.json` of a local folder or hub name. ValueError, naming the file and the key, where it
-        does not describe a plain Qwen2."""
+        """Read `config.json` of a local folder or hub name, as transformers 4 or 5 wrote it. ValueError,
+        naming the file and the key, where it describes what this module does not compute."""
         file = resolve(path) / "config.json"
         raw = read_json(file)
+        if raw.get("model_type") not in ARCHITECTURES:
+            raise ValueError(f"{file}: model_type is {raw.get('model_type')!r}, but this module computes "
+                             f"{', '.join(ARCHITECTURES)}")
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        wanted = {"model_type": "qwen2", "hidden_act": "silu", "use_sliding_window": False, "rope": "default"}
-        found = {**wanted, "model_type": None, **raw}
-        found["rope"] = rope.get("rope_type", rope.get("type", "default"))
-        for key, value in wanted.items():
-            if found[key] != value:
-                raise ValueError(f"{file}: {key} is {found[key]!r}, but this module is Qwen2 with {value!r}")
+        found = {**SUPPORTED, **raw, "rope": rope.get("rope_type", rope.get("type", "default"))}
+        is_scaled = found["rope"] == "llama3" and raw["model_type"] == "llama"
+        for key, value in SUPPORTED.items():
+            if found[key] != value and not (key == "rope" and is_scaled):
+                raise ValueError(f"{file}: {key} is {found[key]!r}, but this module computes only {value!r}")
+        if odd := set(raw.get("layer_types") or ()) - {"full_attention"}:
+            raise ValueError(f"{file}: layer_types has {min(odd)!r}, but this module computes only "
+                             "'full_attention'")
         values = {key: raw[key] for key in cls.__dataclass_fields__ if raw.get(key) is not None}
+        if raw["model_type"] == "qwen2":
+            values.pop("attention_bias", None)  # transformers does not read it there
         # Older files have it at the top level; transformers takes 10,000 where it is missing.
         values["rope_theta"] = rope.get("rope_theta", values.get("rope_theta", 1e4))
         try:
-            if "head_dim" not in values:
-                values["head_dim"] = raw.get("hidden_size", 0) // raw.get("num_attention_heads", 1)
+            scaling = {key: rope[key] for key in RopeScaling.__annotations__} if is_scaled else None
+            values["rope_scaling"] = scaling and RopeScaling(**scaling)
+            if "head_dim" not in values:  # as transformers fills it in
+                share = raw.get("hidden_size", 0) // raw.get("num_attention_heads", 1)
+                values["head_dim"] = 128 if raw["model_type"] == "qwen3" else share
             return cls(**values)
-        except (TypeError, ValueError, ZeroDivisionError) as error:
+        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
             reason = str(error).split("__init__() ")[-1]
-            raise ValueError(f"{file}: {reason}; is this a Qwen2.5 config?") from None
+            raise ValueError(f"{file}: {reason}; is this a config of {raw['model_type']}?") from None
 
     def to_hf(self):
         """The dictionary that `transformers` and vLLM read as config.json."""
-        return {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu",
-                "use_sliding_window": False, "attention_dropout": 0.0, **asdict(self)}
+        values = {"architectures": [ARCHITECTURES[self.model_type]], "hidden_act": "silu",
+                  "attention_dropout": 0.0, **asdict(self)}
+        if self.model_type != "llama":
+            values["use_sliding_window"] = False
+        if self.rope_scaling:
+            values["rope_scaling"]["rope_type"] = "llama3"
+        return values
 
 
-def rope_tables(positions_T, head_dim, theta, dtype=torch.float32):
-    """(cos, cos) and (-sin, sin) of the angles position · theta^(-2i/E), i < E/2: two [T, 1, E] of `dtype`
-    (arXiv 2104.09864)."""
-    exponent = torch.arange(0, head_dim, 2, device=positions_T.device, dtype=torch.float32) / head_dim
-    # The weights were trained with a product with the reciprocal; at large positions a quotient rounds to
-    # another angle.
-    angle = positions_T[:, None, None].float() * (1.0 / theta**exponent)
+def rope_tables(positions_T, config, dtype=torch.float32):
+    """(cos, cos) and (-sin, sin) of the angles position · frequency of each pair i < E/2 of a head: two
+    [T, 1, E] of `dtype`. frequency = theta^(-2i/E) (arXiv 2104.09864), or scaled as in Llama 3.1."""
+    E, scaling = config.head_dim, config.rope_scaling
+    exponent = torch.arange(0, E, 2, device=positions_T.device, dtype=torch.float32) / E
+    # A product with the reciprocal, as in training: at large positions a quotient rounds to another angle.
+    frequency = 1.0 / config.rope_theta**exponent
+    if scaling:
+        # The share of the unscaled frequency, by the number of turns within the original context.
+        turns = scaling.original_max_position_embeddings * frequency / (2 * math.pi)
+        share = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        frequency = torch.lerp(frequency / scaling.factor, frequency, share.clamp(0, 1))
+    angle = positions_T[:, None, None].float() * frequency
     cos, sin = angle.cos(), angle.sin()
     return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
 
 
 def rotate(x_THE, cos, sin):
-    """Rotate the pair of elements i and i + E/2 of each head by the angle of its token. The published weights
-    use this pairing."""
+    """Rotate elements i and i + E/2 of each head, the pairs of published weights, by the token's angle."""
     cos, sin = cos.to(x_THE.dtype), sin.to(x_THE.dtype)  # under autocast the products have another dtype
     return torch.addcmul(x_THE * cos, x_THE.roll(x_THE.shape[-1] // 2, -1), sin)
 
@@ -116,18 +162,22 @@ class Attention(nn.Module):
         super().__init__()
         D, E = config.hidden_size, config.head_dim
         H, K = config.num_attention_heads, config.num_key_value_heads
-        self.head_dim = E
-        self.q_proj = nn.Linear(D, H * E, bias=True)
-        self.k_proj = nn.Linear(D, K * E, bias=True)
-        self.v_proj = nn.Linear(D, K * E, bias=True)
-        self.o_proj = nn.Linear(H * E, D, bias=False)
+        has_bias, self.head_dim = config.model_type == "qwen2" or config.attention_bias, E
+        self.q_proj = nn.Linear(D, H * E, has_bias)
+        self.k_proj = nn.Linear(D, K * E, has_bias)
+        self.v_proj = nn.Linear(D, K * E, has_bias)
+        self.o_proj = nn.Linear(H * E, D, config.attention_bias)
+        if config.model_type == "qwen3":
+            self.q_norm, self.k_norm = nn.RMSNorm(E, config.rms_norm_eps), nn.RMSNorm(E, config.rms_norm_eps)
+        else:
+            self.q_norm = self.k_norm = nn.Identity()
 
     def forward(self, x_TD, cos, sin, layer, attend):
-        E = self.head_dim
-        q_THE = rotate(self.q_proj(x_TD).unflatten(1, (-1, E)), cos, sin)
-        k_TKE = rotate(self.k_proj(x_TD).unflatten(1, (-1, E)), cos, sin)
-        v_TKE = self.v_proj(x_TD).unflatten(1, (-1, E))
-        return self.o_proj(attend(layer, q_THE, k_TKE, v_TKE).flatten(1))
+        q_THE = self.q_norm(self.q_proj(x_TD).unflatten(1, (-1, self.head_dim)))
+        k_TKE = self.k_norm(self.k_proj(x_TD).unflatten(1, (-1, self.head_dim)))
+        v_TKE = self.v_proj(x_TD).unflatten(1, (-1, self.head_dim))
+        o_THE = attend(layer, rotate(q_THE, cos, sin), rotate(k_TKE, cos, sin), v_TKE)
+        return self.o_proj(o_THE.flatten(1))
 
 
 class MLP(nn.Module):
@@ -158,8 +208,8 @@ class Block(nn.Module):
         return x_TD + self.mlp(self.post_attention_layernorm(x_TD))
 
 
-class Qwen2(nn.Module):
-    """Qwen2.5. `Qwen2(config).init_weights(seed)` has random weights, `load_hf(path)` those of a folder.
+class Transformer(nn.Module):
+    """The model. `Transformer(config).init_weights(seed)` has random weights, `load_hf(path)` a folder's.
 
     checkpoint_blocks: keep only the input of each block for backward, which computes the block again.
     """
@@ -183,7 +233,7 @@ class Qwen2(nn.Module):
         head(hidden_TD): called inside forward, where alone `head_weight()` of a sharded model is gathered.
         """
         x_TD = self.embed_tokens(tokens_T)
-        cos, sin = rope_tables(positions_T, self.config.head_dim, self.config.rope_theta, x_TD.dtype)
+        cos, sin = rope_tables(positions_T, self.config, x_TD.dtype)
         for layer, block in enumerate(self.layers):
             if self.checkpoint_blocks and torch.is_grad_enabled():
                 block = functools.partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)
@@ -197,11 +247,8 @@ class Qwen2(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed):
-        """Draw matrices from N(0, initializer_range²), set biases to 0 and norms to 1; return self.
-
-        The result depends only on `seed` and on whether there is a GPU, which is used if it is there: it
-        draws the weights of a 7B in a second, a CPU in a minute.
-        """
+        """Draw matrices from N(0, initializer_range²), set biases to 0 and norms to 1; return self. They
+        depend only on `seed` and whether there is a GPU, which draws a 7B in a second, a CPU in a minute."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
         generator = torch.Generator(device).manual_seed(seed)
         for name, parameter in self.named_parameters():
@@ -212,6 +259,9 @@ class Qwen2(nn.Module):
             else:
                 local.fill_(0.0 if name.endswith("bias") else 1.0)
         return self
+
+
+Qwen2 = Transformer  # an older name
 
 
 def sdpa(q_THE, k_SKE, v_SKE, mask_TS=None):
@@ -227,10 +277,8 @@ def sdpa(q_THE, k_SKE, v_SKE, mask_TS=None):
 
 
 def packed_attention(cu_seqlens, kernel="auto"):
-    """attend: causal within each sequence of a pack. cu_seqlens: the boundaries 0, …, T of its sequences;
-    kernel: as in `shared_prefix_attention`."""
-    bounds = [int(bound) for bound in cu_seqlens]
-    groups = [(end - start, []) for start, end in itertools.pairwise(bounds)]
+    """attend: causal within each sequence of a pack. cu_seqlens: the boundaries 0, …, T; kernel: as below."""
+    groups = [(int(end - start), []) for start, end in itertools.pairwise(cu_seqlens)]
     return shared_prefix_attention(groups, kernel)
 
 
@@ -274,9 +322,7 @@ def shared_prefix_attention(groups, kernel="auto"):
 def flash_attention_runs(kernel, q_THE):
     """Whether FlashAttention, which exists on GPUs and for 16 bits only, computes attention for q_THE."""
     is_16_bit = q_THE.dtype in (torch.bfloat16, torch.float16)
-    if kernel == "auto" and not is_16_bit:
-        return False
-    if choose_kernel(kernel, q_THE.device.type, "attention") != "gpu":
+    if kernel == "auto" and not is_16_bit or choose_kernel(kernel, q_THE.device.type, "attention") != "gpu":
         return False
     if not is_16_bit:
         raise ValueError(f"kernel {kernel!r}: FlashAttention computes in bf16 and fp16, not in "
@@ -284,9 +330,7 @@ def flash_attention_runs(kernel, q_THE):
     return True
 
 
-# Hugging Face folders.
-
-
+# ---- Hugging Face folders
 def hf_name(name):
     """The name that a parameter has in a Hugging Face checkpoint."""
     return name if name.startswith("lm_head.") else "model." + name
@@ -296,20 +340,20 @@ def hf_name(name):
 def load_hf(path, device="cpu", dtype=torch.float32, shard=None, seed=None):
     """The model of a Hugging Face folder or hub name, its tensors cast to `dtype` on `device`.
 
-    shard(model): shards the parameters over the ranks before they have memory; each rank then reads its rows.
-    seed: read config.json only and draw the weights. ValueError, naming the folder and the tensor, where one
-    is missing, unknown or of another shape. The head that some tied checkpoints repeat must equal the
-    embedding. Rotary frequencies that older tools saved are ignored, because rope_theta gives them.
+    shard(model): shards the parameters over the ranks before they have memory, and may add some, which get no
+    values; each rank then reads its rows. seed: read config.json only and draw the weights.
+    ValueError, naming the folder and the tensor, where one is missing, unknown or of another shape. The head
+    that some tied checkpoints repeat must equal the embedding; saved rotary frequencies are ignored.
     """
     folder = resolve(path)
     with torch.device("meta"):
-        model = Qwen2(ModelConfig.from_hf(folder)).to(dtype)
+        model = Transformer(ModelConfig.from_hf(folder)).to(dtype)
     if seed is not None:
         if shard:
             shard(model)
         return model.to_empty(device=device).init_weights(seed)
     slices = {name: part for name, part in open_weights(folder).items()
-              if not name.endswith("rotary_emb.inv_freq")}
+              if not name.endswith("rotary_emb.inv_freq")}  # of older tools; rope_theta gives them
     head = slices.pop("lm_head.weight", None) if model.config.tie_word_embeddings else None
     parameters = {hf_name(name): parameter for name, parameter in model.named_parameters()}
     for name, parameter in parameters.items():
@@ -324,8 +368,9 @@ def load_hf(path, device="cpu", dtype=torch.float32, shard=None, seed=None):
         shard(model)
     model.to_empty(device=device)
     for name, parameter in model.named_parameters():
-        local, rows = own_rows(parameter)
-        local.copy_(slices[hf_name(name)][rows])
+        if hf_name(name) in slices:
+            local, rows = own_rows(parameter)
+            local.copy_(slices[hf_name(name)][rows])
     _, rows = own_rows(model.embed_tokens.weight)
     if head is not None and not torch.equal(head[rows], slices["model.embed_tokens.weight"][rows]):
         raise ValueError(f"{folder}: config.json ties the head to the embedding, but lm_head.weight differs")
@@ -334,12 +379,12 @@ def load_hf(path, device="cpu", dtype=torch.float32, shard=None, seed=None):
 
 def save_hf(model, path, max_shard_bytes=5_000_000_000):
     """Collective: write config.json and safetensors, in the dtype of the parameters, for `transformers`, vLLM
-    and `load_hf`. Rank 0 writes; sharded parameters are gathered one at a time.
+    and `load_hf`. Rank 0 writes; sharded parameters are gathered one at a time, adapters merged into them.
 
     More than `max_shard_bytes` of weights become numbered shards with an index; other weights in the folder
     are removed. ValueError, naming the file, where one cannot be written: the folder is then as before.
     """
-    tensors = {hf_name(name): tensor for name, tensor in model.state_dict().items()}
+    tensors = {hf_name(name): tensor for name, tensor in plain_weights(model).items()}
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     config = {**model.config.to_hf(), "torch_dtype": dtype}
     write_weights(path, tensors, {"config.json": config}, max_shard_bytes)

@@ -28,8 +28,7 @@ which ends the reply:
 Where we differ: the paper requires the output *wrapped* in both blocks, its code the think tags anywhere.
 `binary` follows the paper. `official` follows the code, which reads from the last assistant header on, takes
 the last call block, accepts one object, or a JSON string of it or of the list, as the list, and takes the
-last of duplicate keys. `official` is 0 where the code crashes. The other schemes use the strict reader, so
-that they differ from `binary` in the rule only.
+last of duplicate keys; where the code crashes, `official` is 0. The other schemes use the strict reader.
 """
 
 import json
@@ -44,8 +43,12 @@ SCHEMES = ("binary", "binary_no_reasoning", "partial_format", "partial_format_na
 
 THINK, END_THINK, CALL, END_CALL = "<think>", "</think>", "<tool_call>", "</tool_call>"
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
-STOP_TOKENS = (IM_END, "<|endoftext|>")
-CHAT_MARKERS = (IM_START, *STOP_TOKENS)
+HEADER, END_HEADER = "<|start_header_id|>", "<|end_header_id|>"
+# The tokens of a chat format; the last one ends a turn. chatml is that of Qwen2.5, Qwen3 and SmolLM2.
+CHAT_FORMATS = {"chatml": (IM_START, IM_END),
+                "llama3": ("<|begin_of_text|>", HEADER, END_HEADER, "<|eot_id|>")}
+STOP_TOKENS = (IM_END, "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>")
+CHAT_MARKERS = (IM_START, "<|begin_of_text|>", HEADER, END_HEADER, *STOP_TOKENS)
 BLANKS = " \t\r\n"
 MAX_DEPTH, MAX_BYTES, MAX_DIGITS = 64, 64 * 1024, 40
 # The released scorer crashes at limits that depend on the interpreter and the call stack. These are fixed.
@@ -86,10 +89,8 @@ def parse_reply(reply):
 
 
 def score(reply, answer, scheme="binary"):
-    """The Verdict on one reply, with a reward in [0, 1], in linear time. It raises for no string.
-
-    ValueError: an unknown scheme, or an answer that is not a list of calls.
-    """
+    """The Verdict on one reply, with a reward in [0, 1], in linear time. It raises for no string. ValueError:
+    an unknown scheme, or an answer that is not a list of calls."""
     if scheme not in SCHEMES:
         raise ValueError(f"unknown reward scheme {scheme!r}: choose one of {', '.join(SCHEMES)}")
     _check_calls(answer, "ground truth")
@@ -169,7 +170,8 @@ def _strict_calls(text):
 
 
 def _official_calls(reply):
-    text = reply[max(reply.rfind(f"{IM_START}assistant"), 0) :]
+    headers = (f"{IM_START}assistant", f"{HEADER}assistant{END_HEADER}")
+    text = reply[max(0, *map(reply.rfind, headers)) :]
     payload, at = None, 0
     # From left to right, each opening tag is paired with the next closing tag, as a regular expression does.
     while (start := text.find(CALL, at)) >= 0 and (end := text.find(END_CALL, start)) >= 0:
@@ -249,8 +251,7 @@ def _compare(calls, answer):
     for name in [*wanted, *got]:
         found, expected = (
             f"the {_KINDS.get(type(side[name]), 'value')} {_key(side[name])}" if name in side else "absent"
-            for side in (got, wanted)
-        )
+            for side in (got, wanted))
         if found != expected:
             break
     skip = max(0, len(os.path.commonprefix([found, expected])) - 60)

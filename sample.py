@@ -7,9 +7,9 @@ log-prob of each under the distribution that it was drawn from. Training takes t
     token  ~ softmax(logits / temperature): the first id whose cumulative probability exceeds u = uniform(key)
 
 So a reply does not depend on its batch, and a row that restarts after being preempted draws the same tokens.
-Each prompt is computed once for its n replies, except its last token, which is their first input. A waiting
-row takes the slot of a reply that ends. At the end of `generate` all is freed that points to weights, because
-training moves them. These are the definitions; unless the kernel is "reference", twins in fast/ are used.
+Each prompt is computed once for its n replies, except its last token, their first input. A waiting row takes
+the slot of a reply that ends. `generate` ends by freeing all that points to weights, because training moves
+them. These are the definitions; unless the kernel is "reference", twins in fast/ are used.
 
 Axes: P prompts, G rollouts a prompt, T packed tokens, B rows being decoded, D width, H query heads,
 K key/value heads, E head size, S positions of a cache slot, V vocabulary rows.
@@ -22,6 +22,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import accumulate
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -125,11 +126,11 @@ class Cache:
     move(source, target)    The row in the last slot takes the free one.
     close()                 Free all memory, even if a traceback still refers to the cache.
 
-    longest_prompt, limit: most tokens of a prompt, of a row; steps: as in `reserve`; memory_gib: bounds keys
-    and values, here by fewer slots, None: no bound; kernel: as chosen. ValueError if not one row fits.
+    rows: all, the longest prompt last; limit: most tokens of one; steps: as in `reserve`; memory_gib: bounds
+    keys and values, here by fewer slots, None: no bound; kernel: as chosen. ValueError if not one row fits.
     """
 
-    def __init__(self, config, dtype, device, slots, longest_prompt, limit, steps, memory_gib, kernel):
+    def __init__(self, config, dtype, device, slots, rows, limit, steps, memory_gib, kernel):
         S = limit + steps - 1  # a row may be decoded past its limit
         layers, shape = config.num_hidden_layers, (S, config.num_key_value_heads, config.head_dim)
         row_gib = 2 * layers * math.prod(shape) * dtype.itemsize / 2**30
@@ -216,12 +217,11 @@ class Decoder:
 
     def run(self, rows, steps):
         """The next `steps` tokens of each row and their log-probs, as two lists of lists."""
-        B, step = len(rows), self.graphs.step if self.graphs else self.step
-        state = torch.tensor([((row.rollout.ids or row.prompt.ids)[-1], row.key, len(row.rollout.ids),
-                               row.cached()) for row in rows])
+        B, step, drawn = len(rows), self.graphs.step if self.graphs else self.step, []
+        state = np.array([((row.rollout.ids or row.prompt.ids)[-1], row.key, len(row.rollout.ids),
+                           row.cached()) for row in rows])
         self.position_B.zero_()  # a graph may pad the batch: those rows write to position 0
-        self.state_4B[:, :B] = state.T
-        drawn = []
+        self.state_4B[:, :B] = torch.from_numpy(state).T
         for _ in range(steps):
             step(B)
             drawn.append((self.token_B[:B].clone(), self.logp_B[:B].clone()))
@@ -243,10 +243,10 @@ def generate(model, prompts, n, *, max_new_tokens, temperature, stop_ids, seeds_
     prompts: lists of ids; max_new_tokens: tokens a reply, stop id included; temperature: 0 is greedy;
     stop_ids: ids that end a reply; seeds_P: an integer a prompt; top_p, vocab_size: as in `sample_tokens`;
     batch_size: rows decoded at once; kv_memory_gib: of keys and values, None: what a GPU has free, on a CPU
-    what rows need; kernel: as in runtime/kernel.py; progress: name of a progress bar, shown on a terminal;
-    on_token(i, id): called for each token of rollout i; should_stop(): asked every few steps, True leaves the
-    replies unfinished. ValueError if a setting is out of range, kv_memory_gib too little for one row, or a
-    prompt empty, too long or with an unknown id.
+    what rows need; kernel: as in runtime/kernel.py; progress: name of a bar on a terminal; on_token(i, id):
+    called for each token of rollout i; should_stop(): asked every few steps, True leaves replies unfinished.
+    ValueError: a setting out of range, kv_memory_gib too little for a row, a prompt empty, too long or with
+    an unknown id.
     """
     if max_new_tokens < 1 or not 0 <= temperature < math.inf or not 0 < top_p <= 1:  # NaN fails these too
         raise ValueError(f"max_new_tokens {max_new_tokens}, temperature {temperature}, top_p {top_p}: they "
@@ -259,8 +259,7 @@ def generate(model, prompts, n, *, max_new_tokens, temperature, stop_ids, seeds_
         if max(prompt) >= ids:
             raise ValueError(f"prompt {i} holds id {max(prompt)}, but the model's last is {ids - 1}; is this "
                              "the model's own tokenizer?")
-    assert n >= 0 and batch_size >= 1, f"n {n}, batch_size {batch_size}"
-    assert len(seeds_P) == len(prompts), f"{len(seeds_P)} seeds for {len(prompts)} prompts"
+    assert n >= 0 and batch_size >= 1 and len(seeds_P) == len(prompts), (n, batch_size, seeds_P)
     if not (rollouts := [Rollout(prompt) for prompt in prompts for _ in range(n)]):
         return []
     key_PG = fold(torch.as_tensor(seeds_P, dtype=torch.int64)[:, None], torch.arange(n)).tolist()
@@ -278,15 +277,16 @@ def generate(model, prompts, n, *, max_new_tokens, temperature, stop_ids, seeds_
         from fast.aligned_cache import Cache as cache_class
     if kernel == "gpu" and top_p == 1:
         from fast.draw import sample_tokens as draw
+    torch.cuda.empty_cache()  # pages need whole segments, and so does training after them; a CPU has none
     if kv_memory_gib is None and device.type == "cuda":
-        torch.cuda.empty_cache()
         kv_memory_gib = torch.cuda.mem_get_info(device)[0] / 2**30 - MARGIN_GIB
-    cache = cache_class(model.config, dtype, device, min(batch_size, len(rows)), len(rows[-1].prompt.ids),
-                        rows[-1].limit, STEPS[device.type], kv_memory_gib, kernel)
+    cache = cache_class(model.config, dtype, device, min(batch_size, len(rows)), rows, rows[-1].limit,
+                        STEPS[device.type], kv_memory_gib, kernel)
     draw = functools.partial(draw, temperature=temperature, top_p=top_p, vocab_size=vocab_size)
     bar = tqdm(total=len(rows), desc=progress, disable=None if progress else True, leave=False, unit="reply")
     with closing(Decoder(model, cache, draw, dtype, kernel)) as decoder, bar:
         decode_all(decoder, rows, max_new_tokens, frozenset(stop_ids), bar, on_token, should_stop)
+    torch.cuda.empty_cache()
     return rollouts
 
 

@@ -36,6 +36,20 @@ def choose_categories(known, text):
     return [name for name in known if name in names]
 
 
+def evenly_spaced(examples, n):
+    """At most `n` examples at even distances, so that every part of a file counts; all if n is None."""
+    n = len(examples) if n is None else min(n, len(examples))
+    return [examples[i * len(examples) // n] for i in range(n)]
+
+
+def of_each(items, n, category):
+    """At most n items of each category, evenly spaced; all if n is None."""
+    groups = {}
+    for item in items:
+        groups.setdefault(category(item), []).append(item)
+    return [item for group in groups.values() for item in evenly_spaced(group, n)]
+
+
 def rows_of_chosen(rows, parts, chosen):
     """The rows of a table that the chosen categories allow.
 

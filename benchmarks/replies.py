@@ -1,4 +1,4 @@
-"""The file of a model's replies to a benchmark, from which an interrupted evaluation resumes.
+"""The file of a model's replies to a benchmark: written batch by batch, and resumed after an interruption.
 
 In:  replies.jsonl, lines {"id", "category", "prompt", "reply"}, and settings.json in the same folder.
 Out: {id: reply text}, if the replies are those that would be made now, else a ValueError that says why not.
@@ -12,7 +12,7 @@ import json
 from hashlib import sha256
 
 from benchmarks.tables import read_outputs
-from runtime.files import read_json, write_text
+from runtime.files import read_json, write_json, write_text
 
 DIGESTS = ("weights", "config", "tokenizer", "system_prompt_text")  # keys of settings.json
 COMPARED = ("bench", "paper_prompt", "max_new_tokens")  # others are names, for people to read
@@ -64,3 +64,35 @@ def reply_line(entry, prompt, reply):
     """The line of `read_replies` for a reply to the ids `prompt`."""
     line = {"id": entry.id, "category": entry.category, "prompt": digest_ids(prompt), "reply": reply}
     return json.dumps(line, ensure_ascii=False) + "\n"
+
+
+def answer_entries(answer, entries, prompts, replies, file, settings, *, room, batch_size):
+    """Replies to the entries of a benchmark, {id: reply text}, the given `replies` among them.
+
+    answer(list of ids): the texts of the replies to a batch of prompts; prompts: {id: ids}; room: tokens that
+    a prompt may have. After every batch its replies are appended to `file`; `settings` are saved in
+    settings.json in the same folder. ValueError if a prompt is too long.
+    """
+    replies, prompts = dict(replies), {id: ids for id, ids in prompts.items() if id not in replies}
+    long = [id for id, prompt in prompts.items() if len(prompt) > room]
+    if long:
+        raise ValueError(f"{len(long)} of {len(prompts)} prompts, {long[0]} the first, have more than the "
+                         f"{room} tokens that the model's positions leave beside --max_new_tokens")
+    # Sorted, so that prompts of similar length share a batch; the longest first, so that a lack of memory
+    # shows in the first batch.
+    waiting = [entry for entry in entries if entry.id in prompts]
+    waiting.sort(key=lambda entry: len(prompts[entry.id]), reverse=True)
+    if replies:
+        print(f"{file}: {len(replies)} replies are there, {len(waiting)} to go", flush=True)
+    if not file.exists():
+        write_json(file.with_name("settings.json"), settings)
+    with open(file, "a", encoding="utf-8") as out:
+        for start in range(0, len(waiting), batch_size):
+            batch = waiting[start:start + batch_size]
+            texts = answer([prompts[entry.id] for entry in batch])
+            for entry, text in zip(batch, texts, strict=True):
+                replies[entry.id] = text
+                out.write(reply_line(entry, prompts[entry.id], text))
+            out.flush()
+            print(f"{min(start + batch_size, len(waiting))} of {len(waiting)} replies", flush=True)
+    return replies

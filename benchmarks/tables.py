@@ -1,10 +1,12 @@
-"""Outputs of a public benchmark: reading, scoring, and the tables of the scores.
+"""Outputs of a public benchmark: reading, scoring, and the tables of the scores; those of held-out examples.
 
-In:  files of JSON lines {"id", "category", ...}; the entries of a benchmark and the calls for them.
-Out: {id: line}; verdicts; text tables; a warning where nearly all lines fail in the same way. Nothing needs
-     torch.
+In:  files of JSON lines {"id", "category", ...}; the entries of a benchmark and the calls for them; the
+     replies of eval.evaluate.
+Out: {id: line}; verdicts; rows of tables and their text; a warning where nearly all lines fail in the same
+     way. Nothing needs torch.
 """
 
+import math
 from collections import Counter
 
 from benchmarks import acebench, api_bank, bfcl, json_lines
@@ -187,3 +189,86 @@ def paper_table(name, rows_by_metric, model):
     text += [f"{who:<{width}}" + "".join(f"  {percent(x):>{n}}" for x, n in zip(row, columns, strict=True))
              for who, row in lines.items()]
     return "\n".join([*text, note])
+
+
+# ---- held-out examples
+def wilson(right, n, z=1.96):
+    """The 95 % confidence interval (low, high) of the share p = right / n, by default; (0, 1) for n = 0:
+
+        (p + z²/2n ± z √(p(1-p)/n + z²/4n²)) / (1 + z²/n)         Wilson (1927)
+    """
+    if n == 0:
+        return 0.0, 1.0
+    p = right / n
+    middle = p + z * z / (2 * n)
+    # Wilson (1927)
+    half_width = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    return max(0.0, (middle - half_width) / scale), min(1.0, (middle + half_width) / scale)
+
+
+def by_category(replies):
+    """Yield (category, its replies) for the rows of a table; the last one is "all"."""
+    rows_of = {name: {name, name.split("/")[0], "all"} for name in {reply["category"] for reply in replies}}
+    for category in [*sorted(set().union(*rows_of.values()) - {"all"}), "all"]:
+        yield category, [reply for reply in replies if category in rows_of[reply["category"]]]
+
+
+def summarize_samples(replies, n):
+    """[{"mean", "pass", "mixed"}…], shares for each row of `summarize`: of right samples, of replies with a
+    right one, and with both right and wrong ones. Each reply has "samples_right", how many of n are right."""
+    counts = [[reply["samples_right"] for reply in part] for _, part in by_category(replies)]
+    return [{"mean": sum(right) / (n * len(right)), "pass": sum(map(bool, right)) / len(right),
+             "mixed": sum(0 < k < n for k in right) / len(right)} for right in counts]
+
+
+def summarize(replies):
+    """Table rows from the replies of `evaluate`: one a category in alphabetical order, then "all". Replies of
+    a category such as "tools/single" also count in a row "tools", which comes before its parts."""
+    rows = []
+    for category, part in by_category(replies):
+        right = sum(reply["right"] for reply in part)
+        low, high = wilson(right, len(part))
+        share = {key: sum(reply[key] for reply in part) / max(1, len(part))
+                 for key in ("format_ok", "names_ok", "finished")}
+        rows.append({"category": category, "n": len(part), "right": right,
+                     "accuracy": right / max(1, len(part)), "low": low, "high": high, **share})
+    return rows
+
+
+def accuracy_table(columns):
+    """A text table of accuracies in percent. columns: {heading: rows of `summarize`} on the same examples."""
+    first = next(iter(columns.values()))
+    width = max(len(row["category"]) for row in first)
+    headings = "".join(f"  {heading:>22}" for heading in columns)
+    lines = [f"{'':<{width}}     n{headings}  format   names"]
+    for i, row in enumerate(first):
+        cells = ""
+        for rows in columns.values():
+            r = rows[i]
+            cells += f"  {100 * r['accuracy']:6.1f} [{100 * r['low']:5.1f}, {100 * r['high']:5.1f}]"
+        last = list(columns.values())[-1][i]
+        lines.append(f"{row['category']:<{width}} {row['n']:>5}{cells}  {100 * last['format_ok']:5.1f} %"
+                     f" {100 * last['names_ok']:5.1f} %")
+    return "\n".join(lines)
+
+
+def with_samples(table, rows, n):
+    """The text of `accuracy_table` with columns for the rows of `summarize_samples`."""
+    head, *lines = table.split("\n")
+    text = [f"{head}  {f'mean of {n}':>12}  {f'pass@{n}':>8}    mixed"]
+    text += [f"{line}  {100 * row['mean']:12.1f}  {100 * row['pass']:8.1f}  {100 * row['mixed']:7.1f}"
+             for line, row in zip(lines, rows, strict=True)]
+    return "\n".join(text)
+
+
+def print_evaluation(step, rows, replies):
+    """Print the accuracies at a training step on one line, then query, text and verdict of `replies`."""
+    by_category = "  ".join(f"{row['category']} {row['accuracy']:.1%}" for row in rows[:-1]
+                            if "/" not in row["category"])
+    print(f"held-out accuracy at step {step}: {rows[-1]['accuracy']:.1%} of {rows[-1]['n']}  ({by_category})")
+    for reply in replies:
+        # One line each and not too long, because a query can have thousands of characters.
+        query, text = (" ".join(reply[key].split())[:1000] for key in ("query", "reply"))
+        verdict = "right" if reply["right"] else f"wrong: {reply['error']}"
+        print(f"  asked   {query}\n  wrote   {text}\n  {verdict}", flush=True)

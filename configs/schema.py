@@ -4,10 +4,10 @@ In:  a command line; a YAML file overrides the defaults, --section.key=value ove
 Out: a frozen Config. An unknown key, a value of another type or an impossible value is a ValueError of one
      line that names the key, what is wrong and what is right.
 
-"Paper" is arXiv 2505.00024, Table 6; "code" is its released training script. Where they give a value, it is
-the default.
+"Paper" is arXiv 2505.00024, Table 6; "code" is its released training script. Their values are the defaults.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import yaml
 
-from reward import SCHEMES
+from reward import CHAT_FORMATS, SCHEMES
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,8 @@ class ModelSettings:
     path: str = ""  # Hugging Face folder or hub name: the policy at step 0 and the KL reference
     init: str = "trained"  # weights: trained | random, of the shape in config.json: to measure speed
     precision: str = "auto"  # of matrix products: bf16 (autocast) | fp32 | auto: bf16 on a GPU and with AMX
+    lora_rank: int | None = None  # LoRA: only adapters of this rank beside all linear layers are trained
+    lora_alpha: float = 16.0  # the adapters' product counts alpha / rank (LLaMA-Factory: twice the rank)
     kernel: str = "auto"  # reference: plain PyTorch | fast: the twins in fast/ | auto: fast where it can run
 
 
@@ -36,6 +38,7 @@ class DataSettings:
     heldout: str | None = None  # JSON lines of held-out examples; null: split from train by heldout_fraction
     heldout_fraction: float = 0.1  # share of train that is held out (code: 10 %, shuffled; here by seed)
     system_prompt: str | None = None  # text file with {tools}; null: the project's own wording
+    chat_format: str = "auto"  # chatml | llama3 | auto: by the tokens of the tokenizer (docs/chat_formats.md)
     max_prompt_tokens: int = 4096  # longer prompts are dropped and counted, never truncated (paper)
     max_dropped_share: float = 0.05  # an error if a larger share of the prompts is dropped
 
@@ -48,12 +51,16 @@ class RolloutSettings:
     max_new_tokens: int = 8192  # tokens a reply, stop token included (paper)
     batch_size: int = 256  # replies decoded at once
     kv_memory_gib: float | None = None  # of the KV cache; null: the free memory of a GPU, no limit on a CPU
+    refill: int = 0  # further batches a step may draw until all its groups have spread (arXiv 2503.14476)
 
 
 @dataclass(frozen=True)
 class GrpoSettings:
     reward: str = "binary"  # scheme of reward.score (paper: binary)
     normalize: str = "std"  # advantages: std (eq. 4) | none (centred only)
+    ratio: str = "token"  # token (paper) | sequence: its geometric mean over a reply (arXiv 2507.18071)
+    clip: str = "ppo"  # ppo (paper) | cispo: clipped weight times log-prob (arXiv 2506.13585)
+    average: str = "token"  # over tokens | reply: their means | constant: over max_new_tokens a reply
     clip_low: float = 0.2  # the ratio is clipped below 1 - clip_low (code)
     clip_high: float = 0.2  # the ratio is clipped above 1 + clip_high (code)
     kl_coef: float = 1e-3  # weight of KL(policy, reference) (paper); 0: no reference model is loaded
@@ -91,6 +98,7 @@ class EvalSettings:
 @dataclass(frozen=True)
 class LogSettings:
     rollouts_every: int = 10  # steps between files of rollouts
+    tokens: bool = False  # these files also hold the text, log-probs and entropy of each reply token
     tracker: str = "none"  # none | tensorboard | wandb
 
 
@@ -117,11 +125,8 @@ class Config:
 
 
 def load_config(argv):
-    """The Config of a command line: at most one YAML file and any number of --section.key=value.
-
-    ValueError for a file that is missing or not YAML, an unknown key (with the nearest known one), a value of
-    another type, or one that cannot work.
-    """
+    """The Config of a command line: at most one YAML file and any number of --section.key=value. ValueError:
+    a file that is missing or not YAML, an unknown key (the nearest is named), a value that cannot work."""
     known, given, files, words = dict(leaves(Config)), {}, [], iter(argv)
     for word in words:
         if not word.startswith("--"):
@@ -142,7 +147,9 @@ def load_config(argv):
             near = difflib.get_close_matches(key, known, 1, 0.5)
             near = near or [k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]]
             raise ValueError(f"{where}: unknown key" + (f"; did you mean {near[0]}?" if near else ""))
-    config = build(Config, "", {key: coerce(*value, known[key]) for key, value in values.items()})
+    config = Config()
+    for key, (value, where) in values.items():
+        config = with_value(config, key, coerce(value, where, known[key]))
     check(config)
     return config
 
@@ -192,14 +199,11 @@ def leaves(cls, prefix=""):
 
 
 def coerce(value, where, kind):
-    """`value` as the type `kind`, else ValueError. A float may be given as an integer, or as 1e-6, which YAML
-    1.1 reads as text."""
+    """`value` as the type `kind`, else ValueError. A float may be an integer, or 1e-6, a text in YAML 1.1."""
     options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     if float in options and isinstance(value, int | str) and not isinstance(value, bool):
-        try:
+        with contextlib.suppress(ValueError):
             return float(value)
-        except ValueError:
-            pass
     if type(value) not in options:
         names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
         expected = " or ".join(names.get(option, "null") for option in options)
@@ -207,14 +211,11 @@ def coerce(value, where, kind):
     return value
 
 
-def build(cls, prefix, values):
-    arguments = {}
-    for name, kind in typing.get_type_hints(cls).items():
-        if dataclasses.is_dataclass(kind):
-            arguments[name] = build(kind, f"{prefix}{name}.", values)
-        elif prefix + name in values:
-            arguments[name] = values[prefix + name]
-    return cls(**arguments)
+def with_value(config, key, value):
+    """A copy of a config in which the dotted key has the value."""
+    name, _, rest = key.partition(".")
+    part = with_value(getattr(config, name), rest, value) if rest else value
+    return dataclasses.replace(config, **{name: part})
 
 
 def flat(config):
@@ -225,18 +226,19 @@ def flat(config):
 def check(config):
     """ValueError for a value that cannot work; the message names one that can."""
     choices = {"stage": ("grpo", "sft"), "resume": ("auto", True, False), "grpo.normalize": ("std", "none"),
+               "grpo.ratio": ("token", "sequence"), "grpo.clip": ("ppo", "cispo"),
+               "grpo.average": ("token", "reply", "constant"),
                "model.precision": ("auto", "bf16", "fp32"), "model.init": ("trained", "random"),
                "train.schedule": ("constant", "cosine", "cosine_time"),
-               "model.kernel": ("auto", "reference", "fast"),
+               "model.kernel": ("auto", "reference", "fast"), "data.chat_format": ("auto", *CHAT_FORMATS),
                "grpo.reward": SCHEMES, "log.tracker": ("none", "tensorboard", "wandb")}
-    older_names = {"model.kernel": ("triton",)}  # of "fast"
     required = ("out", "model.path", "data.train")
-    may_be_zero = ("seed", "grpo.kl_coef", "train.weight_decay")
+    may_be_zero = ("seed", "rollout.refill", "grpo.kl_coef", "train.weight_decay")
     shares = ("data.max_dropped_share", "data.heldout_fraction", "train.warmup", "train.beta2")
     for key, value in flat(config).items():
         if key in required and not value:
             raise ValueError(f"{key} is not set; give it in the YAML file or as --{key}=…")
-        if key in choices and value not in (*choices[key], *older_names.get(key, ())):
+        if key in choices and value not in choices[key] and (key, value) != ("model.kernel", "triton"):
             raise ValueError(f"{key} is {value!r}; choose one of {', '.join(map(str, choices[key]))}")
         if value is None or isinstance(value, bool | str):
             continue
@@ -252,6 +254,8 @@ def check(config):
         (r.top_p != 1, f"rollout.top_p is {r.top_p}; it must be 1: training scores the whole softmax"),
         (t.prompts_per_step % t.updates_per_step, f"train.updates_per_step is {t.updates_per_step}; it must "
                                                   f"divide train.prompts_per_step, {t.prompts_per_step}"),
+        (c.grpo.ratio == "sequence" and c.grpo.clip == "cispo",
+         "grpo.clip is cispo, but grpo.ratio is sequence; choose grpo.clip ppo or grpo.ratio token"),
         (t.micro_batch_tokens < longest,
          f"train.micro_batch_tokens is {t.micro_batch_tokens}; it must hold the longest prompt and reply: "
          f"data.max_prompt_tokens + rollout.max_new_tokens = {longest}"),

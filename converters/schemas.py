@@ -13,7 +13,7 @@ Out: a list of bare schemas, which give the same prompt from every form.
 
 import json
 
-from runtime.json_types import fits, one_of
+from runtime.json_types import fits
 
 NO_TOOLS = "tools are not a list of objects with a name"
 
@@ -168,6 +168,11 @@ def _check_value(value, schema, name, found):
         _check_object(value, properties, _required(schema, properties), True, schema, found)
     for item in value if isinstance(value, list) else []:
         _check_value(item, schema.get("items"), f"{name}[]", found)
+
+
+def one_of(value, choices):
+    """Whether a value is equal to a choice, type and all: true, 1 and 1.0 differ."""
+    return json.dumps(value, sort_keys=True) in [json.dumps(choice, sort_keys=True) for choice in choices]
 
 
 def _contradicts(schema, value):

@@ -32,7 +32,7 @@ def sample_tokens(logits_BV, temperature, key_B, top_p=1.0, vocab_size=None):
     blocks = triton.cdiv(vocab_size, VOCAB_BLOCK)
     score_BZ, lse_BZ = torch.empty(2, B, blocks, device=logits_BV.device)
     ids_BZ = torch.empty(B, blocks, dtype=torch.int64, device=logits_BV.device)
-    best_of_block[(B, blocks)](logits_BV, key_B, score_BZ, ids_BZ, lse_BZ, logits_BV.stride(0), vocab_size,
+    best_of_block[(B, blocks)](logits_BV, key_B, score_BZ, ids_BZ, lse_BZ, logits_BV.stride(0), V, vocab_size,
                                sharpness, temperature == 0, VOCAB_BLOCK, num_warps=8)
     # Logits that are not finite have no winner, but the id must be one that the model has.
     ids_B1 = ids_BZ.gather(1, score_BZ.argmax(1, keepdim=True)).clamp_(0, vocab_size - 1)
@@ -41,14 +41,15 @@ def sample_tokens(logits_BV, temperature, key_B, top_p=1.0, vocab_size=None):
 
 
 @triton.jit
-def best_of_block(logits_ptr, key_ptr, score_ptr, ids_ptr, lse_ptr, row_stride, vocab_size,
+def best_of_block(logits_ptr, key_ptr, score_ptr, ids_ptr, lse_ptr, row_stride, V, vocab_size,
                   SHARPNESS: tl.constexpr, GREEDY: tl.constexpr, BLOCK: tl.constexpr):
     """The best id of one block of one row of logits, its score, and the log-sum-exp of the block."""
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     columns = block * BLOCK + tl.arange(0, BLOCK)
     logits_ptr += row * row_stride
-    logits = tl.load(logits_ptr + columns, mask=columns < vocab_size, other=-float("inf"))
-    scaled = logits.to(tl.float32) * SHARPNESS
+    # V is a multiple of 16 where vocab_size is odd: with V as the bound, one load reads 8 logits.
+    logits = tl.load(logits_ptr + columns, mask=columns < V, other=0.0).to(tl.float32)
+    scaled = tl.where(columns < vocab_size, logits * SHARPNESS, -float("inf"))
     score = scaled
     if not GREEDY:
         h = tl.load(key_ptr + row) + (columns.to(tl.int64) + 1) * GOLDEN

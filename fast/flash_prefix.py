@@ -1,8 +1,7 @@
 """Equals model.shared_prefix_attention: two calls of FlashAttention over sequences of different lengths.
 
 The first call takes the prompts, each over itself. The second takes each reply over [its prompt; itself], for
-which a prompt's keys are copied once for every reply. A single call would launch as many blocks for each
-sequence as its longest one needs.
+which a prompt's keys are copied. A single call would launch for each sequence the blocks of the longest one.
 
 Axes: T packed tokens, H query heads, K key/value heads, E head size.
 """
@@ -16,10 +15,8 @@ import torch
 
 
 def shared_prefix_attention(groups):
-    """attend(layer, q_THE, k_TKE, v_TKE) -> o_THE for bf16 or fp16 on a GPU, at least one token.
-
-    groups: for each group (prompt length, [reply lengths]) in tokens, in the order of the pack.
-    """
+    """attend(layer, q_THE, k_TKE, v_TKE) -> o_THE for bf16 or fp16 on a GPU, at least one token. groups: for
+    each group (prompt length, [reply lengths]) in tokens, in the order of the pack."""
     @functools.cache  # once for all layers
     def calls(device):
         """([(queries, keys)] of the calls, index of each of the T tokens in their concatenated outputs)."""
@@ -43,8 +40,7 @@ def shared_prefix_attention(groups):
 
 
 class Runs(NamedTuple):
-    """Sequences cut out of a pack: the index of each of their tokens in it, their int32 boundaries, and the
-    length of the longest in tokens."""
+    """Sequences cut out of a pack: index of each token in it, int32 boundaries, tokens of the longest one."""
 
     index: torch.Tensor
     bounds: torch.Tensor
@@ -57,13 +53,19 @@ class Runs(NamedTuple):
         return cls(torch.cat(parts).to(device), bounds, max(lengths))
 
 
+@functools.cache  # a signature takes as long as a launch, and this is asked twice a layer
+def shares_key_heads(varlen_attn):
+    """Whether it lets query heads share a key head; that of torch 2.11 does not."""
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
 def varlen_causal(q_THE, k_TKE, v_TKE, queries, keys):
     """FlashAttention of each run of queries over its run of keys, where the last query sees the last key."""
     from torch.nn.attention.varlen import varlen_attn  # takes a second to import
     # Plain indexing: its gradient adds up the copies of a prompt in a fixed order.
     q, k, v = q_THE[queries.index], k_TKE[keys.index], v_TKE[keys.index]
     grouped = {"enable_gqa": True}
-    if "enable_gqa" not in inspect.signature(varlen_attn).parameters:  # torch 2.11
+    if not shares_key_heads(varlen_attn):
         repeats, grouped = q.shape[1] // k.shape[1], {}
         k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
     # The window (any key before, none after) is counted from the last query and the last key.

@@ -20,11 +20,8 @@ BLOCK = 4096  # logits of a row that a kernel holds at once
 
 
 def token_logprobs(hidden_LD, weight_VD, targets_L, temperature, vocab_size=None):
-    """(logp_L, entropy_L) as the definition returns them, on a GPU or in Triton's interpreter.
-
-    hidden_LD, weight_VD: floats; targets_L: int64 below `vocab_size`; temperature > 0; vocab_size: number of
-    ids that have a token.
-    """
+    """(logp_L, entropy_L) as the definition returns them, on a GPU or in Triton's interpreter. hidden_LD,
+    weight_VD: floats; targets_L: int64 below `vocab_size`, how many ids have a token; temperature > 0."""
     return FusedLogprobs.apply(hidden_LD, weight_VD, targets_L.contiguous(), temperature,
                                vocab_size or len(weight_VD))
 
@@ -53,7 +50,7 @@ class FusedLogprobs(torch.autograd.Function):
         hidden_LD, weight_VD, targets_L, peak_L, log_total_L = ctx.saved_tensors
         dlogp_L = dlogp_L.contiguous()  # the gradient of a sum is one number with stride 0
         dhidden_LD = torch.empty_like(hidden_LD)
-        dweight_VD = torch.zeros_like(weight_VD, dtype=peak_L.dtype)
+        dweight_VD = torch.zeros_like(weight_VD, dtype=peak_L.dtype) if ctx.needs_input_grad[1] else None
         factor_VD = weight_VD.to(ctx.dtype)
         for part, hidden_CD, logits_CV in logit_chunks(hidden_LD, factor_VD):
             C, V = logits_CV.shape
@@ -61,31 +58,28 @@ class FusedLogprobs(torch.autograd.Function):
                 logits_CV, targets_L[part], peak_L[part], log_total_L[part], dlogp_L[part],
                 logits_CV.stride(0), V, ctx.vocab_size, 1 / ctx.temperature, BLOCK, num_warps=8)
             dhidden_LD[part] = logits_CV @ factor_VD
-            add_product(dweight_VD, logits_CV.T, hidden_CD)
+            if dweight_VD is None:  # the head is frozen beside adapters
+                continue
+            # In the precision of the sum: bf16 would lose the terms of many chunks.
+            if dweight_VD.is_cuda and dweight_VD.dtype != hidden_CD.dtype:
+                torch.addmm(dweight_VD, logits_CV.T, hidden_CD, out_dtype=dweight_VD.dtype, out=dweight_VD)
+            else:
+                dweight_VD.addmm_(logits_CV.T.to(dweight_VD.dtype), hidden_CD.to(dweight_VD.dtype))
         logits_CV = None  # free before the copy of a bf16 weight's gradient is made
-        return dhidden_LD, dweight_VD.to(weight_VD.dtype), None, None, None
+        dweight_VD = dweight_VD if dweight_VD is None else dweight_VD.to(weight_VD.dtype)
+        return dhidden_LD, dweight_VD, None, None, None
 
 
 def logit_chunks(hidden_LD, weight_VD):
-    """Yield (slice of L, hidden_CD, logits_CV) of each chunk, in the weight's dtype. All chunks share one
-    buffer for their logits.
+    """Yield (slice of L, hidden_CD, logits_CV) of each chunk, in the weight's dtype; logits share one buffer.
 
-    Rows of ids without a token are multiplied too: without them the rows of logits would start at addresses
-    at which tensor cores are slower.
+    Rows of ids without a token are multiplied too: else logits would start where tensor cores are slower.
     """
     buffer_CV = weight_VD.new_empty(min(CHUNK_TOKENS, len(hidden_LD)), len(weight_VD))
     for start in range(0, len(hidden_LD), CHUNK_TOKENS):
         part = slice(start, start + CHUNK_TOKENS)
         hidden_CD = hidden_LD[part].to(weight_VD.dtype)
         yield part, hidden_CD, torch.mm(hidden_CD, weight_VD.T, out=buffer_CV[:len(hidden_CD)])
-
-
-def add_product(sum_VD, a_VC, b_CD):
-    """sum_VD += a_VC · b_CD in the precision of the sum: bf16 would lose the terms of many chunks."""
-    if sum_VD.is_cuda and sum_VD.dtype != b_CD.dtype:
-        torch.addmm(sum_VD, a_VC, b_CD, out_dtype=sum_VD.dtype, out=sum_VD)
-    else:
-        sum_VD.addmm_(a_VC.to(sum_VD.dtype), b_CD.to(sum_VD.dtype))
 
 
 if triton is not None:

@@ -13,8 +13,8 @@ E head size, S positions in the pages of a row, M pages of a row, Z parts of a r
 
 import math
 from collections import Counter
-from itertools import zip_longest
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -25,13 +25,15 @@ except ImportError:  # some platforms have no wheels; pages work without it
     triton = None
 
 PAGE = 32  # tokens: a row leaves half a page empty on average, 16 tokens of about 1,000
-KEY_BLOCK = 64  # keys of a row that a program reads at once
+# Keys of a row that a program reads at once, warps, pipeline stages. With more keys in fp32, registers spill.
+BF16_BLOCK, FP32_BLOCK = (64, 4, 3), (16, 4, 2)
 MAX_PARTS, TWO_WAVES = 32, 264  # programs that a row is split over; 2 for each of 132 processors (H100, H200)
 
 
 class Cache:
     """pool: [layer, 2, page, PAGE, K, E], keys and values; table_BM: the pages of each slot's row, else 0.
 
+    host_BM: the same table on the host; shown: for each slot the pages that it shows, and how many of them.
     memory_gib: of the pool, None: enough for all rows; kernel: "gpu" attends in Triton, "cpu" in PyTorch.
     `users` counts the rows and prompts that hold a page; row_pages is ordered by start, the oldest row first.
 
@@ -39,7 +41,7 @@ class Cache:
     page, the most recently started row is preempted. The oldest never is, so every reply finishes.
     """
 
-    def __init__(self, config, dtype, device, slots, longest_prompt, limit, steps, memory_gib, kernel):
+    def __init__(self, config, dtype, device, slots, rows, limit, steps, memory_gib, kernel):
         self.slots, M = slots, -(-limit // PAGE)
         shape = (PAGE, config.num_key_value_heads, config.head_dim)
         page_gib = 2 * config.num_hidden_layers * math.prod(shape) * dtype.itemsize / 2**30
@@ -52,12 +54,14 @@ class Cache:
         self.free, self.users = list(range(1, pages)), Counter()
         self.row_pages, self.prompt_pages = {}, {}
         # A row may be decoded up to `steps` tokens past its limit.
-        self.table_BM = torch.zeros(slots, -(-(limit + steps) // PAGE), dtype=torch.int32, device=device)
+        self.host_BM = np.zeros((slots, -(-(limit + steps) // PAGE)), np.int32)
+        self.table_BM = torch.zeros(self.host_BM.shape, dtype=torch.int32, device=device)
+        self.shown = [((), 0)] * slots
         self.attention = decode_attention if kernel == "gpu" else decode_attention_reference
 
     def allocate(self, count):
         pages = [self.free.pop() for _ in range(count)]
-        self.users.update(pages)
+        self.users.update(pages)  # free pages have no users
         return pages
 
     def give_back(self, pages):
@@ -88,17 +92,30 @@ class Cache:
             prompt.kv = None
 
     def reserve(self, rows, steps):
-        for row in list(self.row_pages):
-            needed = max(0, -(-min(row.cached() + steps, row.limit) // PAGE) - len(self.row_pages[row]))
+        for row, pages in self.row_pages.items():
+            if row.cached() + steps <= len(pages) * PAGE:
+                continue  # as for most rows; a GPU waits until this is done
+            needed = -(-min(row.cached() + steps, row.limit) // PAGE) - len(pages)
             if needed > len(self.free) and len(self.row_pages) == 1:
                 self.drop_prompts(list(self.prompt_pages))
             elif needed > len(self.free):
                 return next(reversed(self.row_pages))
-            self.row_pages[row] += self.allocate(needed)
-        table_MB = torch.tensor(list(zip_longest(*(self.row_pages[row] for row in rows), fillvalue=0)))
-        self.table_BM.zero_()
-        self.table_BM[:len(rows), :len(table_MB)] = table_MB.T
+            pages += self.allocate(needed)
+        self.show([(pages := self.row_pages[row], len(pages)) for row in rows])
         return None
+
+    def show(self, shown):
+        """Write (pages, their number) of slots 0, 1, … to the table: only what has changed, in one copy."""
+        shown += [((), 0)] * (self.slots - len(shown))
+        if shown == self.shown:
+            return
+        for slot, ((pages, end), (old_pages, start)) in enumerate(zip(shown, self.shown, strict=True)):
+            if pages is not old_pages:  # another row has this slot
+                self.host_BM[slot], start = 0, 0
+            if start < end:
+                self.host_BM[slot, start:end] = pages[start:]
+        self.table_BM.copy_(torch.from_numpy(self.host_BM))
+        self.shown = shown
 
     def attend(self, position_B):
         # A CUDA graph cannot depend on a value that the host reads, and takes the table in its full width.
@@ -150,10 +167,11 @@ def decode_attention(q_BHE, k_BKE, v_BKE, keys, values, table_BM, position_B):
     part_BHZE = torch.empty(B, H, parts, E, device=q_BHE.device) if parts > 1 else out_BHE
     lse_BHZ = torch.empty(B, H, parts, device=q_BHE.device)
     is_bf16 = q_BHE.dtype == torch.bfloat16 and q_BHE.is_cuda  # Triton's interpreter cannot multiply bf16
+    block, warps, stages = BF16_BLOCK if is_bf16 else FP32_BLOCK
     attend_to_pages[(B, K, parts)](
         q_BHE.contiguous(), k_BKE.contiguous(), v_BKE.contiguous(), keys, values, table_BM, position_B,
         part_BHZE, lse_BHZ, table_BM.stride(0), E**-0.5, H // K, max(16, triton.next_power_of_2(H // K)), E,
-        PAGE, KEY_BLOCK, tl.bfloat16 if is_bf16 else tl.float32, num_stages=3 if is_bf16 else 2)
+        PAGE, block, tl.bfloat16 if is_bf16 else tl.float32, num_warps=warps, num_stages=stages)
     if parts > 1:
         merge_parts[(B * H,)](part_BHZE, lse_BHZ, out_BHE, parts, triton.next_power_of_2(parts), E)
     return out_BHE

@@ -2,6 +2,7 @@
 
 checkpoints/step_000010/ is a Hugging Face folder with the tokenizer, plus
 
+    adapter/          with LoRA: the adapter in PEFT's format; the weights beside it are merged
     optimizer.state   AdamW's moments in the safetensors format. Not named *.safetensors, because vLLM would
                       take it for weights
     training.json     the state of the step boundary, the settings, digests of the data and the base model
@@ -15,6 +16,7 @@ import shutil
 
 import torch
 
+from runtime.adapters import has_adapters, write_adapter
 from runtime.files import check_seal, fsync, read_json, seal, write_json
 from runtime.ranks import is_first_rank
 from runtime.sharding import own_rows
@@ -32,10 +34,7 @@ MAY_CHANGE = ("out", "resume", "data.train", "data.heldout", "data.system_prompt
 
 def incompatible_keys(earlier, now):
     """Keys whose change from `earlier` would alter the training trajectory, so the run cannot be resumed.
-
-    Both are {dotted key: value}. The number of steps, and of minutes, may change unless the learning rate
-    depends on it.
-    """
+    Both are {dotted key: value}. Steps and minutes may change unless the learning rate depends on them."""
     may_change = MAY_CHANGE
     if now["train.schedule"] == "constant" and now["train.warmup"] == 0:
         may_change += ("train.steps", "train.epochs")
@@ -53,8 +52,7 @@ def precision_in_words(written):
 
 
 def precision_of_run(run, asked, read_settings):
-    """model.precision: `asked`, except that "auto" in a folder with a run is the precision of that run,
-    whatever the machine."""
+    """model.precision: `asked`, but "auto" in a folder with a run is that of the run on every machine."""
     file = run / "config.yaml"
     if asked != "auto" or not file.exists():
         return asked
@@ -84,7 +82,7 @@ def newest_checkpoint(run, resume, state_keys, read_settings, settings, defaults
     for folder in sorted(found, key=lambda path: (path.name[:11], not path.suffix), reverse=True):
         try:
             check_seal(folder)
-            training = read_json(folder / "training.json")
+            training = {"cursor": 0} | read_json(folder / "training.json")  # an older version has none
             if not {*state_keys, "config", "fingerprint"} <= training.keys():
                 raise ValueError("its training.json is of another version")
             if folder.name[:11] != f"step_{training['step']:06d}":
@@ -113,14 +111,14 @@ def newest_checkpoint(run, resume, state_keys, read_settings, settings, defaults
 
 
 def write_state(folder, model, optimizer, save_model, base, save_prompt=None):
-    """Collective: write weights, moments, and the tokenizer of the folder `base`.
-
+    """Collective: write weights, moments, and the tokenizer of the folder `base`; the adapters of LoRA too.
     save_model(model, folder) writes the weights; save_prompt(folder), on rank 0, the prompt that belongs to
-    them. Tensors are gathered one at a time, and rank 0 writes.
-    """
+    them. Tensors are gathered one at a time, and rank 0 writes."""
     save_model(model, folder)  # must come first: state_dict() reshards what an interrupted rollout gathered
+    if has_adapters(model):
+        write_adapter(folder, model, base)
     moments = {f"{name}.{key}": moment for name, parameter in model.named_parameters()
-               for key, moment in optimizer.state[parameter].items()}
+               if parameter.requires_grad for key, moment in optimizer.state[parameter].items()}
     write_tensors(folder / "optimizer.state", moments)
     for name in TOKENIZER_FILES:
         if is_first_rank() and (base / name).exists():
@@ -156,6 +154,8 @@ def read_moments(folder, model, optimizer):
     """Fill the optimizer's state from a checkpoint. Each rank reads its own rows."""
     slices = open_tensors(folder / "optimizer.state")
     for name, parameter in model.named_parameters() if slices else ():
+        if not parameter.requires_grad:
+            continue
         state = optimizer.state[parameter] = {"step": slices[f"{name}.step"][...]}
         for key in ("exp_avg", "exp_avg_sq"):
             state[key] = torch.zeros_like(parameter)

@@ -18,8 +18,7 @@ from pathlib import Path
 
 
 def tolerant_output():
-    """Let stdout and stderr print a character that they cannot encode as an escape such as \\u2192, where
-    Python would raise an error. For the main of every program."""
+    """Let stdout and stderr print what they cannot encode as an escape such as \\u2192. For every `main`."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a caller may have put another object in its place
             stream.reconfigure(errors="backslashreplace")
@@ -113,11 +112,12 @@ def lock(folder):
 
 
 def seal(folder):
-    """Fsync every file of a folder, then write manifest.json with their sizes and hashes."""
+    """Fsync every file of a folder, subfolders included, then write manifest.json with sizes and hashes."""
     files = {}
-    for file in sorted(folder.iterdir()):
+    for file in sorted(folder.rglob("*")):
         fsync(file)
-        files[file.name] = [file.stat().st_size, digest(file)]
+        if file.is_file():
+            files[file.relative_to(folder).as_posix()] = [file.stat().st_size, digest(file)]
     write_json(folder / "manifest.json", files)
     fsync(folder)
 
@@ -135,7 +135,7 @@ def check_seal(folder):
         raise ValueError("its manifest.json is damaged, or not one of ours")
     for name, size, hexadecimal in files:
         file = folder / name
-        if name != os.path.basename(name) or not file.is_file():
+        if file.is_absolute() != folder.is_absolute() or ".." in file.parts or not file.is_file():
             raise ValueError(f"no file {name!r} in it, which its manifest names")
         if file.stat().st_size != size:
             raise ValueError(f"{name} has {file.stat().st_size} bytes, but {size} were saved")

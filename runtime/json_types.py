@@ -4,7 +4,6 @@ In:  a type, as JSON Schema names it ("integer", ["string", "null"]) or in Pytho
 ToolACE write it ("int, optional", "List[str]", "dict"), and a value. Out: whether the value is of the type.
 """
 
-import json
 import re
 
 TYPES = {name: kinds for names, kinds in (
@@ -17,12 +16,10 @@ TYPES = {name: kinds for names, kinds in (
 def fits(kind, value):
     """Whether a value is of a type: a JSON Schema name or a list of them, or Python's notation in a text, as
     in "int, optional", "List[str]", "Optional[Dict[str, int]]" or "int | None". Unknown types fit all."""
-    if isinstance(kind, list):
-        return any(fits(one, value) for one in kind) or not kind
-    if not isinstance(kind, str):
-        return True
-    parts = [part for part in _split(kind.lower()) if part not in ("optional", "required", "")]
-    return any(_fits_one(part, value) for part in parts) or not parts
+    if isinstance(kind, str):
+        parts = [part for part in _split(kind.lower()) if part not in ("optional", "required", "")]
+        return any(_fits_one(part, value) for part in parts) or not parts
+    return not isinstance(kind, list) or not kind or any(fits(one, value) for one in kind)
 
 
 def _fits_one(kind, value):
@@ -35,10 +32,9 @@ def _fits_one(kind, value):
     whole = type(value) is float and value.is_integer() and int in TYPES[name]
     if type(value) not in TYPES[name] and not whole:
         return False
-    items = value if isinstance(value, list) else list(value.values()) if isinstance(value, dict) else []
-    if bracket and isinstance(value, dict):
-        inside = inside.partition(",")[2]  # the type of the keys comes first
-    return all(fits(inside, item) for item in items) if bracket else True
+    if isinstance(value, dict):  # the type of its keys comes first
+        inside, value = inside.partition(",")[2], list(value.values())
+    return not bracket or not isinstance(value, list) or all(fits(inside, item) for item in value)
 
 
 def _split(text):
@@ -51,8 +47,3 @@ def _split(text):
         else:
             parts[-1] += token
     return [part.strip() for part in parts]
-
-
-def one_of(value, choices):
-    """Whether a value is equal to a choice, type and all: true, 1 and 1.0 differ."""
-    return json.dumps(value, sort_keys=True) in [json.dumps(choice, sort_keys=True) for choice in choices]

@@ -20,31 +20,24 @@ def gpu_twin_runs(device, part):
 
 @functools.cache
 def choose_kernel(kernel, device, part):
-    """What computes one part of the method on one type of device: "reference", "gpu" or "cpu", where the last
-    two are the twins for a GPU and for a CPU.
+    """What computes one part of the method on one type of device: "reference", or the twin "gpu" or "cpu".
 
     part: "sampling", "token log-probs" or "attention"; device: "cpu" or "cuda"; kernel: "reference", the
-    definition; "fast", the twin for the device ("triton" is an older name of "fast"); "auto", the twin where
-    there is one, else the definition, printed on stderr once. ValueError for another kernel, or where "fast"
-    cannot run.
+    definition; "fast", or "triton", its older name, the twin for the device; "auto", the twin where there is
+    one, else the definition, printed on stderr once. ValueError for another, or where "fast" cannot run.
     """
     if kernel not in (*KERNELS, "triton"):
         raise ValueError(f"kernel is {kernel!r}; choose one of {', '.join(KERNELS)}")
     if kernel == "reference":
         return kernel
-    has_cpu_twin = device == "cpu" and part == "sampling"
-    if kernel == "auto":
-        # The interpreter is for tests: "auto" never takes it.
-        chosen = "gpu" if device == "cuda" and gpu_twin_runs(device, part) else "reference"
-        chosen = "cpu" if has_cpu_twin else chosen
-        if is_first_rank():
-            print(f"kernel of {part} on {device}: {'reference' if chosen == 'reference' else 'fast'}",
-                  file=sys.stderr)
-        return chosen
-    if gpu_twin_runs(device, part):
-        return "gpu"
-    if has_cpu_twin:
-        return "cpu"
+    twin = "cpu" if device == "cpu" and part == "sampling" else None
+    # The interpreter, which runs the GPU's twin on a CPU, is for tests: "auto" never takes it.
+    if gpu_twin_runs(device, part) and (device == "cuda" or kernel != "auto"):
+        twin = "gpu"
+    if kernel == "auto" and is_first_rank():
+        print(f"kernel of {part} on {device}: {'fast' if twin else 'reference'}", file=sys.stderr)
+    if twin or kernel == "auto":
+        return twin or "reference"
     raise ValueError(f"kernel {kernel!r}: {part} on a {device} has no fast version that can run here: it "
                      "needs a CUDA GPU and the triton package; use 'auto' or 'reference' "
                      "(TRITON_INTERPRET=1, set before the start, runs Triton kernels on a CPU, slowly)")

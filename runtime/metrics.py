@@ -1,24 +1,19 @@
 """Numbers of a step: statistics of losses merged over micro-batches and ranks, shares of replies, diagnosis,
-the line on the console, trackers.
-
-docs/metrics.md explains every metric.
+the line on the console, trackers. docs/metrics.md explains every metric.
 """
 
 from collections import Counter
 from uuid import uuid4
 
 import torch
-from tqdm import tqdm
 
 from runtime.files import read_text, write_text
-from runtime.ranks import all_gather, is_first_rank
+from runtime.ranks import all_gather
 
 
 def merge_stats(parts):
     """Statistics of the whole from those of its parts: `*_max` by maximum, `*_min` by minimum, else by sum.
-
-    A NaN in one part is a NaN in the whole; Python's max and min would keep or drop it by its place.
-    """
+    A NaN in one part is a NaN in the whole; Python's max and min would keep or drop it by its place."""
     merge_by = {"max": torch.amax, "min": torch.amin}
     columns = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
     return {name: merge_by.get(name.rpartition("_")[2], torch.sum)(x) for name, x in columns.items()}
@@ -56,22 +51,39 @@ def update_metrics(stats_U, norms, skipped, has_reference):
 
 
 def sampler_stats(entropy_L, old_logp_L, sampled_logp_L):
-    """Statistics of one micro-batch besides those of its loss: the entropy, and the differences between the
-    log-probs of the sampler and of the trainer."""
+    """More statistics of a micro-batch: the entropy, and how far sampler's and trainer's log-probs differ."""
     diff_L = (old_logp_L - sampled_logp_L).abs()
     return {"entropy_sum": entropy_L.sum(), "diff_sum": diff_L.sum(),
             "diff_max": diff_L.max() if len(diff_L) else diff_L.new_tensor(0.0)}
 
 
-def rollout_lines(chat, examples_P, rollouts_N, verdicts_N, adv_PG):
-    """A JSON value for each reply: what was asked, what was written, what it earned."""
+def token_values(passes):
+    """Collective: {rollout: ([log-prob before the updates], [entropy])} of its tokens under the trainer, from
+    the (rollout_L, old_logp_L, entropy_L) of the training passes of all ranks."""
+    mine = {}
+    for values in passes:
+        for rollout, logp, entropy in zip(*(x_L.tolist() for x_L in values), strict=True):
+            logps, entropies = mine.setdefault(rollout, ([], []))
+            logps.append(round(logp, 6))
+            entropies.append(round(entropy, 6))
+    return {rollout: values for part in all_gather(mine) for rollout, values in part.items()}
+
+
+def rollout_lines(chat, examples_P, rollouts_N, verdicts_N, adv_PG, values=None):
+    """A JSON value for each reply: what was asked, what was written, what it earned; with `values`, those of
+    `token_values`, also the text and numbers of each token, null where no training pass ran."""
     G = adv_PG.shape[1]
     for i, (rollout, verdict) in enumerate(zip(rollouts_N, verdicts_N, strict=True)):
         example = examples_P[i // G]
-        yield {"id": example.id, "query": example.messages[-1]["content"], "answer": example.answer,
-               "reply": chat.decode(rollout.ids), "reward": verdict.reward, "error": verdict.error,
-               "advantage": adv_PG[i // G, i % G].item(), "tokens": len(rollout.ids),
-               "logp": sum(rollout.logp), "finished": rollout.finished}
+        line = {"id": example.id, "query": example.messages[-1]["content"], "answer": example.answer,
+                "reply": chat.decode(rollout.ids), "reward": verdict.reward, "error": verdict.error,
+                "advantage": adv_PG[i // G, i % G].item(), "tokens": len(rollout.ids),
+                "logp": sum(rollout.logp), "finished": rollout.finished}
+        if values is not None:
+            trainer_logp, entropy = values.get(i, (None, None))
+            line |= {"pieces": [chat.decode([id]) for id in rollout.ids], "sampler_logp": rollout.logp,
+                     "trainer_logp": trainer_logp, "entropy": entropy}
+        yield line
 
 
 def rollout_metrics(rollouts_N, verdicts_N, rewards_PG):
@@ -125,19 +137,12 @@ def console_line(step, steps, metrics, seconds_left):
             f"{seconds_left // 60}:{seconds_left % 60:02d} left")
 
 
-def progress_bar(packs):
-    """A bar on rank 0's terminal."""
-    disable = None if is_first_rank() else True  # None: shown on a terminal only
-    return tqdm(total=packs, desc="update", disable=disable, leave=False, unit="pack")
-
-
 def open_tracker(name, folder, config, step=0, rows=()):
     """A function (step, metrics) that sends metrics to TensorBoard or W&B, or nowhere.
 
     step: the boundary that the run resumes from, 0 for a new run; rows: [metrics] that were logged for it.
     TensorBoard then hides what an earlier process wrote from the boundary on, and `rows` are sent again, so
-    that it has each step once. W&B continues the run whose id is in wandb_id.txt of the folder, and ignores
-    the steps that it has already.
+    that it has each step once. W&B continues the run whose id is in wandb_id.txt, and ignores known steps.
     """
     try:
         if name == "tensorboard":

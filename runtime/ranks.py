@@ -79,11 +79,9 @@ def run_and_exit(function):
 
 
 def leave_ranks(status):
-    """End the process with `status`; return where it is 0 and there are no other ranks.
-
-    With other ranks the interpreter's own exit is skipped: it may abort in gloo's threads after all work is
-    done (torch 2.13), which would change the status.
-    """
+    """End the process with `status`; return where it is 0 and there are no other ranks. With other ranks the
+    interpreter's own exit is skipped: it may abort in gloo's threads after all work is done (torch 2.13),
+    which would change the status."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         if status == 0:
             all_gather(None)  # a barrier: no rank leaves while another still needs it
@@ -113,8 +111,7 @@ def on_first_rank(function, *arguments):
 
 
 def on_each_node(function, *arguments):
-    """Collective: call the function on the first rank of each node; return the results of the nodes, or raise
-    the first error, on every rank."""
+    """Collective: as `on_first_rank`, but on the first rank of each node; returns the results of them all."""
     return on_chosen_ranks(rank_variable("LOCAL_RANK", 0) == 0, function, *arguments)
 
 

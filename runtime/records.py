@@ -4,6 +4,7 @@ In:  the path of a file. Out: [(place, object)…]; the place, file and line or 
 What became of the records is printed as a report.
 """
 
+import contextlib
 import gzip
 import json
 import zlib
@@ -17,12 +18,13 @@ PARQUET = ("a parquet file; make it jsonl first: python -c \"import pandas as p;
 
 def read_records(path):
     """[(place, dict)…]. ValueError, which names the place, for a file or a record that is something else."""
-    text = _read_text(path)
+    text, records = _read_text(path), None
     if text.lstrip().startswith("["):
         records = [(f"{path}: record {k}", record) for k, record in enumerate(parse_json(text, path))]
-    elif (whole := _object_of_several_lines(text)) is not None:
-        records = [(f"{path}: record 0", whole)]
-    else:
+    elif "\n" in text.strip():
+        with contextlib.suppress(ValueError, RecursionError):  # lines of JSON; a broken one is named below
+            records = [(f"{path}: record 0", json.loads(text))]
+    if records is None:
         # splitlines() would also split at characters that JSON strings may contain, such as U+2028.
         lines = [(f"{path}:{k}", line) for k, line in enumerate(text.split("\n"), 1) if line.strip()]
         records = [(place, parse_json(line, place)) for place, line in lines]
@@ -32,18 +34,17 @@ def read_records(path):
     return records
 
 
-def convert_records(path, prefix, columns, convert, problem):
-    """([fields of an example, its id among them…], report) of a file. `convert(id, record)` yields pairs: an
-    id, and fields or the reason of a drop. `problem(fields)` is why fields cannot be used, or None.
-
-    ValueError if the file cannot be read or a record lacks a column.
-    """
+def convert_records(path, form, converter, problem):
+    """([fields of an example, its id among them…], report) of a file. `converter.convert(id, record)` yields
+    pairs: an id, and fields or the reason of a drop; converter.COLUMNS: keys that every record has; form: its
+    name, with which ids begin; `problem(fields)`: why fields cannot be used, or None. ValueError if the file
+    cannot be read or a record lacks a column."""
     made, dropped, without_calls, left_out, records = [], {}, 0, 0, read_records(path)
     for number, (place, record) in enumerate(records):
-        missing = [column for column in columns if column not in record]
+        missing = [column for column in converter.COLUMNS if column not in record]
         if missing:
             raise ValueError(f"{place}: no {', '.join(missing)}, only {', '.join(record)}; another format?")
-        outcomes = list(convert(f"{prefix}/{record.get('id', number)}", record))
+        outcomes = list(converter.convert(f"{form}/{record.get('id', number)}", record))
         without_calls += not outcomes
         for id, outcome in outcomes:
             fields = {"id": id, **outcome} if isinstance(outcome, dict) else {}
@@ -82,20 +83,6 @@ def print_shortfall(share, examples, mark, why):
     missing = round(share * len(examples)) - sum(example.id.endswith(f"/{mark}") for example in examples)
     if missing > 0:
         print(f"{missing:8d} fewer {mark} than asked: {why}")
-
-
-def _object_of_several_lines(text):
-    first, _, rest = text.strip().partition("\n")
-    if not first.startswith("{") or not rest:
-        return None
-    try:
-        json.loads(first)
-    except (ValueError, RecursionError):
-        try:
-            return json.loads(text)
-        except (ValueError, RecursionError):  # a broken line, which the reader of lines names
-            pass
-    return None
 
 
 def _read_text(path):

@@ -1,14 +1,13 @@
 """The folder of one run: its state, its lock, its logs, and what the console says of a step.
 
-    config.yaml, git_revision.txt    what was run
+    config.yaml, git_revision.txt, hardware.txt    what was run, and on what
     metrics.jsonl                    one row a step and one an evaluation
     rollouts/step_000010.jsonl       one reply a line, with its reward and advantage
     evals/step_000010.json           one evaluation with every reply
     checkpoints/step_000010/         see runtime/checkpoints.py
 
 All ranks keep the same state, that of a completed step; rank 0 locks the folder and writes. On resume, rows
-and files after the step of the checkpoint are deleted, so a resumed run leaves the folder of an undisturbed
-one.
+and files after the checkpoint's step are deleted, so a resumed run leaves the folder of an undisturbed one.
 """
 
 import contextlib
@@ -25,7 +24,7 @@ from runtime import checkpoints
 from runtime.files import fsync, git_revision, lock, parse_json, read_json, write_json, write_text, writing
 from runtime.metrics import console_line, diagnose, open_tracker, seconds_left
 from runtime.ranks import RankError, all_gather, is_first_rank, on_first_rank, rank_variable
-from runtime.sharding import peak_memory, reset_peak_memory
+from runtime.sharding import hardware, peak_memory, reset_peak_memory
 
 MAX_SKIPPED = 3  # steps in a row without a finite gradient before the run ends
 MAX_DEAD = 10  # steps in a row with nothing to learn from before the run ends, see `metrics.diagnose`
@@ -37,17 +36,16 @@ class Diverged(RankError):
     status = 3
 
 
-class RunFolder:
+class RunFolder(contextlib.AbstractContextManager):
     """Files and console output of one run, a context manager.
 
-    step: completed steps; rows: lines of metrics.jsonl; evaluated: whether `step` has been evaluated;
-    trained_s: seconds of steps; shown: indices of the two held-out replies that are printed; saved: step of
-    the newest checkpoint.
+    step: completed steps; rows: lines of metrics.jsonl; evaluated: whether `step` has been; trained_s:
+    seconds of steps; shown: indices of the two printed replies; saved: step of the newest checkpoint.
     """
 
     # The state of a step boundary besides weights and moments, as training.json holds it.
     STATE = {"step": 0, "rows": 0, "evaluated": False, "trained_s": 0.0, "skipped_in_a_row": 0,
-             "dead_in_a_row": 0, "shown": None}
+             "dead_in_a_row": 0, "shown": None, "cursor": 0}
 
     def __init__(self, folder, resume):
         self.folder, self.resume = Path(folder), resume
@@ -64,9 +62,6 @@ class RunFolder:
         self.skipped_checkpoints = set()
         self.write_state, self.keep, self.training, self.tracker = None, None, {}, None  # see `open`
         self.locked = lock(self.folder) if self.folder.exists() and is_first_rank() else None
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, kind, error, trace):
         if isinstance(error, RuntimeError):
@@ -100,10 +95,8 @@ class RunFolder:
 
     def open(self, config, training, tracker, write_state, keep):
         """Collective: create the folder, once everything has been read; delete what was logged after `step`.
-
         config: the tree that config.yaml shows; training: what every training.json holds besides the state;
-        write_state(folder): writes weights and moments; keep: newest checkpoints kept, None for all.
-        """
+        write_state(folder): writes weights and moments; keep: newest checkpoints kept, None for all."""
         self.training, self.write_state, self.keep = training, write_state, keep
         on_first_rank(self.prepare, config, tracker)
 
@@ -127,6 +120,7 @@ class RunFolder:
                 file.unlink()
         write_text(metrics, "".join(lines[:self.rows]))
         write_text(self.folder / "git_revision.txt", git_revision() + "\n")
+        write_text(self.folder / "hardware.txt", hardware() + "\n")
         write_text(self.folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
         fsync(self.folder)
 
@@ -154,8 +148,7 @@ class RunFolder:
         self.saved, self.measured = self.step, {}
 
     def stop(self, mid_update):
-        """Collective: end on a signal. Saves the step boundary, unless the weights have left it (mid_update)
-        or it is saved already."""
+        """Collective: end on a signal. Saves the step boundary, unless weights have left it (mid_update)."""
         if self.step > self.saved and not mid_update:
             self.save_checkpoint()
         where = self.checkpoint(self.saved) if self.saved else "step 0"
@@ -213,8 +206,7 @@ class RunFolder:
         return due and not self.evaluated
 
     def log_evaluation(self, rows, replies):
-        """Write an evaluation of the current step. Returns the two replies to print, of the same two examples
-        in every evaluation."""
+        """Write an evaluation of this step. Returns two replies to print, of the same examples each time."""
         if is_first_rank():
             report = {"step": self.step, "rows": rows, "replies": replies}
             write_json(self.folder / "evals" / f"step_{self.step:06d}.json", report)

@@ -4,6 +4,9 @@ Knows a model only as a module with a list `layers`, a `config`, and a construct
 """
 
 import contextlib
+import platform
+import re
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -15,12 +18,6 @@ def choose_device(precision="auto"):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     has_bf16 = torch.cuda.is_bf16_supported() if device == "cuda" else cpu_has_amx()
     return device, precision == "bf16" or (precision == "auto" and has_bf16)
-
-
-def set_threads(number):
-    """Let torch compute with so many CPU threads; None leaves its choice untouched."""
-    if number is not None:
-        torch.set_num_threads(number)
 
 
 def cpu_has_amx():
@@ -36,29 +33,33 @@ def autocast(device, bf16):
     return torch.autocast("cpu", torch.bfloat16) if bf16 and device == "cpu" else contextlib.nullcontext()
 
 
-def sharder(device, bf16, trained, on_cpu):
+def sharder(device, bf16, trained, on_cpu, adapt=None):
     """How a model is sharded by rows with FSDP2: (device, dtype, shard) as `model.load_hf` takes them; shard
-    is None for a single process on a CPU. Each block is all-gathered while it computes.
+    is `adapt` for a single process on a CPU. Each block is all-gathered while it computes.
 
     Embedding, final norm and head are one group, because they may share a weight; trained: the group stays
-    gathered from forward to backward. On a GPU with bf16 the gathered weights are bf16, while shards,
-    gradient sums and moments are fp32. on_cpu: the shards live in host memory.
+    gathered from forward to backward. On a GPU with bf16 the gathered weights are bf16, while gradient sums
+    and moments are fp32, and so are shards unless they are frozen. on_cpu: the shards live in host memory;
+    adapt(model): freezes the weights and adds adapters, which are trained in fp32.
     """
     if not dist.is_initialized():
-        return device, torch.float32, None
+        return device, torch.float32, adapt
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
     dtype, options = torch.float32, {}
     if device == "cuda" and bf16:
         options["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
-        dtype = torch.float32 if trained else torch.bfloat16
+        dtype = torch.float32 if trained and not adapt else torch.bfloat16
     if device == "cuda" and on_cpu:
         options["offload_policy"], device = CPUOffloadPolicy(), "cpu"
 
     def shard(model):
+        if adapt:
+            adapt(model)
         for block in model.layers:
             fully_shard(block, **options)
         fully_shard(model, reshard_after_forward=not trained, **options)
-        for module in (*model.layers, model):
+        # Not for a single rank: divided by 1.0, each gradient would be copied once more.
+        for module in (*model.layers, model) if dist.get_world_size() > 1 else ():
             # Sums over ranks, not means: a loss is already divided by the tokens of all ranks.
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
@@ -76,23 +77,49 @@ def own_rows(tensor):
 
 
 @contextlib.contextmanager
-def unsharded(model):
-    """Collective: a plain model on the gathered weights, for a phase without collectives: a rollout."""
-    if not dist.is_initialized():
+def unsharded(model, merged=True):
+    """Collective: a plain model on the gathered weights, on the device that computes, for a phase without
+    collectives. None stays None. Adapters are merged into new weights, or left out (merged=False)."""
+    from runtime.adapters import has_adapters, plain_model  # imports this module
+    if model is not None and has_adapters(model):
+        plain = plain_model(model, merged)
+        try:
+            yield plain
+        finally:
+            plain.to("meta")  # frees what was gathered, whoever still refers to this model
+        return
+    if model is None or not dist.is_initialized():
         yield model
         return
     groups = (*model.layers, model)
     try:
         for module in groups:
             module.unshard()
-        with torch.device("meta"):
-            plain = type(model)(model.config)  # the class that FSDP puts in front makes a model without FSDP
-        weights = {name: weight.detach() for name, weight in model.named_parameters()}
-        plain.load_state_dict(weights, assign=True)
-        yield plain
+        yield plain_model_on(model, {name: weight.detach() for name, weight in model.named_parameters()})
     finally:
         for module in groups:
             module.reshard()
+
+
+def plain_model_on(model, weights):
+    """A model of the same config on {name: whole weight}, without FSDP and adapters; nothing is copied."""
+    with torch.device("meta"):
+        plain = type(model)(model.config)  # the class that FSDP puts in front makes a model without FSDP
+    plain.load_state_dict(weights, assign=True)
+    return plain
+
+
+def hardware():
+    """The device that computes, in words."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{torch.get_num_threads()} threads of {processor_name()}"
+
+
+def processor_name():
+    """The CPU in words, as Linux names it; elsewhere the kind of machine."""
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    return re.search("model name[^:]*: (.*)|$", info)[1] or platform.machine()
 
 
 def peak_memory(phase):

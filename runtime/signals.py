@@ -1,9 +1,9 @@
 """SIGTERM and SIGINT: the first is recorded and polled where a step can be interrupted, the second one kills.
 
-Training state exists at step boundaries only, so a signal inside a step either waits for the next boundary or
-falls back to the previous one.
+State exists at step boundaries only: a signal inside a step waits for the next one or falls back to the last.
 """
 
+import contextlib
 import os
 import signal
 import time
@@ -17,7 +17,7 @@ class Stopped(Exception):
     """A rank received a signal; `Signals.poll` raises this on all ranks."""
 
 
-class Signals:
+class Signals(contextlib.AbstractContextManager):
     """A context manager that restores the previous handlers. `catch` installs its own."""
 
     def __init__(self):
@@ -25,9 +25,6 @@ class Signals:
         self.received_s = 0.0
         self.mid_update = False  # whether the weights had left the last step boundary when the run stopped
         self.handlers = {}
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *error):
         for number, handler in self.handlers.items():
@@ -39,8 +36,7 @@ class Signals:
             self.handlers[number] = signal.signal(number, self.handle)
 
     def handle(self, number, frame):
-        # A launcher sends its ranks the signal that their whole process group has already received: within a
-        # second it counts as the same signal.
+        # A launcher repeats the signal that its ranks have received already: within a second it is the same.
         if self.number and time.monotonic() > self.received_s + 1:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
@@ -53,11 +49,8 @@ class Signals:
         return self.number > 0
 
     def poll(self, mid_update=False):
-        """Collective: raise Stopped on all ranks once one of them has received a signal.
-
-        mid_update: the weights have left the last step boundary; the step then gets TO_FINISH_S seconds to
-        reach the next one.
-        """
+        """Collective: raise Stopped on all ranks once one of them has received a signal. mid_update: the
+        weights have left the last step boundary; the step gets TO_FINISH_S seconds to reach the next one."""
         waits = mid_update and time.monotonic() < self.received_s + TO_FINISH_S
         number = max(all_gather(0 if waits else self.number))
         if number:

@@ -1,7 +1,6 @@
 """Hugging Face folders as files: finding one, reading safetensors by rows, writing them a tensor at a time.
 
-In:  a folder or hub name. Out: {name: slice}, of which a rank reads only its rows. Names of tensors mean
-nothing here; model.py checks them.
+In:  a folder or hub name. Out: {name: slice}, of which a rank reads only its rows. model.py checks the names.
 """
 
 import contextlib
@@ -48,17 +47,15 @@ def refuse_adapter(folder):
 def identity(folder, weights=True):
     """What a model folder holds, by its bytes: {"weights", "config", "tokenizer"}, a SHA-256 each.
 
-    Weights are the files that `open_weights` reads, config is config.json, tokenizer is every one of
-    TEXT_FILES that exists. weights=False leaves the weights out. ValueError where a file cannot be read. Each
-    file is read once from start to end (15 GB for a 7B), and nothing is cached: a copy may have the size and
-    the times of another file.
+    Weights are the files that `open_weights` reads, config is config.json, tokenizer every one of TEXT_FILES
+    that exists. weights=False leaves the weights out. ValueError where a file cannot be read. Each is read
+    from start to end (15 GB for a 7B); nothing is cached: a copy may have size and times of another file.
     """
     texts = [name for name in TEXT_FILES if (folder / name).exists()]
-    files = {}
+    files = {"config": ["config.json"], "tokenizer": texts}
     if weights:
         open_weights(folder)  # what is not complete is refused before gigabytes of it are read
-        files["weights"] = weight_files(folder)
-    files |= {"config": ["config.json"], "tokenizer": texts}
+        files = {"weights": weight_files(folder), **files}
     try:
         return {part: sha256("".join(digest(folder / name) for name in names).encode()).hexdigest()
                 for part, names in files.items()}
@@ -140,13 +137,12 @@ def write_weights(folder, tensors, texts, max_shard_bytes):
         files = reversed([*weights, *texts])
         temporary = {file: stack.enter_context(atomically(folder / file)) for file in files}
         # A full disk shows here, before the first rename replaces a part of the old folder.
-        for file, shard in weights.items():
+        for file, content in (weights | texts).items():
             with writing(folder / file):
-                write_tensors(temporary[file], shard)
-                fsync(temporary[file])
-        for file, value in texts.items():
-            with writing(folder / file):
-                temporary[file].write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+                if file in weights:
+                    write_tensors(temporary[file], content)
+                else:
+                    temporary[file].write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
                 fsync(temporary[file])
     # After the renames, so that a crash leaves a folder that loads; the old index first, because it takes
     # precedence over the new model.safetensors.
@@ -157,11 +153,8 @@ def write_weights(folder, tensors, texts, max_shard_bytes):
 
 
 def write_tensors(file, tensors):
-    """Collective: write {name: tensor} as safetensors. Sharded tensors are gathered one after the other, so
-    that one full tensor exists at a time; rank 0 writes.
-
-    The format: 8 bytes with the length of a JSON header, the header, the numbers of each tensor in its order.
-    """
+    """Collective: write {name: tensor} as safetensors. Rank 0 writes; shards are gathered a tensor at a time.
+    The format: 8 bytes with the length of a JSON header, the header, the numbers of the tensors in order."""
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, tensor in tensors.items():
         header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape),
@@ -172,6 +165,6 @@ def write_tensors(file, tensors):
     with open(file if is_writer() else os.devnull, "wb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
-            gather = getattr(tensor, "full_tensor", tensor.detach)
+            gather = tensor.full_tensor if hasattr(tensor, "full_tensor") else tensor.detach
             # No variable keeps a full tensor while the next one is gathered.
             out.write(gather().cpu().contiguous().flatten().view(torch.uint8).numpy().data)

@@ -15,9 +15,10 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TEST_FILES = ("tests/test_grpo.py", "tests/test_train.py", *(
+TEST_FILES = ("tests/test_grpo.py", "tests/test_train.py", "tests/test_data.py", "tests/test_reward.py", *(
     f"tests/test_runtime_{name}.py"
-    for name in ("checkpoints", "files", "metrics", "ranks", "run_folder", "sharding", "signals")))
+    for name in ("adapters", "checkpoints", "files", "metrics", "ranks", "run_folder", "sharding",
+                 "signals")))
 
 # (file, text, text with the fault, what goes wrong, the tests that must fail)
 MUTANTS = [
@@ -192,7 +193,7 @@ MUTANTS = [
      ["test_without_other_ranks_each_function_is_the_plain_one",
       "test_three_ranks_exchange_values_share_work_and_raise_what_the_first_one_raised"]),
     # Checkpoints and resume.
-    ("train.py", "batches.cursor = run.step * c.train.prompts_per_step", "batches.cursor = 0",
+    ("train.py", "batches.cursor = run.cursor or run.step * c.train.prompts_per_step", "batches.cursor = 0",
      "a resumed run begins the data again",
      ["test_a_resumed_run_has_the_bytes_of_an_undisturbed_one_though_a_torn_checkpoint_is_newer"]),
     ("train.py", "        read_moments(checkpoint, policy, optimizer)\n", "        pass\n",
@@ -220,6 +221,100 @@ MUTANTS = [
     ("runtime/signals.py", "time.monotonic() > self.received_s + 1", "time.monotonic() > self.received_s",
      "the launcher's echo of a signal kills the run before it has saved",
      ["test_a_second_signal_kills_the_process_but_an_echo_of_the_first_does_not"]),
+    # Dynamic sampling.
+    ("grpo.py", "    if sum(spread_P) < wanted and", "    if not any(spread_P) and",
+     "one group with spread is enough: no further batch is drawn",
+     ["test_a_step_takes_the_first_groups_with_spread_in_the_order_of_the_data"]),
+    ("grpo.py", "key=lambda p: not spread_P[p]", "key=lambda p: spread_P[p]",
+     "groups without spread take the places of those with it",
+     ["test_a_step_takes_the_first_groups_with_spread_in_the_order_of_the_data"]),
+    ("grpo.py", "sorted(sorted(range(len(spread_P)), key=lambda p: not spread_P[p])[:wanted])",
+     "sorted(range(len(spread_P)), key=lambda p: not spread_P[p])[:wanted]",
+     "groups leave the order of the data",
+     ["test_a_step_takes_the_first_groups_with_spread_in_the_order_of_the_data"]),
+    # Other losses.
+    ("grpo.py", "index_add(0, reply_L, x_L) / lengths_N", "index_add(0, reply_L, x_L)",
+     "the sequence ratio is the product over the tokens, not their geometric mean",
+     ["test_each_loss_and_its_gradient_equal_a_loop_written_from_its_paper",
+      "test_the_gradient_of_the_sequence_ratio_is_that_of_the_paper"]),
+    ("grpo.py", "mean_N.index_select(0, reply_L)", "x_L.mean().expand_as(x_L)",
+     "the sequence ratio is that of the micro-batch",
+     ["test_each_loss_and_its_gradient_equal_a_loop_written_from_its_paper",
+      "test_no_loss_depends_on_the_split_into_micro_batches",
+      "test_for_replies_of_one_token_the_sequence_ratio_is_the_ratio_of_the_token"]),
+    ("grpo.py", "mean_over_reply(log_ratio_L, reply_L)", "mean_over_reply(log_ratio_L.detach(), reply_L)",
+     "the sequence ratio has no gradient",
+     ["test_each_loss_and_its_gradient_equal_a_loop_written_from_its_paper",
+      "test_on_policy_all_ratios_and_clips_have_the_gradient_of_reinforce"]),
+    ("grpo.py", "-clipped_L.detach() * logp_L", "-clipped_L * logp_L",
+     "the weight of CISPO is differentiated",
+     ["test_each_loss_and_its_gradient_equal_a_loop_written_from_its_paper",
+      "test_on_policy_all_ratios_and_clips_have_the_gradient_of_reinforce"]),
+    ("grpo.py", "-clipped_L.detach() * logp_L", "-torch.minimum(plain_L, clipped_L).detach() * logp_L",
+     "the weight of CISPO is clipped by PPO's rule, on one side only",
+     ["test_each_loss_and_its_gradient_equal_a_loop_written_from_its_paper",
+      "test_cispo_counts_the_tokens_whose_weight_is_clipped_whatever_their_advantage"]),
+    ("grpo.py", "clipped_L != plain_L", "clipped_L < plain_L",
+     "only some of the clipped weights of CISPO are counted",
+     ["test_cispo_counts_the_tokens_whose_weight_is_clipped_whatever_their_advantage"]),
+    ("grpo.py", "(\"sequence\", \"ppo\"), (\"token\", \"cispo\"))",
+     "(\"sequence\", \"ppo\"), (\"token\", \"cispo\"), (\"sequence\", \"cispo\"))",
+     "CISPO takes the ratio of a sequence, a loss that no paper has",
+     ["test_losses_that_no_paper_has_are_refused"]),
+    ("grpo.py", "        loss_L = loss_L * weight_L.to(loss_L.dtype)\n", "        pass\n",
+     "weights of tokens are forgotten: long replies count more in a mean over replies",
+     ["test_each_loss_and_its_gradient_equal_a_loop_written_from_its_paper",
+      "test_for_replies_of_one_length_the_averages_differ_by_length_over_limit"]),
+    ("grpo.py", "        loss_L = loss_L * weight_L.to(loss_L.dtype)\n",
+     "        loss_L = kl_coef * kl_L + (loss_L - kl_coef * kl_L) * weight_L.to(loss_L.dtype)\n",
+     "the KL penalty is left out of the mean over a reply",
+     ["test_each_loss_and_its_gradient_equal_a_loop_written_from_its_paper"]),
+    ("grpo.py", "\"reply\": len(lengths), \"constant\"", "\"reply\": sum(lengths), \"constant\"",
+     "a mean over replies is divided by the tokens",
+     ["test_token_weights_of_a_worked_example",
+      "test_for_replies_of_one_length_the_averages_differ_by_length_over_limit"]),
+    ("grpo.py", "limit and len(lengths) * limit", "limit and sum(lengths)",
+     "the constant of Dr. GRPO is the length of the replies",
+     ["test_token_weights_of_a_worked_example",
+      "test_each_loss_and_its_gradient_equal_a_loop_written_from_its_paper"]),
+    ("grpo.py", "token_weights([rollout.ids for group in groups_P for rollout in group], average)",
+     "token_weights([rollout.ids for rollout in rollouts_N], average)",
+     "weights are those of other replies where a group was left out",
+     ["test_no_loss_depends_on_the_ranks_and_groups_without_spread_count_in_the_denominator"]),
+    ("grpo.py", "            replies[-1].append(reply)\n            size += len(reply)\n",
+     "            if len(reply) > 3 and size + len(reply) == max_tokens:\n"
+     "                packs.append(pack(prompts, [*replies[:-1], [*replies[-1], reply[:1]]], first))\n"
+     "                prompts, replies, size, first = [prompt], [[]], len(prompt), index\n"
+     "                reply = reply[1:]\n"
+     "            replies[-1].append(reply)\n            size += len(reply)\n",
+     "a reply is split between micro-batches",
+     ["test_no_reply_is_split_between_micro_batches"]),
+    # Chat formats.
+    ("data.py", 'message["content"].strip()) for message', 'message["content"]) for message',
+     "Llama-3's content is not trimmed",
+     ["test_chats_are_rendered_as_each_family_publishes_them"]),
+    ("data.py", 'return f"{begin}{text}"', "return text",
+     "a prompt of Llama-3 lacks its first token",
+     ["test_chats_are_rendered_as_each_family_publishes_them"]),
+    ("data.py", "return self.decode(ids[:-1] if ids and ids[-1] in self.stop_ids else ids)",
+     "return self.decode(ids)",
+     "the stop token that ended a rollout is judged with its text",
+     ["test_the_judged_text_has_no_stop_token_whichever_ended_the_reply",
+      "test_replies_of_each_family_end_with_its_token_and_are_judged_without_it"]),
+    ("reward.py", 'headers = (f"{IM_START}assistant", f"{HEADER}assistant{END_HEADER}")',
+     'headers = (f"{IM_START}assistant",)',
+     "official reads a reply of Llama-3 from its start",
+     ["test_the_strict_and_the_released_verdict"]),
+    # Adapters.
+    ("runtime/adapters.py", "return (W + change).to(self.dtype)", "return W.to(self.dtype)",
+     "rollouts and exports lack the adapters",
+     ["test_a_merged_model_equals_the_adapted_one_and_a_plain_one_the_base"]),
+    ("runtime/adapters.py", "layer.weight, layer.bias, alpha / rank", "layer.weight, layer.bias, alpha",
+     "the adapters' product is not divided by the rank",
+     ["test_gradients_of_the_adapters_equal_autograd_through_the_merged_weight"]),
+    ("train.py", "sharding.unsharded(reference, merged=False)", "sharding.unsharded(reference)",
+     "the KL reference follows the adapters",
+     ["test_a_run_with_adapters_learns_and_keeps_its_base"]),
 ]
 
 

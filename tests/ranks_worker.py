@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 import train
 from configs.schema import load_config
-from model import Qwen2, load_hf, save_hf
+from model import Transformer, load_hf, save_hf
 from runtime import ranks as ranks_module
 from runtime import tensors
 from runtime.sharding import own_rows, unsharded
@@ -80,7 +80,7 @@ def check_files(folder, copy):
         share += own.nbytes
     assert sum(tensor.nbytes for tensor in read) == share
     drawn = whole(train.load_model(folder, "cpu", bf16=False, seed=3).state_dict())
-    for name, weight in Qwen2(model.config).init_weights(3).state_dict().items():
+    for name, weight in Transformer(model.config).init_weights(3).state_dict().items():
         assert torch.equal(drawn[name], weight), name
     if dist.is_initialized():
         from torch.distributed.tensor import DTensor
@@ -120,14 +120,14 @@ def check_rollouts(folder):
     return [rollout.ids for rollout in ranks_module.gather_in_order(own_N, rollouts)]
 
 
-def check_updates(folder, rollouts_N):
-    """{name: (metrics, change of the weights)} of all kinds of updates."""
+def check_updates(folder, rollouts_N, every_kind=True):
+    """{kind: (metrics, change of the weights)} of all kinds of updates, or else those of one kind."""
     adv_PG, found = torch.tensor(ADVANTAGES, dtype=torch.float64), {}
 
-    def grpo(model, optimizer, adv_PG=adv_PG, reference=None, updates=1, tokens=1000):
+    def grpo(model, optimizer, adv_PG=adv_PG, reference=None, updates=1, tokens=1000, **loss):
         return train.grpo_updates(model, reference, optimizer, rollouts_N, adv_PG, updates=updates,
                                   kl_coef=0.1 if reference else 0.0, grad_clip=1e9, micro_batch_tokens=tokens,
-                                  **LOSS)
+                                  **LOSS | loss)
 
     def checkpointed(model, optimizer):
         model.checkpoint_blocks = True
@@ -142,6 +142,8 @@ def check_updates(folder, rollouts_N):
                                  vocab_size=VOCAB, updates=2, grad_clip=1e9, micro_batch_tokens=60,
                                  autocast=contextlib.nullcontext())
 
+    if not every_kind:
+        return change_by(functools.partial(grpo, updates=2, tokens=60), model_of(folder))
     reference = train.load_model(folder, "cpu", bf16=False, trained=False).double()
     with torch.no_grad():
         for parameter in reference.parameters():
@@ -150,6 +152,9 @@ def check_updates(folder, rollouts_N):
              "checkpointed": checkpointed, "clipped": clipped, "sft": sft,
              "two updates": functools.partial(grpo, updates=2, tokens=60),
              "kl": functools.partial(grpo, reference=reference, updates=2, tokens=60),
+             "gspo": functools.partial(grpo, updates=2, tokens=60, ratio="sequence", average="reply"),
+             "cispo": functools.partial(grpo, updates=2, tokens=60, clip="cispo"),
+             "dr_grpo": functools.partial(grpo, updates=2, tokens=60, average="constant", limit=40),
              "flat": functools.partial(grpo, adv_PG=torch.zeros(8, 3))}
     for name, update in kinds.items():
         found[name] = change_by(update, model_of(folder))
@@ -172,6 +177,10 @@ def work(folder, ranks):
         found[name] = {"share": ranks_module.all_gather(share),
                        "ids": check_rollouts(folder / name),
                        "updates": check_updates(folder / name, rollouts_N)}
+    for name in ("llama", "qwen3"):
+        rollouts_N = torch.load(folder / name / "rollouts.pt", weights_only=False)
+        found[name] = {"ids": check_rollouts(folder / name),
+                       "updates": check_updates(folder / name, rollouts_N, every_kind=False)}
     return found
 
 

@@ -10,7 +10,7 @@ import torch
 
 from fast import paged_cache
 from grpo import token_logprobs_reference
-from model import ModelConfig, Qwen2, packed_attention
+from model import ModelConfig, Transformer, packed_attention
 from sample import generate, prompt_seeds
 
 VOCAB = 48
@@ -21,7 +21,7 @@ def toy_model(seed=0, **changes):
     sizes = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
              "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "tie_word_embeddings": False,
              "initializer_range": 0.25}
-    return Qwen2(ModelConfig(**sizes | changes)).init_weights(seed)
+    return Transformer(ModelConfig(**sizes | changes)).init_weights(seed)
 
 
 def ragged_prompts(count, longest, seed=0, vocab=VOCAB):

@@ -22,7 +22,7 @@ import torch
 import reward
 import train
 from data import write_jsonl
-from model import ModelConfig, Qwen2, save_hf
+from model import ModelConfig, Transformer, save_hf
 from reward import Verdict
 from tools.synthetic import synthetic
 
@@ -45,7 +45,7 @@ def make_base(folder, hidden_size=32):
     config = ModelConfig(vocab_size=1250, hidden_size=hidden_size, intermediate_size=2 * hidden_size,
                          num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
                          head_dim=hidden_size // 2, tie_word_embeddings=True, max_position_embeddings=1024)
-    save_hf(Qwen2(config).init_weights(0), folder)
+    save_hf(Transformer(config).init_weights(0), folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         shutil.copy(Path("assets/tiny") / name, folder)
     return folder

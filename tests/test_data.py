@@ -12,7 +12,16 @@ from pathlib import Path
 
 import pytest
 from raw_records import CLOCK, WEATHER, toolace_file, xlam_row
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 import data
 from data import Batches, Chat, Example, read_jsonl, read_xlam, write_jsonl
@@ -33,23 +42,65 @@ def example(number=0, **changes):
     return replace(made, **changes)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A toy tokenizer folder, byte level, with the markers as special tokens."""
+def toy_tokenizer(special, plain=()):
+    """A byte-level tokenizer of at most 600 tokens, with special tokens and with plain ones, as Qwen3 has."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=600,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>", "</s>"],
+        vocab_size=600 - len(plain),
+        special_tokens=special,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator([json.dumps(vars(e)) for e in synthetic(50, 0, "train")], trainer)
+    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in plain])
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A toy tokenizer folder, byte level, with the markers as special tokens."""
+    tokenizer = toy_tokenizer(["<|endoftext|>", "<|im_start|>", "<|im_end|>", "</s>"])
     path = tmp_path_factory.mktemp("tokenizer")
     tokenizer.save(str(path / "tokenizer.json"))
     (path / "config.json").write_text('{"eos_token_id": 0}')
     return path
+
+
+QWEN = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+SMOLLM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+LLAMA = [f"<|{name}|>" for name in
+         ("begin_of_text", "end_of_text", "start_header_id", "end_header_id", "eom_id", "eot_id")]
+# Special tokens, plain tokens, the part of the chat template that is read (a line's end as it is written
+# there), eos_token, the ids of end-of-sequence tokens in generation_config.json.
+FAMILIES = {
+    "qwen2.5": (CHATML, ["<tool_call>", "</tool_call>"],
+                f"'<|im_start|>system\\n{QWEN}<|im_end|>\\n'", "<|im_end|>", [2, 0]),
+    "smollm2": (CHATML, [], f"'<|im_start|>system\n{SMOLLM}<|im_end|>\n'", "<|im_end|>", 2),
+    "qwen3": (CHATML, ["<tool_call>", "</tool_call>", "<think>", "</think>"],
+              "'<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n'", "<|im_end|>", [2, 0]),
+    "llama3": (LLAMA, [], "message['content'] | trim + '<|eot_id|>'", "<|eot_id|>", [1, 4, 5]),
+}
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory):
+    """{family: toy folder with its tokens, and with what Chat reads of its other files}."""
+    root = tmp_path_factory.mktemp("families")
+    for name, (special, plain, template, eos, stops) in FAMILIES.items():
+        tokenizer, path = toy_tokenizer(special, plain), root / name
+        if name == "llama3":  # whose tokenizer begins every text with this token, unless it is asked not to
+            tokenizer.post_processor = processors.TemplateProcessing(
+                single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 0)])
+        path.mkdir()
+        tokenizer.save(str(path / "tokenizer.json"))
+        (path / "tokenizer_config.json").write_text(json.dumps({
+            "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos, "chat_template": template}))
+        (path / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}))
+    return {name: root / name for name in FAMILIES}
 
 
 # ---- files
@@ -289,6 +340,138 @@ def test_messages_render_as_qwen_chat(folder):
     )
 
 
+CALLS = [{"name": "Get Weather (v2)", "arguments": {"city": "Rome"}}]
+TURNS = [
+    {"role": "system", "content": " Be brief.\n"},
+    {"role": "user", "content": "Rome? "},
+    {"role": "assistant", "content": format_calls(CALLS)},
+    {"role": "tool", "content": " 21\n"},
+    {"role": "tool", "content": "sunny"},
+    {"role": "assistant", "content": "\nWarm.\n"},
+    {"role": "user", "content": "And Oslo?"},
+]
+IN_CHATML = (
+    "<|im_start|>system\n Be brief.\n<|im_end|>\n"
+    "<|im_start|>user\nRome? <|im_end|>\n"
+    f"<|im_start|>assistant\n{format_calls(CALLS)}<|im_end|>\n"
+    "<|im_start|>user\n<tool_response>\n 21\n\n</tool_response>\n"
+    "<tool_response>\nsunny\n</tool_response><|im_end|>\n"
+    "<|im_start|>assistant\n\nWarm.\n<|im_end|>\n"
+    "<|im_start|>user\nAnd Oslo?<|im_end|>\n"
+    "<|im_start|>assistant\n"
+)
+# Roles, headers and ends: llama-models, models/llama3_1/prompt_format.md. Only text of system, user and
+# assistant is trimmed: chat_template in the tokenizer_config.json of Llama-3.1-8B-Instruct.
+IN_LLAMA3 = (
+    "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
+    "<|start_header_id|>user<|end_header_id|>\n\nRome?<|eot_id|>"
+    f"<|start_header_id|>assistant<|end_header_id|>\n\n{format_calls(CALLS)}<|eot_id|>"
+    "<|start_header_id|>ipython<|end_header_id|>\n\n 21\n<|eot_id|>"
+    "<|start_header_id|>ipython<|end_header_id|>\n\nsunny<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\nWarm.<|eot_id|>"
+    "<|start_header_id|>user<|end_header_id|>\n\nAnd Oslo?<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n"
+)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_chats_are_rendered_as_each_family_publishes_them(families, family):
+    chat = Chat(families[family])
+    llama = family == "llama3"
+    assert chat.format == ("llama3" if llama else "chatml")
+    expected = IN_LLAMA3 if llama else IN_CHATML
+    assert chat.render(TURNS, True) == expected
+    header = expected[expected.rindex("<|start_header_id|>" if llama else "<|im_start|>"):]
+    assert chat.render(TURNS, False) == expected.removesuffix(header)
+    # Every marker is one token, and none is added: this tokenizer of Llama-3 puts a token before plain text.
+    ids = chat.encode(expected)
+    assert chat.decode(ids) == expected
+    for token in LLAMA if llama else CHATML:
+        assert ids.count(chat.tokenizer.token_to_id(token)) == expected.count(token)
+
+
+@pytest.mark.parametrize("family, text", [("qwen2.5", QWEN), ("smollm2", SMOLLM), ("qwen3", ""),
+                                          ("llama3", "")])
+@pytest.mark.parametrize("place", ["tokenizer_config", "jinja", "list", "checkpoint", "none"])
+def test_the_default_system_text_is_that_of_the_familys_template(families, tmp_path, family, text, place):
+    """Qwen2.5's and SmolLM2's are in their tokenizer_config.json; Qwen3's and Llama-3's have none."""
+    path = shutil.copytree(families[family], tmp_path / "m")
+    config = json.loads((path / "tokenizer_config.json").read_text())
+    if place == "jinja":
+        (path / "chat_template.jinja").write_text(config.pop("chat_template"))
+    elif place == "list":
+        config["chat_template"] = [{"name": "default", "template": config["chat_template"]}]
+    elif place == "checkpoint":
+        Chat(path).save(path)
+    elif place == "none":
+        del config["chat_template"]
+        text = QWEN
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    user = [{"role": "user", "content": "hi"}]
+    rendered = Chat(path).render(user, False)
+    if family == "llama3":
+        assert rendered == "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nhi<|eot_id|>"
+    else:
+        default = f"<|im_start|>system\n{text}<|im_end|>\n" if text else ""
+        assert rendered == f"{default}<|im_start|>user\nhi<|im_end|>\n"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_replies_of_each_family_end_with_its_token_and_are_judged_without_it(families, family):
+    chat, made = Chat(families[family]), example(reasoning="why é 😀")
+    end = "<|eot_id|>" if family == "llama3" else "<|im_end|>"
+    ids = chat.encode_reply(made)
+    assert chat.decode(ids) == format_reply(made.answer, "why é 😀") + end
+    assert chat.decode_reply(ids) == format_reply(made.answer, "why é 😀")
+    stops = {"llama3": {"<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"}, "smollm2": {"<|im_end|>"}}
+    assert {chat.decode([i]) for i in chat.stop_ids} == stops.get(family, {"<|im_end|>", "<|endoftext|>"})
+    for stop in chat.stop_ids:
+        assert score(chat.decode_reply([*ids[:-1], stop]), made.answer).reward == 1
+    tags = [i for i in ids if chat.decode([i]) in ("<think>", "</think>", "<tool_call>", "</tool_call>")]
+    assert len(tags) == {"qwen3": 4, "qwen2.5": 2}.get(family, 0)
+
+
+@pytest.mark.parametrize("content, kept", [
+    ("<think>\nwarm\n</think>\n\nIt is warm.\n", "It is warm.\n"), ("so</think>yes", "yes"),
+    ("\nyes", "\nyes"), ("<think>yes", "<think>yes"),
+    ('<tool_call>["</think>"]</tool_call>', '<tool_call>["</think>"]</tool_call>')])
+def test_the_reasoning_of_earlier_turns_is_left_out_for_qwen3_only(families, content, kept):
+    """As in the chat template of its tokenizer_config.json; Qwen2.5's leaves text as it is."""
+    for family, left in (("qwen3", kept), ("qwen2.5", content)):
+        turns = [{"role": role, "content": text} for role, text in (
+            ("user", "q"), ("assistant", content), ("user", "a</think>b"))]
+        assert Chat(families[family]).render(turns, False).endswith(
+            f"<|im_start|>assistant\n{left}<|im_end|>\n<|im_start|>user\na</think>b<|im_end|>\n")
+
+
+def test_a_chat_format_without_its_tokens_is_one_line_that_names_them(families):
+    for family, asked, tokens in (
+            ("llama3", "chatml", "<|im_start|> and <|im_end|>"),
+            ("qwen3", "llama3",
+             "<|begin_of_text|> and <|start_header_id|> and <|end_header_id|> and <|eot_id|>")):
+        with pytest.raises(ValueError) as caught:
+            Chat(families[family], chat_format=asked)
+        assert f"{family}: the chat format {asked} needs {tokens}, which its" in str(caught.value)
+        assert "\n" not in str(caught.value)
+    for family, same in (("llama3", "llama3"), ("qwen3", "chatml")):
+        assert Chat(families[family], chat_format=same).format == same
+
+
+def test_a_tokenizer_with_the_tokens_of_both_formats_follows_the_template_or_the_setting(tmp_path):
+    """Models of others keep Llama-3's tokens and are taught ChatML."""
+    toy_tokenizer([*LLAMA, *CHATML]).save(str(tmp_path / "tokenizer.json"))
+    assert Chat(tmp_path).format == "chatml"
+    assert Chat(tmp_path, chat_format="llama3").format == "llama3"
+    for form, line in (("llama3", "{{ '<|eot_id|>' }}"), ("chatml", "{{ '<|im_end|>\\n' }}")):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": line}))
+        assert Chat(tmp_path).format == form
+    # A checkpoint knows the format of its training.
+    chat = Chat(tmp_path, chat_format="llama3")
+    chat.save(tmp_path)
+    assert Chat(tmp_path).encode_reply(example()) == chat.encode_reply(example())
+    assert Chat(tmp_path).encode_prompt(example()) == chat.encode_prompt(example())
+
+
 def test_the_prompt_lists_the_tools_one_json_line_each_and_ends_where_the_reply_begins(folder):
     chat = Chat(folder)
     text = chat.decode(chat.encode_prompt(example()))
@@ -362,7 +545,7 @@ def test_folders_without_tokenizer_or_end_of_sequence_are_errors(folder, tmp_pat
     bare["added_tokens"] = []
     bare["model"]["vocab"]["plain"] = bare["model"]["vocab"].pop("<|im_end|>")
     (tmp_path / "tokenizer.json").write_text(json.dumps(bare))
-    with pytest.raises(ValueError, match=r"chat format of Qwen2.5 needs <\|im_start\|> and <\|im_end\|>"):
+    with pytest.raises(ValueError, match=r"chatml needs <\|im_end\|>, and llama3 needs <\|begin"):
         Chat(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match="tokenizer.json: not JSON"):
@@ -471,6 +654,26 @@ def test_the_chat_template_of_a_checkpoint_renders_the_training_prompt(tmp_path)
             assert text == same_prompt(chat, tokenizer, [], plain, None, plain)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_chat_template_of_each_family_renders_the_training_prompt(families, tmp_path, family):
+    transformers = pytest.importorskip("transformers")
+    prompt = "\n \u00a0Ä 😀 {{ x }} {# no #}\n{tools}\n CUTS_REASONING</think> DEFAULT_SYSTEM PROMPT_TEXTS\n "
+    path, chat = checkpoint_of(families[family], tmp_path / "c", prompt)
+    assert Chat(families[family], path / "mine.txt").encode_prompt(example()) == chat.encode_prompt(example())
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(path)
+    reasoned = {"role": "assistant", "content": "\n<think>\nr\n</think>\n\nyes\n"}
+    for number in range(60):
+        rng = random.Random(number)
+        tools = [some_tool(rng) for _ in range(rng.randrange(4))]
+        plain, of_api = some_messages(rng)
+        if number % 2:
+            plain, of_api = [*plain, reasoned, *TURNS[1:]], [*of_api, reasoned, *TURNS[1:]]
+        text = same_prompt(chat, tokenizer, tools, plain, tools, plain)
+        enveloped = [as_servers_send(tool) for tool in tools]
+        assert text == same_prompt(chat, tokenizer, tools, plain, enveloped, of_api), number
+    assert text.count("<|begin_of_text|>") == (family == "llama3")
+
+
 def test_the_request_and_the_reply_of_the_page_on_serving_are_in_our_format(tmp_path):
     transformers = pytest.importorskip("transformers")
     page = (ROOT / "docs" / "serve.md").read_text()
@@ -526,7 +729,7 @@ def test_without_siblings_the_split_is_that_of_earlier_versions():
 
 
 def dialogue(name, turns):
-    """The examples of a conversation: a call turn after each of its user turns, with the tools of its own."""
+    """The examples of a conversation: a call turn after each of its user turns."""
     messages, made = [], []
     for turn in range(turns):
         messages.append({"role": "user", "content": f"{name} asks {turn}"})

@@ -15,9 +15,11 @@ from safetensors.torch import load_file, save_file
 import eval as evaluation
 from benchmarks import acebench, api_bank, bfcl
 from benchmarks.replies import DIGESTS
+from benchmarks.tables import BENCHES
 from data import Chat, read_jsonl, write_jsonl
-from model import ModelConfig, Qwen2, load_hf, save_hf
+from model import ModelConfig, Transformer, load_hf, save_hf
 from reward import format_reply
+from runtime.files import write_json
 from sample import Rollout
 from tools.synthetic import synthetic
 
@@ -264,9 +266,9 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, capsys, change, named):
 
 
 def test_interrupted_write_leaves_the_old_file(tmp_path):
-    evaluation.write_json(tmp_path / "x.json", {"a": 1})
+    write_json(tmp_path / "x.json", {"a": 1})
     with pytest.raises(TypeError):
-        evaluation.write_json(tmp_path / "x.json", {"a": torch.zeros(1)})
+        write_json(tmp_path / "x.json", {"a": torch.zeros(1)})
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": 1}
 
 
@@ -282,7 +284,7 @@ def toy(tmp_path_factory):
     folder = tmp_path_factory.mktemp("toy") / "model"
     config = ModelConfig(vocab_size=2048, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
                          num_attention_heads=2, num_key_value_heads=1, head_dim=8, tie_word_embeddings=True)
-    save_hf(Qwen2(config).init_weights(0), folder)
+    save_hf(Transformer(config).init_weights(0), folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         shutil.copyfile(f"assets/tiny/{name}", folder / name)
     return folder
@@ -326,7 +328,7 @@ def test_files_for_the_official_scorer_hold_every_call(recorded, real_data):
 @pytest.mark.parametrize("bench", DATA)
 def test_gold_calls_through_the_command_line_score_as_through_the_module(real_data, tmp_path, bench):
     """Outputs made from the answers, every third one left out: missing ones count as wrong."""
-    module = evaluation.BENCHES[bench]
+    module = BENCHES[bench]
     entries = module.load(real_data / DATA[bench])
     kept = [entry for i, entry in enumerate(entries) if i % 3]
     lines = [{"id": entry.id, "category": entry.category, "calls": gold(module, entry)} for entry in kept]

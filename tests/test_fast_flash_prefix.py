@@ -12,7 +12,7 @@ import torch.nn.attention.varlen
 import model as model_module
 from fast import flash_prefix
 from grpo import pack
-from model import ModelConfig, Qwen2, packed_attention, shared_prefix_attention
+from model import ModelConfig, Transformer, packed_attention, shared_prefix_attention
 
 CONFIG = ModelConfig(vocab_size=50, hidden_size=48, intermediate_size=48, num_hidden_layers=2,
                      num_attention_heads=6, num_key_value_heads=2, head_dim=8, tie_word_embeddings=True,
@@ -77,14 +77,14 @@ def test_two_calls_of_flash_attention_equal_the_definition(groups, heads, kv_hea
 
 
 @pytest.mark.usefixtures("stand_in")
-def test_a_model_through_flash_attention_has_the_same_gradients_and_its_indices_are_made_once(monkeypatch):
-    made = []
+def test_a_model_through_flash_attention_has_the_same_gradients_and_prepares_once(monkeypatch):
+    made, asked = [], flash_prefix.shares_key_heads.cache_info().misses
     runs_of = flash_prefix.Runs.of
     monkeypatch.setattr(flash_prefix.Runs, "of", lambda *args: made.append(args) or runs_of(*args))
     tree = pack([[1, 2, 3, 4, 5, 6, 7], [8]], [[[9, 10, 11, 12], [13], [14, 15, 16, 17, 18]], [[19, 20]]])
     gradients = []
     for module in (flash_prefix, model_module):
-        model = Qwen2(CONFIG).init_weights(0).double()
+        model = Transformer(CONFIG).init_weights(0).double()
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter += 0.1 * parameter.cos()  # so that biases are not zero, nor norms one
@@ -93,6 +93,7 @@ def test_a_model_through_flash_attention_has_the_same_gradients_and_its_indices_
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
     torch.testing.assert_close(*gradients)
     assert len(made) == 4  # queries and keys of two calls, for two layers and their backward
+    assert flash_prefix.shares_key_heads.cache_info().misses <= asked + 1
 
 
 # The choice, which is made in model.py.

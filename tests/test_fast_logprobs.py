@@ -6,10 +6,7 @@ have many of each with ragged ends.
 
 import importlib
 import math
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,10 +18,9 @@ triton = pytest.importorskip("triton", reason="triton has no wheels for this pla
 import grpo  # noqa: E402
 from fast import logprobs  # noqa: E402
 from grpo import pack, token_logprobs, token_logprobs_reference  # noqa: E402
-from model import ModelConfig, Qwen2, shared_prefix_attention  # noqa: E402
+from model import ModelConfig, Transformer, shared_prefix_attention  # noqa: E402
 from runtime.kernel import choose_kernel  # noqa: E402
 
-ROOT = Path(__file__).resolve().parent.parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TEMPERATURE = 0.7
 # (tokens, width, rows of the weight, ids that have a token)
@@ -109,6 +105,15 @@ def test_upstream_gradients_and_targets_of_any_stride_are_taken():
         assert_equal(*grads, 1e-12)
 
 
+def test_a_frozen_head_gets_no_gradient_and_the_hidden_states_get_the_same(monkeypatch):
+    hidden_LD, weight_VD, targets_L = random_head(7, 4, 37)
+    _, _, wanted_LD, _ = results(logprobs.token_logprobs, hidden_LD, weight_VD, targets_L)
+    monkeypatch.setattr(torch, "zeros_like", None)  # no sum of the weight's gradient is made
+    logp_L, _ = logprobs.token_logprobs(hidden_LD, weight_VD.detach(), targets_L, TEMPERATURE)
+    found_LD, = torch.autograd.grad(logp_L, hidden_LD, torch.linspace(-1, 2, 7).to(logp_L))
+    assert torch.equal(found_LD, wanted_LD)
+
+
 def test_no_tokens_give_no_log_probs_and_gradients_of_zero():
     hidden_LD, weight_VD, targets_L = random_head(0, 3, 5)
     logp_L, entropy_L, *grads = results(logprobs.token_logprobs, hidden_LD, weight_VD, targets_L)
@@ -137,7 +142,7 @@ def test_the_gradients_of_a_whole_model_equal_those_through_the_definition(tied)
     tree = pack([[1, 2, 3], [4]], [[[5, 6], [7, 8, 9, 10]], [[11, 32]]]).to(DEVICE)
     grads = []
     for kernel in ("fast", "reference"):
-        model = Qwen2(config).init_weights(0).double().to(DEVICE)
+        model = Transformer(config).init_weights(0).double().to(DEVICE)
         hidden_TD = model(tree.tokens_T, tree.positions_T, shared_prefix_attention(tree.groups))
         logp_L, _ = token_logprobs(hidden_TD[tree.predictor_L], model.head_weight(), tree.targets_L,
                                    TEMPERATURE, 33, kernel)
@@ -356,36 +361,6 @@ def test_a_machine_without_triton_has_the_definition(monkeypatch):
     assert without_triton(one, one, torch.zeros(1, dtype=torch.int64), 1.0)[0].item() == 0.0
 
 
-def run_python(code, **environment):
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env | environment, text=True,
-                          capture_output=True, check=True).stdout
-
-
-def test_the_kernels_compile_for_a_hopper_gpu_and_load_eight_logits_at_once(tmp_path):
-    code = """
-import triton
-from fast import logprobs
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
-def compiled(kernel, pointers):
-    names = kernel.arg_names
-    types = dict(zip(names, pointers + ["i32"] + ["constexpr"] * 4, strict=True))
-    places = [(i,) for i in range(len(names))]
-    constants = dict(zip(places[-4:], [151936, 151665, 1 / 0.7, logprobs.BLOCK], strict=True))
-    multiples_of_16 = {place: [["tt.divisibility", 16]] for place in places[:-4]}
-    source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=multiples_of_16)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8}).asm["ptx"]
-
-for ptx in (compiled(logprobs.logprob_of_row, ["*bf16", "*i64"] + ["*fp32"] * 4),
-            compiled(logprobs.gradient_of_logits, ["*bf16", "*i64"] + ["*fp32"] * 3)):
-    print(".target sm_90" in ptx, ptx.count("ld.global.v4.b32"))
-"""
-    pytest.importorskip("triton.backends.nvidia", reason="this triton compiles for no NVIDIA GPU")
-    assert run_python(code, TRITON_CACHE_DIR=str(tmp_path)) == "True 2\nTrue 2\n"
-
-
 # True shapes.
 
 
@@ -410,7 +385,7 @@ def test_true_shapes_equal_the_definition_within_the_memory_of_one_chunk():
 @pytest.mark.parametrize("width", [896, 1536, 3584])
 def test_the_memory_beyond_the_gradients_is_that_of_one_chunk_at_any_number_of_tokens(width):
     peaks = []
-    for tokens in (8192, 32768):
+    for tokens in (64, 8192, 32768):
         options = {"device": "cuda", "dtype": torch.bfloat16, "requires_grad": True}
         hidden_LD, weight_VD = torch.randn(tokens, width, **options), torch.randn(152064, width, **options)
         targets_L = torch.randint(151665, (tokens,), device="cuda")
@@ -422,7 +397,11 @@ def test_the_memory_beyond_the_gradients_is_that_of_one_chunk_at_any_number_of_t
         gradients = 2 * hidden_LD.numel() + 4 * weight_VD.numel()
         peaks.append((torch.cuda.max_memory_allocated() - before - gradients) / 2**30)
         del hidden_LD, weight_VD, targets_L, logp_L
-    assert max(peaks) <= 1.25
+    # In GiB: the logits of a chunk, 4096 · 152064 in bf16, are 1.160, and the gradient of its hidden states
+    # at most 0.027. When the chunk is freed, a copy of the weight's gradient in bf16 takes at most 1.015. So
+    # 1.19 are needed. The first 64 tokens are not counted: there each of the two threads takes the workspace
+    # of cuBLAS, 0.031, which it keeps, so that the order of the widths does not matter.
+    assert max(peaks[1:]) <= 1.21
 
 
 @pytest.mark.gpu

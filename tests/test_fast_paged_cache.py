@@ -7,15 +7,30 @@ Without a GPU the kernels run in Triton's interpreter, which is slow: sizes are 
 import pytest
 import sampling
 import torch
+from conftest import calls_of
 from sampling import assert_same, draw, full_forward_logp, gib, ids_of, ragged_prompts, toy_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import sample
 from fast import paged_cache
 from fast.paged_cache import decode_attention, decode_attention_reference
 
 sampled, crowd, small_pages, caches = sampling.sampled, sampling.crowd, sampling.small_pages, sampling.caches
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-needs_triton = pytest.mark.skipif(paged_cache.triton is None, reason="Triton is not installed")
+
+
+def why_no_kernel():
+    """Why attention in Triton cannot run here, or ""."""
+    if paged_cache.triton is None:
+        return "Triton is not installed"
+    versions = [tuple(map(int, x.__version__.split(".")[:2])) for x in (paged_cache.triton, paged_cache.np)]
+    if DEVICE == "cpu" and versions[0] == (3, 6) and versions[1] >= (2, 4):
+        return "the interpreter of Triton 3.6 cannot loop to a bound loaded from a tensor under numpy >= 2.4"
+    return ""
+
+
+needs_triton = pytest.mark.skipif(bool(why_no_kernel()), reason=why_no_kernel())
 
 
 def test_the_most_recently_started_row_is_preempted_and_the_oldest_never(small_pages, crowd, monkeypatch):
@@ -96,6 +111,73 @@ def test_the_table_names_the_pages_of_its_rows_and_else_page_0(small_pages, monk
     assert len(checked) > 20
 
 
+class Operations(TorchDispatchMode):
+    """Notes the names of all operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+def running_rows(count, prompt, reply):
+    """A paged cache on the CPU with so many running rows of `reply` tokens, eight to a prompt."""
+    rows = []
+    for i in range(count):
+        owner = rows[-1].prompt if i % 8 else sample.Prompt([1] * prompt, 8)
+        rows.append(sample.Row(i, sample.Rollout(owner.ids, [2] * reply), owner, i, prompt + 2000))
+    cache = paged_cache.Cache(toy_model().config, torch.float32, torch.device("cpu"), count, prompt,
+                              prompt + 2000, 8, 0.1, "cpu")
+    for row in rows:
+        assert cache.admit(row, 0)
+    return cache, rows
+
+
+@pytest.mark.parametrize("reply", [1, 1000])
+def test_a_row_that_needs_no_page_costs_reserve_a_few_calls_at_any_length_of_its_reply(reply):
+    cache, rows = running_rows(64, 33, reply)
+    assert cache.reserve(rows, 8) is None
+    with Operations() as operations:
+        # Its tokens, counted by three functions, and its pages, once to grow them and once for the table
+        assert calls_of(lambda: cache.reserve(rows, 8)) <= 5 * len(rows) + 30
+    assert operations.names == []
+
+
+def test_reserve_writes_the_table_in_one_copy_and_only_where_it_changed():
+    cache, rows = running_rows(64, 33, 1)
+    cache.reserve(rows, 8)
+    cache.host_BM[:] -= 10**6  # what is written again shows
+    # A row grows by two pages, a row ends and the last one takes its slot.
+    rows[5].rollout.ids += [2] * 60
+    cache.release(rows[9])
+    rows[9] = rows.pop()
+    with Operations() as operations:
+        cache.reserve(rows, 8)
+    assert operations.names.count("copy_") == 1 and len(operations.names) <= 3, operations.names
+    kept = cache.host_BM < 0
+    assert kept.all(1).tolist() == [slot not in (5, 9, 63) for slot in range(64)]
+    assert not cache.host_BM[63].any() and not kept[9].any()
+    pages = len(cache.row_pages[rows[5]])
+    assert pages == 4 and cache.host_BM[5, 2:4].tolist() == cache.row_pages[rows[5]][2:]
+    assert torch.equal(cache.table_BM, torch.from_numpy(cache.host_BM))
+
+
+def test_a_row_that_starts_again_in_its_slot_shows_its_new_pages():
+    cache, rows = running_rows(2, 33, 1)
+    cache.reserve(rows, 8)
+    taken = cache.allocate(1)  # so that the row gets other pages, as many as before
+    cache.release(rows[1])
+    cache.free.reverse()
+    cache.admit(rows[1], 1)
+    cache.reserve(rows, 8)
+    wanted = cache.row_pages[rows[1]]
+    assert taken[0] not in wanted and cache.table_BM[1, :len(wanted)].tolist() == wanted
+    assert not cache.table_BM[1, len(wanted):].any()
+
+
 def test_no_page_is_kept_when_all_replies_have_ended(small_pages, caches, crowd):
     model, prompts, settings, _ = crowd
     draw(model, prompts, 4, **settings, batch_size=5, kv_memory_gib=gib(200))
@@ -171,7 +253,9 @@ def test_the_number_of_parts_changes_nothing(parts, monkeypatch):
 
 
 @needs_triton
-def test_attention_over_twelve_thousand_tokens():
+def test_attention_over_twelve_thousand_tokens(monkeypatch):
+    if DEVICE == "cpu":  # interpreted, every block costs milliseconds
+        monkeypatch.setattr(paged_cache, "FP32_BLOCK", (128, 8, 2))
     (wanted, _), (out, _) = both(paged([12_287], 2, 1, 16))
     torch.testing.assert_close(out, wanted, atol=2e-6, rtol=1e-5)
 
@@ -225,8 +309,10 @@ def test_replies_with_kernels_do_not_depend_on_the_schedule_and_are_scored_right
 def test_on_a_gpu_attention_equals_the_reference_up_to_12k_tokens(rows, dtype, H, K, E):
     lengths = torch.randint(0, 2000, (rows,), generator=torch.Generator().manual_seed(0)).tolist()
     lengths[0] = 12_287
-    (wanted, _), (out, _) = both(paged(lengths, H, K, E, dtype))
+    arguments = paged(lengths, H, K, E, dtype)
+    # bf16 has a reference in fp32 on the same inputs: one in bf16 has most of the tolerance as its error.
+    exact = [x.float() if x.is_floating_point() else x for x in arguments]
+    wanted, out = decode_attention_reference(*exact), decode_attention(*arguments)
+    assert out.dtype == dtype
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
-    torch.testing.assert_close(out, wanted, atol=tolerance, rtol=tolerance)
-
-
+    torch.testing.assert_close(out.float(), wanted, atol=tolerance, rtol=tolerance)

@@ -5,8 +5,10 @@ The toy model has two layers; 32 of its 37 vocabulary rows have a token.
 
 import math
 import random
+import re
 import statistics
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -15,17 +17,22 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import grpo
+from data import Batches
 from grpo import (
+    choose_groups,
     group_advantages,
     grpo_loss,
+    make_micro_batches,
     pack,
     pack_micro_batches,
     sft_loss,
     token_logprobs,
     token_logprobs_reference,
+    token_weights,
 )
-from model import ModelConfig, Qwen2, packed_attention, shared_prefix_attention
+from model import ModelConfig, Transformer, packed_attention, shared_prefix_attention
 from runtime.metrics import merge_stats
+from sample import Rollout
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCAB = 32
@@ -56,12 +63,12 @@ def toy(seed=0, tied=False):
         tie_word_embeddings=tied,
         initializer_range=0.3,
     )
-    return Qwen2(config).init_weights(seed).double()
+    return Transformer(config).init_weights(seed).double()
 
 
 def nearby(model, seed, scale):
     """A policy near `model`: every parameter moved by a little noise."""
-    other = Qwen2(model.config).double()
+    other = Transformer(model.config).double()
     other.load_state_dict(model.state_dict())
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -239,6 +246,56 @@ def test_permuting_rollouts_with_their_rewards_changes_neither_loss_nor_gradient
         close(grad, results[0][1])
 
 
+# Dynamic sampling.
+
+
+def rewards_of(kinds):
+    """Two rewards a group: "+" with spread, "0" and "1" equal, "?" not finite."""
+    return torch.tensor([{"+": [1.0, 0.0], "0": [0.0, 0.0], "1": [1.0, 1.0], "?": [math.nan, 1.0]}[kind]
+                         for kind in kinds])
+
+
+@pytest.mark.parametrize("kinds, wanted, is_last, expected", [
+    ("+++", 3, False, [0, 1, 2]),
+    ("0+1", 3, False, None),
+    ("0+1", 3, True, [0, 1, 2]),             # no further batch: the step is as it was drawn
+    ("0+1" "+0+", 3, False, [1, 3, 5]),
+    ("0+1" "+++", 3, False, [1, 3, 4]),      # the first ones; the last is not needed
+    ("0+1" "10+", 3, False, None),
+    ("0+1" "10+", 3, True, [0, 1, 5]),       # the first group without spread has the place left, in its order
+    ("1?0" "0+1", 3, True, [0, 1, 4]),       # rewards that are not finite are no spread
+    ("???" "000", 3, True, [0, 1, 2]),
+])
+def test_a_step_takes_the_first_groups_with_spread_in_the_order_of_the_data(kinds, wanted, is_last, expected):
+    assert choose_groups(rewards_of(kinds), wanted, is_last) == expected
+
+
+def test_fewer_groups_than_a_step_has_are_refused():
+    with pytest.raises(AssertionError, match="fewer groups"):
+        choose_groups(rewards_of("++"), 3, True)
+
+
+def refilled_steps(batches, steps, most):
+    """For each step the examples that are kept, and the cursor after it. An example is its own reward."""
+    for _ in range(steps):
+        drawn, kept = [], None
+        while kept is None:
+            drawn += next(batches)
+            kept = choose_groups(rewards_of(drawn), batches.size, len(drawn) == most * batches.size)
+        yield [(drawn[p], p) for p in kept], batches.cursor
+
+
+def test_refilled_steps_resume_exactly_from_the_cursor_that_was_saved():
+    examples = list("0+10+0+1100+1+0")
+    undisturbed = list(refilled_steps(Batches(examples, 3, seed=5), 12, most=3))
+    cursors = [cursor for _, cursor in undisturbed]
+    assert {b - a for a, b in zip([0, *cursors], cursors, strict=False)} == {3, 6, 9}  # some steps draw more
+    assert min(sum(kind == "+" for kind, _ in kept) for kept, _ in undisturbed) < 3  # some reach the maximum
+    for done in range(1, 12):
+        resumed = Batches(examples, 3, seed=5, cursor=cursors[done - 1])
+        assert list(refilled_steps(resumed, 12 - done, most=3)) == undisturbed[done:]
+
+
 # Packs.
 
 
@@ -293,6 +350,15 @@ def test_micro_batches_hold_every_reply_once_in_order_with_its_prompt(max_tokens
     assert torch.cat([part.targets_L for part in packs]).tolist() == sum(FLAT_REPLIES, [])
     owner = [i for i, reply in enumerate(FLAT_REPLIES) for _ in reply]
     assert torch.cat([part.reply_L for part in packs]).tolist() == owner
+
+
+@pytest.mark.parametrize("max_tokens", [11, 12, 16, 17, 24, 30])
+def test_no_reply_is_split_between_micro_batches(max_tokens):
+    packs = pack_micro_batches(PROMPTS, REPLIES, max_tokens)
+    assert len(packs) > 1
+    lengths = [Counter(part.reply_L.tolist()) for part in packs]
+    assert sum(map(len, lengths)) == len(FLAT_REPLIES)
+    assert dict(sum(lengths, Counter())) == {i: len(reply) for i, reply in enumerate(FLAT_REPLIES)}
 
 
 def test_a_group_is_cut_only_where_it_is_longer_than_a_micro_batch():
@@ -577,6 +643,343 @@ def test_merged_statistics_are_sums_and_extremes_and_keep_a_nan():
     for place in range(3):
         values = merge_stats(parts[:place] + [accident] + parts[place:]).values()
         assert all(value.isnan() for value in values)
+
+
+# Other losses, each against the formula of its paper.
+
+LENGTHS = [3, 5, 1, 4, 2, 6, 2, 1]
+LIMIT = 7
+RECIPES = {  # arguments of grpo_loss and the average
+    "dapo": {"average": "token", "clip_low": 0.2, "clip_high": 0.28, "kl_coef": 0.0},
+    "deepseekmath": {"average": "reply", "clip_low": 0.2, "clip_high": 0.2, "kl_coef": 0.04},
+    "dr_grpo": {"average": "constant", "clip_low": 0.2, "clip_high": 0.2, "kl_coef": 0.0},
+    "gspo": {"ratio": "sequence", "average": "reply", "clip_low": 3e-4, "clip_high": 4e-4, "kl_coef": 0.0},
+    "cispo": {"clip": "cispo", "average": "token", "clip_low": 0.3, "clip_high": 0.5, "kl_coef": 0.0},
+    "cispo_without_a_lower_bound": {"clip": "cispo", "average": "reply", "clip_low": 1.0, "clip_high": 0.5,
+                                    "kl_coef": 0.02},
+}
+
+
+def clipped_objective(ratio, advantage, low, high, kinds):
+    """min(ρ A, clip(ρ) A) of one scalar tensor ρ."""
+    kept = min(max(ratio.item(), 1 - low), 1 + high)
+    clipped = kept * advantage < ratio.item() * advantage
+    side = "within" if kept == ratio.item() else "low" if kept > ratio.item() else "high"
+    kinds.add((side, advantage > 0))
+    return kept * advantage if clipped else ratio * advantage
+
+
+def k3(new, anchor):
+    return torch.exp(anchor - new) - (anchor - new) - 1
+
+
+def dapo(replies, low, high, beta, kinds):
+    """arXiv 2503.14476: 1/Σ|o| Σ_i Σ_t min(ρ A, clip(ρ) A)."""
+    total = 0.0
+    for tokens, advantage in replies:
+        for new, old, _ in tokens:
+            total = total + clipped_objective(torch.exp(new - old), advantage, low, high, kinds)
+    return total / sum(len(tokens) for tokens, _ in replies)
+
+
+def deepseekmath(replies, low, high, beta, kinds):
+    """arXiv 2402.03300, eq. 3: 1/N Σ_i 1/|o_i| Σ_t (min(ρ A, clip(ρ) A) - β KL)."""
+    total = 0.0
+    for tokens, advantage in replies:
+        of_reply = 0.0
+        for new, old, anchor in tokens:
+            of_reply = of_reply + clipped_objective(torch.exp(new - old), advantage, low, high, kinds)
+            of_reply = of_reply - beta * k3(new, anchor)
+        total = total + of_reply / len(tokens)
+    return total / len(replies)
+
+
+def dr_grpo(replies, low, high, beta, kinds):
+    """arXiv 2503.20783: 1/N Σ_i Σ_t min(ρ A, clip(ρ) A) / MAX_TOKENS."""
+    total = 0.0
+    for tokens, advantage in replies:
+        for new, old, _ in tokens:
+            total = total + clipped_objective(torch.exp(new - old), advantage, low, high, kinds) / LIMIT
+    return total / len(replies)
+
+
+def gspo(replies, low, high, beta, kinds):
+    """arXiv 2507.18071, eq. 5 and 7: 1/N Σ_i min(s A, clip(s) A), s = (π(y) / π_old(y))^(1/|y|)."""
+    total = 0.0
+    for tokens, advantage in replies:
+        likelihood, before = torch.ones(2, dtype=torch.float64)
+        for new, old, _ in tokens:
+            likelihood, before = likelihood * torch.exp(new), before * torch.exp(old)
+        ratio = (likelihood / before) ** (1 / len(tokens))
+        total = total + clipped_objective(ratio, advantage, low, high, kinds)
+    return total / len(replies)
+
+
+def cispo(replies, low, high, beta, kinds):
+    """arXiv 2506.13585, eq. 4 and 5: 1/Σ|o| Σ_i Σ_t sg(clip(ρ)) A log π."""
+    total = 0.0
+    for tokens, advantage in replies:
+        for new, old, _ in tokens:
+            ratio = math.exp(new.item() - old.item())
+            kept = min(max(ratio, 1 - low), 1 + high)
+            kinds.add(("within" if kept == ratio else "low" if kept > ratio else "high", advantage > 0))
+            total = total + kept * advantage * new
+    return total / sum(len(tokens) for tokens, _ in replies)
+
+
+def cispo_without_a_lower_bound(replies, low, high, beta, kinds):
+    """The same, averaged over replies and with a KL penalty."""
+    total = 0.0
+    for tokens, advantage in replies:
+        for new, old, anchor in tokens:
+            ratio = math.exp(new.item() - old.item())
+            kept = min(ratio, 1 + high)
+            kinds.add(("within" if kept == ratio else "high", advantage > 0))
+            total = total + (kept * advantage * new - beta * k3(new, anchor)) / len(tokens) / len(replies)
+    return total
+
+
+PAPERS = {function.__name__: function
+          for function in (dapo, deepseekmath, dr_grpo, gspo, cispo, cispo_without_a_lower_bound)}
+
+
+def tokens_of_replies(noise=0.4, seed=2):
+    """(logp_L with gradient, old_logp_L, ref_logp_L, adv_N, reply_L) in fp64."""
+    generator = torch.Generator().manual_seed(seed)
+    reply_L = torch.arange(len(LENGTHS)).repeat_interleave(torch.tensor(LENGTHS))
+    logp_L, old_L, ref_L = torch.randn(3, len(reply_L), generator=generator, dtype=torch.float64) * noise - 2
+    # Two replies, one of each sign, whose ratio is within the clip of GSPO too.
+    near = (reply_L == 1) | (reply_L == 4)
+    old_L[near] = logp_L[near] + 2e-4 * torch.linspace(-1, 1, int(near.sum()), dtype=torch.float64)
+    adv_N = torch.tensor([1.3, 0.7, -0.4, -1.1, -0.8, 0.9, -1.7, 0.6], dtype=torch.float64)
+    return logp_L.requires_grad_(), old_L, ref_L, adv_N, reply_L
+
+
+def recipe_loss(recipe, logp_L, old_L, ref_L, adv_N, reply_L, mask=slice(None), lengths=LENGTHS):
+    """(loss, stats) of the tokens `mask` of an update of all replies."""
+    settings = dict(RECIPES[recipe])
+    weight_L, denominator = token_weights([[0] * n for n in lengths], settings.pop("average"), LIMIT)
+    return grpo_loss(logp_L[mask], old_L[mask], ref_L[mask], adv_N[reply_L][mask], **settings,
+                     denominator=denominator, reply_L=reply_L[mask], weight_L=weight_L[mask])
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_each_loss_and_its_gradient_equal_a_loop_written_from_its_paper(recipe):
+    logp_L, old_L, ref_L, adv_N, reply_L = tokens_of_replies()
+    loss, stats = recipe_loss(recipe, logp_L, old_L, ref_L, adv_N, reply_L)
+    low, high, beta = (RECIPES[recipe][name] for name in ("clip_low", "clip_high", "kl_coef"))
+    rows = list(zip(logp_L.unbind(), old_L.unbind(), ref_L.unbind(), reply_L.tolist(), strict=True))
+    replies = [([row[:3] for row in rows if row[3] == i], a) for i, a in enumerate(adv_N.tolist())]
+    kinds = set()
+    expected = -PAPERS[recipe](replies, low, high, beta, kinds)
+    sides = ("within", "high") if low == 1 else ("within", "low", "high")
+    assert kinds == {(side, positive) for side in sides for positive in (True, False)}
+    close(loss, expected, 1e-12)
+    grads = [torch.autograd.grad(x, logp_L, retain_graph=True)[0] for x in (loss, expected)]
+    close(grads[0], grads[1], 1e-12)
+    close(stats["loss"], expected.detach(), 1e-12)
+
+
+def test_the_gradient_of_the_sequence_ratio_is_that_of_the_paper():
+    logp_L, old_L, ref_L, adv_N, reply_L = tokens_of_replies()
+    loss, stats = recipe_loss("gspo", logp_L, old_L, ref_L, adv_N, reply_L)
+    grad_L, = torch.autograd.grad(loss, logp_L)
+    clipped = Counter()
+    for i, (n, advantage) in enumerate(zip(LENGTHS, adv_N.tolist(), strict=True)):
+        own = reply_L == i
+        ratio = math.exp((logp_L - old_L)[own].sum().item() / n)
+        low, high = advantage < 0 and ratio < 1 - 3e-4, advantage > 0 and ratio > 1 + 4e-4
+        clipped += Counter(low=n * low, high=n * high)
+        # Eq. 10: s A / |y| at every token of the reply, 0 where the reply is clipped.
+        slope = 0.0 if low or high else -ratio * advantage / n / len(LENGTHS)
+        close(grad_L[own], torch.full((n,), slope, dtype=torch.float64), 1e-12)
+    assert clipped == {"low": int(stats["clip_low_sum"]), "high": int(stats["clip_high_sum"])}
+    assert min(clipped.values()) > 0
+
+
+def test_cispo_counts_the_tokens_whose_weight_is_clipped_whatever_their_advantage():
+    ratios = [0.5, 0.5, 1.0, 1.0, 2.0, 2.0, 2.0]
+    logp_L = torch.tensor(ratios).log().requires_grad_()
+    adv_L = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0, -1.0, 1.0])
+    loss, stats = grpo_loss(logp_L, torch.zeros(7), None, adv_L, **CLIP, kl_coef=0, denominator=1,
+                            clip="cispo")
+    assert (int(stats["clip_low_sum"]), int(stats["clip_high_sum"])) == (2, 3)
+    grad_L, = torch.autograd.grad(loss, logp_L)
+    close(grad_L, -adv_L * torch.tensor([0.8, 0.8, 1, 1, 1.28, 1.28, 1.28]), 1e-6)
+
+
+@pytest.mark.parametrize("max_tokens", [11, 16, 24])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_no_loss_depends_on_the_split_into_micro_batches(recipe, max_tokens):
+    model = toy(0)
+    models = model, nearby(model, 1, 0.05), nearby(model, 2, 0.05)
+    adv_N = torch.tensor(advantages_of_replies(), dtype=torch.float64)
+    settings = dict(RECIPES[recipe])
+    weight_L, denominator = token_weights(FLAT_REPLIES, settings.pop("average"), LIMIT)
+    results = []
+    for packs in ([pack(PROMPTS, REPLIES)], pack_micro_batches(PROMPTS, REPLIES, max_tokens)):
+        weights = weight_L.split([len(part.targets_L) for part in packs])
+        parts = [grpo_loss(*(logprobs_of_pack(model, part) for model in models), adv_N[part.reply_L],
+                           **settings, denominator=denominator, reply_L=part.reply_L, weight_L=w_L)
+                 for part, w_L in zip(packs, weights, strict=True)]
+        loss = sum(loss for loss, _ in parts)
+        results.append((len(packs), loss.detach(), gradient(loss, model),
+                        merge_stats([stats for _, stats in parts])))
+    (one, loss, grad, stats), (several, split_loss, split_grad, split_stats) = results
+    assert one == 1 < several
+    close(split_loss, loss)
+    close(split_grad, grad)
+    assert grad.any() and stats.keys() == split_stats.keys()
+    for name in stats:
+        close(split_stats[name], stats[name])
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_no_loss_depends_on_the_ranks_and_groups_without_spread_count_in_the_denominator(recipe):
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(1, 7, (12,), generator=generator).tolist()
+    rollouts_N = [Rollout([i // 3 + 1, 2], [int(x) for x in torch.randint(1, 30, (n,), generator=generator)],
+                          [0.0] * n) for i, n in enumerate(lengths)]
+    adv_PG = group_advantages(torch.tensor([[1, 0, 0], [1, 1, 1], [0, 1, 1], [0, 0, 1.0]]).double())
+    settings = dict(RECIPES[recipe]) | {"kl_coef": 0.0}
+    average = settings.pop("average")
+    _, denominator = token_weights([rollout.ids for rollout in rollouts_N], average, LIMIT)
+    assert denominator == {"token": sum(lengths), "reply": 12, "constant": 12 * LIMIT}[average]
+    model, old = toy(0), nearby(toy(0), 1, 0.05)
+    results = []
+    # One rank with all groups, then two ranks that leave out the group without spread, in small packs.
+    for shares, tokens in (([[0, 1, 2, 3]], 1000), ([[0], [2, 3]], 12)):
+        parts = [part for live_P in shares
+                 for part in make_micro_batches(rollouts_N, adv_PG, live_P, tokens, "cpu", average)]
+        losses = [grpo_loss(logprobs_of_pack(model, part.pack), logprobs_of_pack(old, part.pack), None,
+                            part.adv_L, **settings, denominator=denominator, reply_L=part.pack.reply_L,
+                            weight_L=part.weight_L)[0] for part in parts]
+        results.append((len(parts), sum(losses).detach(), gradient(sum(losses), model)))
+    assert results[0][0] == 1 and results[1][0] > 2
+    close(results[1][1], results[0][1])
+    close(results[1][2], results[0][2])
+
+
+def test_token_weights_of_a_worked_example():
+    replies = [[5, 6], [7], [8, 9, 9, 9]]
+    for average, weights, denominator in (("token", [1] * 7, 7), ("constant", [1] * 7, 30),
+                                          ("reply", [0.5, 0.5, 1, 0.25, 0.25, 0.25, 0.25], 3)):
+        weight_L, of_update = token_weights(replies, average, limit=10)
+        assert (weight_L.tolist(), of_update, weight_L.dtype) == (weights, denominator, torch.float64)
+        # The weights of a part are those of the whole, and its denominator a summand.
+        parts = [token_weights(part, average, limit=10) for part in (replies[:1], replies[1:])]
+        assert torch.cat([part_L for part_L, _ in parts]).tolist() == weights
+        assert sum(part for _, part in parts) == denominator
+    assert token_weights(replies, "constant")[1] is None  # no loss can be divided by it
+    with pytest.raises(ValueError, match="'mean'; choose 'token', 'reply' or 'constant'"):
+        token_weights(replies, "mean")
+
+
+@pytest.mark.parametrize("ratio, clip", [("sequence", "cispo"), ("reply", "ppo"), ("token", "none")])
+def test_losses_that_no_paper_has_are_refused(ratio, clip):
+    zeros_L = torch.zeros(3)
+    with pytest.raises(ValueError, match=f"'{ratio}' with the clip '{clip}'; choose") as error:
+        grpo_loss(zeros_L, zeros_L, None, zeros_L, **CLIP, kl_coef=0, denominator=3, ratio=ratio, clip=clip,
+                  reply_L=torch.zeros(3, dtype=torch.int64))
+    assert "\n" not in str(error.value)
+    with pytest.raises(AssertionError, match="needs reply_L"):
+        grpo_loss(zeros_L, zeros_L, None, zeros_L, **CLIP, kl_coef=0, denominator=3, ratio="sequence")
+
+
+def test_a_part_without_tokens_is_a_zero_in_every_loss():
+    empty_L, no_reply_L = torch.zeros(0, requires_grad=True), torch.zeros(0, dtype=torch.int64)
+    for ratio, clip in (("token", "ppo"), ("sequence", "ppo"), ("token", "cispo")):
+        loss, stats = grpo_loss(empty_L, empty_L, None, empty_L.detach(), **CLIP, kl_coef=0, denominator=3,
+                                ratio=ratio, clip=clip, reply_L=no_reply_L)
+        loss.backward()
+        assert float(loss.detach()) == 0 and all(value.isfinite() for value in stats.values())
+
+
+# Identities between the losses: the table of docs/losses.md.
+
+
+def loss_and_gradient(logp_L, old_L, adv_L, average, lengths, **settings):
+    logp_L = logp_L.detach().requires_grad_()
+    weight_L, denominator = token_weights([[0] * n for n in lengths], average, LIMIT)
+    reply_L = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    loss, _ = grpo_loss(logp_L, old_L, None, adv_L, **(CLIP | settings), kl_coef=0, denominator=denominator,
+                        reply_L=reply_L, weight_L=weight_L)
+    return loss.detach(), torch.autograd.grad(loss, logp_L)[0]
+
+
+@pytest.mark.parametrize("average", ["token", "reply", "constant"])
+def test_on_policy_all_ratios_and_clips_have_the_gradient_of_reinforce(average):
+    logp_L, _, _, adv_N, reply_L = tokens_of_replies()
+    adv_L, old_L = adv_N[reply_L], logp_L.detach()
+    weight_L, denominator = token_weights([[0] * n for n in LENGTHS], average, LIMIT)
+    plain, sequence, weighted = (loss_and_gradient(logp_L, old_L, adv_L, average, LENGTHS, **settings)
+                                 for settings in ({}, {"ratio": "sequence"}, {"clip": "cispo"}))
+    for _, grad_L in (plain, sequence, weighted):
+        close(grad_L, -weight_L * adv_L / denominator, 1e-14)
+    close(sequence[0], plain[0], 1e-14)
+    close(plain[0], -(weight_L * adv_L).sum() / denominator, 1e-14)
+    close(weighted[0], -(weight_L * adv_L * old_L).sum() / denominator, 1e-14)
+
+
+def test_within_the_clip_cispo_has_the_gradient_of_ppo():
+    logp_L, _, _, adv_N, reply_L = tokens_of_replies()
+    old_L = logp_L.detach() - torch.linspace(math.log(0.81), math.log(1.27), len(logp_L), dtype=torch.float64)
+    (_, ppo_L), (_, cispo_L) = (loss_and_gradient(logp_L, old_L, adv_N[reply_L], "token", LENGTHS, clip=clip)
+                                for clip in ("ppo", "cispo"))
+    close(cispo_L, ppo_L, 1e-14)
+
+
+def test_beyond_the_clip_ppo_drops_tokens_that_cispo_keeps():
+    logp_L, old_L, _, adv_N, reply_L = tokens_of_replies()
+    (_, ppo_L), (_, cispo_L) = (loss_and_gradient(logp_L, old_L, adv_N[reply_L], "token", LENGTHS, clip=clip)
+                                for clip in ("ppo", "cispo"))
+    assert not ppo_L.all() and cispo_L.all()
+
+
+def test_for_replies_of_one_token_the_sequence_ratio_is_the_ratio_of_the_token():
+    logp_L, old_L, _, adv_N, reply_L = tokens_of_replies()
+    lengths, adv_L = [1] * len(logp_L), adv_N[reply_L]
+    token, sequence = (loss_and_gradient(logp_L, old_L, adv_L, "reply", lengths, ratio=ratio)
+                       for ratio in ("token", "sequence"))
+    for a, b in zip(token, sequence, strict=True):
+        close(a, b, 0)
+
+
+@pytest.mark.parametrize("ratio, clip", [("token", "ppo"), ("sequence", "ppo"), ("token", "cispo")])
+def test_for_replies_of_one_length_the_averages_differ_by_length_over_limit(ratio, clip):
+    logp_L, old_L, _, _, _ = tokens_of_replies()
+    adv_L = torch.tensor([1.3, -0.4, 0.7, -0.9, 1.1, -0.6], dtype=torch.float64).repeat_interleave(4)
+    token, reply, constant = (
+        loss_and_gradient(logp_L, old_L, adv_L, average, [4] * 6, ratio=ratio, clip=clip)
+        for average in ("token", "reply", "constant"))
+    for a, b, c in zip(token, reply, constant, strict=True):
+        close(b, a, 1e-14)
+        close(c, a * 4 / LIMIT, 1e-14)
+
+
+def test_weights_of_one_are_no_weights_bit_for_bit():
+    logp_L, old_L, ref_L, adv_N, reply_L = tokens_of_replies()
+    for dtype in (torch.float32, torch.float64):
+        results = []
+        for weight_L in (None, token_weights([[0] * n for n in LENGTHS], "token")[0]):
+            new_L = logp_L.detach().to(dtype).requires_grad_()
+            loss, _ = grpo_loss(new_L, old_L.to(dtype), ref_L.to(dtype), adv_N[reply_L].to(dtype), **CLIP,
+                                kl_coef=0.05, denominator=24, weight_L=weight_L)
+            results.append((loss.detach(), torch.autograd.grad(loss, new_L)[0]))
+        for a, b in zip(*results, strict=True):
+            assert torch.equal(a, b) and a.dtype == dtype
+
+
+def test_centred_advantages_are_the_normalized_ones_times_the_standard_deviation():
+    rewards_PG = torch.tensor([[1.0, 0, 0, 1, 0], [0.2, 0.2, 1, 1, 1]], dtype=torch.float64)
+    std_P = rewards_PG.std(1, keepdim=True) + 1e-6
+    close(group_advantages(rewards_PG, "none"), group_advantages(rewards_PG) * std_P, 1e-14)
+
+
+def test_every_identity_of_the_table_names_its_test():
+    table = (ROOT / "docs" / "losses.md").read_text(encoding="utf-8").partition("## Identities")[2]
+    named = set(re.findall(r"`(test_\w+)`", table))
+    assert len(named) >= 7 and named <= globals().keys()
 
 
 # Token log-probs.

@@ -1,21 +1,31 @@
-"""model.py: equal to transformers' Qwen2, both ways through a Hugging Face folder, and the two attentions."""
+"""model.py: equal to transformers' Qwen2, Llama and Qwen3, both ways through folders, and the attentions."""
 
 import errno
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 import model as model_module
 import runtime.tensors
 from model import (
     ModelConfig,
-    Qwen2,
+    RopeScaling,
+    Transformer,
     load_hf,
     packed_attention,
     rope_tables,
@@ -24,6 +34,12 @@ from model import (
 )
 
 INDEX = "model.safetensors.index.json"
+# Llama 3.1's scaling, with an original context so short that the positions of the tests go beyond it.
+LLAMA3 = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                     original_max_position_embeddings=64)
+FAMILIES = {"qwen2": {}, "llama": {"model_type": "llama"}, "qwen3": {"model_type": "qwen3", "head_dim": 16},
+            "llama3.1": {"model_type": "llama", "rope_scaling": LLAMA3, "rope_theta": 5e5, "head_dim": 16},
+            "llama with biases": {"model_type": "llama", "attention_bias": True}}
 
 
 def config(heads=4, kv_heads=2, tied=True, **changes):
@@ -35,7 +51,7 @@ def config(heads=4, kv_heads=2, tied=True, **changes):
 
 def random_model(seed=0, **changes):
     """Weights large enough that every part of the model shows in the logits, biases and norms too."""
-    model = Qwen2(config(**changes)).init_weights(seed)
+    model = Transformer(config(**changes)).init_weights(seed)
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -94,6 +110,70 @@ def test_logits_equal_transformers(tmp_path, heads, kv_heads, tied):
     assert_logits_equal(logits_of(ours, sequences), peer_logits_of(peer, sequences))
 
 
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (3, 1), (8, 2), (8, 1)])
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "qwen2"])
+def test_logits_of_the_other_families_equal_transformers(tmp_path, family, heads, kv_heads, tied):
+    ours = random_model(heads=heads, kv_heads=kv_heads, tied=tied, **FAMILIES[family])
+    save_hf(ours, tmp_path)
+    peer, report = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32,
+                                                        output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert type(peer).__name__ == model_module.ARCHITECTURES[ours.config.model_type]
+    sequences = random_tokens(150, 1, 9)
+    assert_logits_equal(logits_of(ours, sequences), peer_logits_of(peer.eval(), sequences))
+
+
+def test_scaled_rotary_angles_equal_transformers_far_beyond_the_original_context(tmp_path):
+    scaling = replace(LLAMA3, original_max_position_embeddings=8192)
+    ours = random_model(model_type="llama", rope_scaling=scaling, rope_theta=5e5, head_dim=64,
+                        max_position_embeddings=131072)
+    save_hf(ours, tmp_path)
+    peer = LlamaForCausalLM.from_pretrained(tmp_path)
+    positions = torch.tensor([0, 1, 8191, 8192, 131071])
+    cos, sin = rope_tables(positions, ours.config)
+    peer_cos, peer_sin = peer.model.rotary_emb(torch.zeros(1), positions[None])
+    assert (cos[:, 0] - peer_cos[0]).abs().max() < 0.02  # 131,071 radians in fp32: the last bit is 0.008
+    torch.testing.assert_close(cos[:4, 0], peer_cos[0, :4], atol=1e-3, rtol=0)
+    torch.testing.assert_close(sin[:4, 0, 32:], peer_sin[0, :4, 32:], atol=1e-3, rtol=0)
+    unscaled = rope_tables(positions, replace(ours.config, rope_scaling=None))[0]
+    assert (cos - unscaled).abs().max() > 0.5
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["transformers 5", "transformers 4"])
+@pytest.mark.parametrize("peer_class, peer_config", [
+    (LlamaForCausalLM, LlamaConfig(
+        attention_bias=True, head_dim=8, tie_word_embeddings=True, max_position_embeddings=512,
+        rope_parameters={"rope_type": "llama3", "rope_theta": 5e5, "factor": 4.0, "low_freq_factor": 1.0,
+                         "high_freq_factor": 4.0, "original_max_position_embeddings": 64})),
+    (LlamaForCausalLM, LlamaConfig(rope_parameters={"rope_type": "default", "rope_theta": 5e5})),
+    (Qwen3ForCausalLM, Qwen3Config(
+        head_dim=16, rope_parameters={"rope_type": "default", "rope_theta": 1e6}))])
+def test_a_folder_of_another_family_that_transformers_wrote_loads(tmp_path, peer_class, peer_config, old):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}
+    peer_config = type(peer_config).from_dict(peer_config.to_dict() | sizes | {"layer_types": None})
+    peer = peer_class(peer_config).eval()
+    with torch.no_grad():
+        for parameter in peer.parameters():
+            if parameter.dim() == 1:
+                parameter.normal_()
+    peer.save_pretrained(tmp_path)
+    if old:
+        raw = json.loads((tmp_path / "config.json").read_text())
+        rope = raw.pop("rope_parameters")
+        raw["rope_theta"] = rope.pop("rope_theta")
+        raw["rope_scaling"] = rope if rope["rope_type"] == "llama3" else None
+        (tmp_path / "config.json").write_text(json.dumps(raw))
+    sequences = random_tokens(140, 3)
+    ours = load_hf(tmp_path)
+    assert_logits_equal(logits_of(ours, sequences), peer_logits_of(peer, sequences))
+    save_hf(ours, tmp_path / "again")
+    again = peer_class.from_pretrained(tmp_path / "again", dtype=torch.float32).eval()
+    assert_logits_equal(logits_of(ours, sequences), peer_logits_of(again, sequences))
+
+
 @pytest.mark.parametrize("shard", [{}, {"max_shard_size": "20KB"}], ids=["single", "sharded"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_a_folder_that_transformers_wrote_loads(tmp_path, tied, shard):
@@ -126,7 +206,7 @@ def test_a_sharded_export_loads_in_transformers(tmp_path, tied):
 def test_rotary_angles_equal_transformers_to_the_last_position(folder):
     peer = Qwen2ForCausalLM.from_pretrained(folder)
     positions = torch.tensor([0, 1, 777, 32767])
-    cos, sin = rope_tables(positions, 8, 1e6)
+    cos, sin = rope_tables(positions, ModelConfig.from_hf(folder))
     peer_cos, peer_sin = peer.model.rotary_emb(torch.zeros(1), positions[None])
     signs = torch.tensor([-1.0] * 4 + [1.0] * 4)
     assert torch.equal(cos[:, 0], peer_cos[0]) and torch.equal(sin[:, 0], peer_sin[0] * signs)
@@ -140,7 +220,7 @@ def test_parameter_totals_are_those_of_the_published_models(real_data, tmp_path)
         name = f"Qwen2.5-{size}-Instruct.json"
         shutil.copyfile(real_data / "qwen2.5" / "configs" / name, tmp_path / "config.json")
         with torch.device("meta"):
-            model = Qwen2(ModelConfig.from_hf(tmp_path))
+            model = Transformer(ModelConfig.from_hf(tmp_path))
         assert f"{sum(parameter.numel() for parameter in model.parameters()):,}" == total
 
 
@@ -150,8 +230,9 @@ def test_parameter_totals_are_those_of_the_published_models(real_data, tmp_path)
 @pytest.mark.parametrize("max_shard_bytes", [5e9, 20_000], ids=["single", "sharded"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_round_trip_keeps_every_bit(tmp_path, tied, dtype, max_shard_bytes):
-    before = random_model(tied=tied).to(dtype)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_round_trip_keeps_every_bit(tmp_path, family, tied, dtype, max_shard_bytes):
+    before = random_model(tied=tied, **FAMILIES[family]).to(dtype)
     save_hf(before, tmp_path, max_shard_bytes)
     after = load_hf(tmp_path, dtype=dtype)
     assert after.config == before.config
@@ -279,7 +360,12 @@ def test_a_config_that_is_no_json_object_is_one_clear_line(folder, content):
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"model_type": "llama"}, "model_type is 'llama'"),
+    ({"model_type": "qwen2_moe"}, "model_type is 'qwen2_moe'"),
+    ({"model_type": "llama", "mlp_bias": True}, "mlp_bias is True"),
+    ({"model_type": "llama", "rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "'low_freq_factor'"),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope is 'llama3'"),
+    ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types has 'sliding_attention'"),
+    ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config is {'quant_method': 'gptq'}"),
     ({"model_type": None}, "model_type is None"),
     ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
     ({"use_sliding_window": True}, "use_sliding_window is True"),
@@ -307,6 +393,14 @@ def test_null_in_a_config_counts_as_absent(folder):
     raw |= {"head_dim": None, "rope_scaling": None, "initializer_range": None}
     (folder / "config.json").write_text(json.dumps(raw))
     assert ModelConfig.from_hf(folder) == config(initializer_range=0.02)
+
+
+def test_a_qwen3_config_without_a_head_size_has_the_one_of_transformers(tmp_path):
+    save_hf(random_model(model_type="qwen3"), tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    del raw["head_dim"]
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    assert ModelConfig.from_hf(tmp_path).head_dim == Qwen3Config.from_pretrained(tmp_path).head_dim == 128
 
 
 def test_weights_that_are_missing_empty_or_truncated_are_one_clear_line(folder):
@@ -485,9 +579,9 @@ def test_without_gradients_no_block_is_checkpointed(monkeypatch):
 
 
 def test_initial_weights_are_a_pure_function_of_the_seed():
-    first, other = Qwen2(config()).init_weights(0), Qwen2(config()).init_weights(1)
+    first, other = Transformer(config()).init_weights(0), Transformer(config()).init_weights(1)
     torch.manual_seed(5)
-    again = Qwen2(config()).init_weights(0)
+    again = Transformer(config()).init_weights(0)
     torch.rand(3)
     for (name, a), b, c in zip(first.named_parameters(), again.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b), name
@@ -516,7 +610,7 @@ def test_the_head_is_the_embedding_where_tied_and_its_own_where_not():
 
 
 def test_a_pack_of_nothing_goes_through_and_has_a_graph():
-    model = Qwen2(ModelConfig(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=2,
+    model = Transformer(ModelConfig(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=2,
                               num_attention_heads=2, num_key_value_heads=1, head_dim=4)).init_weights(0)
     nothing = torch.empty(0, dtype=torch.int64)
     hidden_TD = model(nothing, nothing, shared_prefix_attention([]))

@@ -39,7 +39,7 @@ def table_of(section):
 
 @pytest.fixture(scope="module")
 def section():
-    return section_of(README, "One step, followed")
+    return section_of(ROOT / "docs/one_step.md", "One step, followed")
 
 
 @pytest.fixture(scope="module")

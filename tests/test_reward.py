@@ -18,7 +18,10 @@ from hypothesis import strategies as st
 from reward import SCHEMES, Verdict, format_calls, format_reply, judge, parse_reply, score
 
 TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
-MARKERS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
+# Of ChatML and of Llama-3
+HEADERS = ("<|im_start|>assistant", "<|start_header_id|>assistant<|end_header_id|>")
+STOPS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>")
+MARKERS = ("<|im_start|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", *STOPS)
 
 CALL = {"name": "f", "arguments": {"a": 1, "b": "x"}}
 ANSWER = [CALL]
@@ -75,6 +78,35 @@ CASES = {
     "the other stop token": (reply_with(RIGHT) + "<|endoftext|>", ANSWER, 1, 1),
     "two stop tokens": (reply_with(RIGHT) + "<|im_end|><|endoftext|>", ANSWER, 0, 1),
     "two stop tokens the other way": (reply_with(RIGHT) + "<|endoftext|><|im_end|>", ANSWER, 0, 1),
+    "a stop token of Llama-3": (reply_with(RIGHT) + "\n<|eot_id|>", ANSWER, 1, 1),
+    "the end of a message of Llama-3": (reply_with(RIGHT) + "<|eom_id|>", ANSWER, 1, 1),
+    "the end of a text of Llama-3": (reply_with(RIGHT) + "<|end_of_text|>", ANSWER, 1, 1),
+    "stop tokens of two formats": (reply_with(RIGHT) + "<|eot_id|><|im_end|>", ANSWER, 0, 1),
+    "a stop token of Llama-3 in the reasoning": (reply_with(RIGHT, "a<|eot_id|>b"), ANSWER, 0, 1),
+    "a header of Llama-3 before the reply": (
+        f"<|start_header_id|>assistant<|end_header_id|>\n\n{reply_with(RIGHT)}",
+        ANSWER,
+        0,
+        1,
+    ),
+    "a last header of Llama-3 with nothing behind": (
+        f"{reply_with(RIGHT)}<|start_header_id|>assistant<|end_header_id|>\n\n",
+        ANSWER,
+        0,
+        0,
+    ),
+    "a right reply behind the last header of Llama-3": (
+        f"{reply_with('[]')}<|eot_id|>{HEADERS[1]}\n\n{reply_with(RIGHT)}<|eot_id|>",
+        ANSWER,
+        0,
+        1,
+    ),
+    "a header of Llama-3 that is not the assistant's": (
+        f"{reply_with(RIGHT)}<|start_header_id|>user<|end_header_id|>\n\n",
+        ANSWER,
+        0,
+        1,
+    ),
     "a stop token in the reasoning": (reply_with(RIGHT, "a<|im_end|>b"), ANSWER, 0, 1),
     "another turn made up inside the reasoning": (
         f"<think>r<|im_start|>assistant\n</think><tool_call>{RIGHT}</tool_call>",
@@ -304,6 +336,7 @@ LONG = {
     "no-break spaces": "\xa0",
     "stop tokens": "<|im_end|>",
     "assistant headers": "<|im_start|>assistant",
+    "assistant headers of Llama-3": HEADERS[1],
 }
 
 
@@ -495,7 +528,7 @@ def test_an_answer_scores_against_another_as_the_oracle_says(calls, answer, sche
 
 
 PIECES = st.sampled_from(
-    [*TAGS, *MARKERS, RIGHT, "[]", "\n", "[", '"', "\\", "\ud800", "<|im_start|>assistant"]
+    [*TAGS, *MARKERS, RIGHT, "[]", "\n", "[", '"', "\\", "\ud800", *HEADERS]
 )
 
 
@@ -623,7 +656,7 @@ def test_twenty_thousand_mutations_of_valid_replies_score_as_the_oracle_says():
         calls = random_calls(rng)
         shuffled = rng.sample(calls, len(calls))
         text = format_reply(calls, rng.choice(["", "r", "so\nthen", "a <b> 1"])) + rng.choice(
-            ["", "", "\n", "<|im_end|>"]
+            ["", "", "\n", "<|im_end|>", "<|eot_id|>"]
         )
         assert score(text, shuffled).reward == 1
         for number in range(40):
@@ -851,7 +884,7 @@ def oracle_reasoning(text):
 
 
 def oracle_official(reply, answer):
-    text = "".join(reply.rpartition("<|im_start|>assistant")[1:])
+    text = reply[max(0, *(reply.rfind(header) for header in HEADERS)) :]
     blocks = re.findall("<tool_call>(.*?)</tool_call>", text, re.DOTALL)
     if not blocks or "<think>" not in text or "</think>" not in text:
         return 0
@@ -873,7 +906,7 @@ def oracle(reply, answer, scheme):
     if scheme == "official":
         return oracle_official(reply, answer)
     text = reply
-    for stop in MARKERS[1:]:
+    for stop in STOPS:
         if text.endswith(stop):
             text = text[: len(text) - len(stop)]
             break

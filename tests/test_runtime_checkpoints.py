@@ -98,8 +98,8 @@ def test_killed_in_rollout_update_evaluation_and_save_a_run_ends_as_if_undisturb
         ((at_call, train.RunFolder, "log_step", 3, die, True), "step_000006"),
     ]
     if stage == "sft":
-        lives[:2] = [((at_call, train, "sft_loss", 4, die), None), ((at_call, train, "sft_loss", 8, die),
-                                                                    "step_000002")]
+        lives[:2] = [((at_call, train.grpo, "sft_loss", 4, die), None),
+                     ((at_call, train.grpo, "sft_loss", 8, die), "step_000002")]
     for number, (by, left) in enumerate(lives):
         text = killed(files, tmp_path / "run", f"--stage={stage}", by=by, log=tmp_path / "log")
         saved = sorted(path.name for path in (tmp_path / "run/checkpoints").glob("step_??????"))

@@ -88,7 +88,7 @@ PAIR_LIVES = {
         (1, (inside_generate, "generate", 2, ask_to_stop), STOPPED, None, "step_000005"),
     ],
     "sft": [
-        (1, (at_call, train, "sft_loss", 7, die), KILLED, "update of step 4", "step_000002"),
+        (1, (at_call, train.grpo, "sft_loss", 7, die), KILLED, "update of step 4", "step_000002"),
         (0, (at_call, checkpoints, "seal", 1, die, True), KILLED, "save after step 4", "step_000002"),
     ],
 }

@@ -177,13 +177,13 @@ def test_replies_of_a_skipped_update_are_saved_and_three_steps_of_them_stop_the_
 
 def test_three_supervised_steps_without_a_gradient_end_with_status_3_and_their_examples_saved(
         files, tmp_path, monkeypatch, capsys):
-    sft_loss, calls = train.sft_loss, []
+    sft_loss, calls = train.grpo.sft_loss, []
 
     def spoiled(logp_L, denominator):
         calls.append(1)  # two a step: the first two steps are good, the third and all after it are not
         return sft_loss(logp_L, denominator) * (math.nan if len(calls) > 4 else 1)
 
-    monkeypatch.setattr(train, "sft_loss", spoiled)
+    monkeypatch.setattr(train.grpo, "sft_loss", spoiled)
     error, status = refusal(arguments(files, tmp_path / "run", "--stage=sft"), capsys)
     saved = tmp_path / "run/rollouts"
     assert status == 3 and str(saved / "step_000005.jsonl") in error and "train.lr" in error

@@ -10,6 +10,7 @@ import os
 
 import pytest
 import torch
+import torch.distributed as dist
 from ranks_worker import LOSS, PROMPTS, STOPS, TEMPERATURE, VOCAB, work_and_save
 from safetensors.torch import load_file
 from short_run import (
@@ -26,7 +27,8 @@ from short_run import (
 
 import train
 from data import write_jsonl
-from model import ModelConfig, Qwen2, load_hf, packed_attention, save_hf
+from grpo import pack
+from model import ModelConfig, RopeScaling, Transformer, load_hf, packed_attention, save_hf
 from runtime import sharding
 from runtime.ranks import join_ranks, leave_ranks
 from sample import Rollout, generate
@@ -35,11 +37,18 @@ from tools.synthetic import synthetic
 limit = pytest.fixture(autouse=True)(limit_time)
 
 
-def toy(tied):
+MODELS = {  # one of each family, one of them tied
+    "tied": {"tie_word_embeddings": True},
+    "untied": {},
+    "llama": {"model_type": "llama", "attention_bias": True, "rope_scaling": RopeScaling(8.0, 1.0, 4.0, 8)},
+    "qwen3": {"model_type": "qwen3"}}
+
+
+def toy(name):
     config = ModelConfig(vocab_size=37, hidden_size=16, intermediate_size=24, num_hidden_layers=3,
                          num_attention_heads=4, num_key_value_heads=2, head_dim=4, initializer_range=0.25,
-                         tie_word_embeddings=tied)
-    return Qwen2(config).init_weights(0)
+                         **MODELS[name])
+    return Transformer(config).init_weights(0)
 
 
 def launch_nodes(folder):
@@ -66,8 +75,8 @@ def folder(tmp_path_factory):
     make_base(folder / "base")
     write_jsonl(folder / "train.jsonl", synthetic(16, 0, "train"))
     write_jsonl(folder / "heldout.jsonl", synthetic(2, 0, "heldout"))
-    for name in ("tied", "untied"):
-        model = toy(name == "tied")
+    for name in MODELS:
+        model = toy(name)
         save_hf(model, folder / name)
         # One group is long and all others are short, so that ranks differ in their micro-batches.
         rollouts_N = generate(model, PROMPTS, 3, max_new_tokens=25, temperature=TEMPERATURE, stop_ids=STOPS,
@@ -98,7 +107,8 @@ def found(folder):
 @pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.parametrize("name", ["tied", "untied"])
 @pytest.mark.parametrize("kind", [
-    "one pass", "micro-batches", "checkpointed", "two updates", "clipped", "sft", "kl", "flat", "accident"])
+    "one pass", "micro-batches", "checkpointed", "two updates", "clipped", "sft", "kl",
+    "gspo", "cispo", "dr_grpo", "flat", "accident"])
 def test_an_update_does_not_depend_on_the_number_of_ranks(found, ranks, name, kind):
     (metrics, change), (alone_metrics, alone) = (found[n][name]["updates"][kind] for n in (ranks, 1))
     for weight, expected in alone.items():
@@ -106,6 +116,17 @@ def test_an_update_does_not_depend_on_the_number_of_ranks(found, ranks, name, ki
     assert metrics.keys() == alone_metrics.keys()
     for key, value in alone_metrics.items():
         assert metrics[key] == pytest.approx(value, rel=1e-6, abs=1e-6, nan_ok=True), key
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_a_step_of_another_family_does_not_depend_on_the_number_of_ranks(found, ranks, name):
+    (metrics, change), (alone_metrics, alone) = (found[n][name]["updates"] for n in (ranks, 1))
+    assert found[ranks][name]["ids"] == found[1][name]["ids"]
+    for weight, expected in alone.items():
+        assert expected.abs().max() > 1e-6, weight
+        torch.testing.assert_close(change[weight], expected, rtol=1e-9, atol=1e-12, msg=weight)
+    assert metrics["grad_norm"] == pytest.approx(alone_metrics["grad_norm"], rel=1e-9)
 
 
 @pytest.mark.parametrize("name", ["tied", "untied"])
@@ -189,11 +210,11 @@ def test_a_run_on_several_ranks_leaves_the_folder_that_one_rank_leaves(found, fo
 def summed_gradient(rank):
     """On two ranks: the gradient of a model whose loss has a share on each of them."""
     join_ranks("cpu", 3)
-    model = toy(tied=True)
+    model = toy("tied")
     _, _, shard = sharding.sharder("cpu", False, trained=True, on_cpu=False)
     shard(model)
     loss_of_share(model, rank).backward()
-    expected = toy(tied=True)
+    expected = toy("tied")
     sum(loss_of_share(expected, each) for each in (0, 1)).backward()
     for parameter, whole in zip(model.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(parameter.grad.full_tensor(), whole.grad)
@@ -214,6 +235,53 @@ def test_the_gradient_is_the_sum_over_ranks_and_not_the_mean(tmp_path):
     assert statuses == [0, 0] and texts == ["equal\n"] * 2, texts
 
 
+def reference_and_gradients(rank, ranks=2):
+    """The log-probs of a reference that is whole during its passes are those of a sharded one, bit for bit,
+    from the host's memory too. On one rank gradients are not divided and equal those without FSDP."""
+    from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+
+    join_ranks("cpu", 3)
+    if not dist.is_initialized():  # a CPU has no group of size 1, a GPU has
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    batch = pack(PROMPTS[2:4], [[[5, 6, 7], [8]], [[9, 10]]])
+    passing = functools.partial(train.logprobs_of_pack, pack=batch, temperature=TEMPERATURE, vocab_size=VOCAB,
+                                autocast=contextlib.nullcontext())
+    offloaded = toy("untied").requires_grad_(False)
+    for module in (*offloaded.layers, offloaded):
+        fully_shard(module, offload_policy=CPUOffloadPolicy(pin_memory=False))
+    _, _, shard = sharding.sharder("cpu", False, trained=False, on_cpu=False)
+    sharded = toy("untied").requires_grad_(False)
+    shard(sharded)
+    for model in (sharded, offloaded):
+        with torch.no_grad():
+            wanted_L, _ = passing(model)
+            with sharding.unsharded(model) as whole:
+                for _ in range(2):
+                    assert torch.equal(passing(whole)[0], wanted_L)
+            assert torch.equal(passing(model)[0], wanted_L), "sharded again"
+    policy, expected = toy("tied"), toy("tied")
+    _, _, shard = sharding.sharder("cpu", False, trained=True, on_cpu=False)
+    shard(policy)
+    factors = {module._get_fsdp_state()._fsdp_param_group.gradient_divide_factor
+               for module in (*policy.layers, policy)}
+    assert factors == {None if ranks == 1 else 1.0}
+    if ranks == 1:
+        for model in (policy, expected):
+            for each in range(2):
+                loss_of_share(model, each).backward()
+        for parameter, whole in zip(policy.parameters(), expected.parameters(), strict=True):
+            assert torch.equal(parameter.grad.full_tensor(), whole.grad)
+    print("equal")
+    leave_ranks(0)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_whole_reference_gives_the_log_probs_of_a_sharded_one(ranks, tmp_path):
+    action = functools.partial(reference_and_gradients, ranks=ranks)
+    statuses, texts = in_ranks(ranks, action, tmp_path / "log")
+    assert statuses == [0] * ranks and all(text.endswith("equal\n") for text in texts), texts
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU does")
 @pytest.mark.parametrize("has_amx", [True, False])
 def test_a_cpu_computes_in_bf16_where_torch_finds_amx_or_bf16_is_asked_for(monkeypatch, has_amx):
@@ -231,7 +299,7 @@ def test_a_cpu_computes_in_bf16_where_torch_finds_amx_or_bf16_is_asked_for(monke
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU does")
 def test_without_a_gpu_and_other_ranks_a_model_is_plain():
     assert sharding.sharder("cpu", True, True, False) == ("cpu", torch.float32, None)
-    model = toy(tied=True)
+    model = toy("tied")
     with sharding.unsharded(model) as plain:
         assert plain is model
     weight = model.embed_tokens.weight

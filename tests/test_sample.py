@@ -25,11 +25,11 @@ from sampling import (
     toy_model,
     watch,
 )
-from transformers import Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM
 
 import sample
 from fast import aligned_cache, paged_cache
-from model import save_hf
+from model import RopeScaling, save_hf
 from runtime.kernel import choose_kernel
 from sample import fold, prompt_seeds, sample_tokens, uniform
 
@@ -328,10 +328,13 @@ def test_prompts_computed_in_parts_give_the_same_replies(sampled, forward_sizes,
 
 
 @pytest.mark.parametrize("stops", [False, True], ids=["to the limit", "with stop ids"])
-def test_greedy_decoding_is_token_identical_to_transformers(tmp_path, stops, cache):
-    model, prompts = toy_model(num_key_value_heads=1), ragged_prompts(16, 40)
+@pytest.mark.parametrize("family", [
+    {}, {"model_type": "llama", "attention_bias": True, "rope_scaling": RopeScaling(8.0, 1.0, 4.0, 32)},
+    {"model_type": "qwen3"}], ids=["qwen2", "llama", "qwen3"])
+def test_greedy_decoding_is_token_identical_to_transformers(tmp_path, family, stops, cache):
+    model, prompts = toy_model(num_key_value_heads=1, **family), ragged_prompts(16, 40)
     save_hf(model, tmp_path)
-    peer = Qwen2ForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    peer = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     stop_ids = [7, 8, 11] if stops else []
     longest = max(map(len, prompts))
     padded = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])

@@ -15,15 +15,19 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "tools"))
 
 import bench  # noqa: E402
+import expected  # noqa: E402
 import peers  # noqa: E402
 
 import train  # noqa: E402
+from fast import aligned_cache  # noqa: E402
 from grpo import token_logprobs_reference  # noqa: E402
 from sample import generate  # noqa: E402
 
 pytestmark = pytest.mark.skipif(bench.DEVICE != "cpu", reason="toy sizes are for a CPU; a GPU has others")
 
-PEERS = {"logprob": {"reference", "torch.compile", "naive", "Liger"}, "decode": {"transformers"},
+PEERS = {"logprob": {"reference", "torch.compile", "naive", "Liger"},
+         "decode": {"transformers", "ours, prompt not shared"},
+         "decode_prompt": {"transformers", "ours, prompt not shared"},
          "sampling": {"multinomial", "sort"}, "prefix": {"plain packed"},
          "step": {"ours, no shared prefix", "TRL fp32", "ours bf16", "ours bf16, no shared prefix",
                   "TRL bf16"}}
@@ -35,6 +39,7 @@ def toy_sizes(monkeypatch):
     # The vocabulary is that of assets/tiny, whose tokenizer the benchmark `run` uses.
     monkeypatch.setitem(bench.SHAPES, "toy run", (32, 64, 2, 2, 1, 16, 2048, True))
     settings = {"logprob": ("toy", 40), "decode": ("toy", 2, 3, 5, 8), "sampling": (3, 64),
+                "decode_prompt": ("toy", 2, 3, 9, 4),
                 "step": ("toy", 2, 4, 5, 6), "prefix": ("toy", 2, 3, 5, 4), "run": ("toy run", 2, 4, 6)}
     monkeypatch.setattr(bench, "SETTINGS", {name: {"cpu": [setting]} for name, setting in settings.items()})
     # Compilation would take longer than all other work of these tests.
@@ -96,6 +101,22 @@ def test_a_run_of_the_preset_for_one_gpu_has_a_row_for_each_phase(tmp_path, monk
 def test_sampler_and_trainer_agree_on_log_probs(name, tmp_path, without_peers):
     row = next(row for row in measure(name, tmp_path)["rows"] if row["who"] == "ours")
     assert 0 <= row["logp_diff_mean"] <= row["logp_diff_max"] < 1e-4
+
+
+@pytest.mark.parametrize("name", ["decode", "decode_prompt"])
+def test_prompts_of_our_rollouts_are_shared_in_one_row_and_not_in_the_other(
+        name, tmp_path, monkeypatch, without_peers):
+    shared, make = [], aligned_cache.Cache.__init__
+
+    def watching(cache, *arguments):
+        make(cache, *arguments)
+        shared.append(cache.shared is not None)
+
+    monkeypatch.setattr(aligned_cache.Cache, "__init__", watching)
+    monkeypatch.setattr(aligned_cache, "WORTH_SHARING", 0)
+    rows = measure(name, tmp_path)["rows"]
+    assert [row["who"] for row in rows[:2]] == ["ours, prompt not shared", "ours"]
+    assert shared == [False, True] * 2
 
 
 def test_log_probs_are_compared_with_fp64(tmp_path, without_peers):
@@ -165,21 +186,60 @@ def test_contenders_take_turns_and_the_first_round_does_not_count():
     assert (row["x"], row["speed"], row["passes"]) == (1.5, 2.0, False)
 
 
+def check_gpu(python, out):
+    return subprocess.run([ROOT / "tools" / "gpu_check.sh"], capture_output=True, text=True, check=False,
+                          env={**os.environ, "PYTHON": str(python), "OUT": str(out)})
+
+
+def test_without_a_gpu_the_check_says_of_each_part_that_it_did_not_run(tmp_path):
+    done = check_gpu(sys.executable, tmp_path / "out")
+    parts = re.findall(r"^(\w+) +not run: .*finds no CUDA GPU", done.stdout, re.M)
+    assert {"graphs", "tests", *bench.BENCHMARKS} - {"decode_prompt"} == set(parts) and done.returncode == 1
+    script = (ROOT / "tools/gpu_check.sh").read_text()
+    limits = [int(limit) for limit in re.findall(r"^part \w+ (\d+) ", script, re.M)]
+    assert len(limits) == len(parts) and sum(limits) <= 13 * 60 + 30
+
+
+def test_every_expected_figure_is_of_a_row_that_the_benchmarks_write(tmp_path, without_peers):
+    settings = re.search(r"^SETTINGS = .*?^}", (ROOT / "tools/bench.py").read_text(), re.M | re.S)[0]
+    settings = eval(settings.removeprefix("SETTINGS = "), {"SHAPES": bench.SHAPES})
+    for figure in expected.FIGURES:
+        shapes = {setting[0] for setting in settings[figure.benchmark]["cuda"]}
+        assert figure.setting.split(",")[0] in shapes, figure
+        if figure.benchmark == "decode":
+            _, rows = figure.setting.rstrip(",").split(", B ")
+            assert int(rows) in {P * G for _, P, G, *_ in settings["decode"]["cuda"]}, figure
+    names = {figure.name for figure in expected.FIGURES} - {"tflops", "extra_gib", "mfu", "peak_gib",
+                                                            "decode_share"}
+    found = set().union(*(row for name in PEERS for row in measure(name, tmp_path)["rows"]))
+    assert names <= found
+
+
+def test_measured_figures_are_printed_beside_expected_ones(tmp_path):
+    rows = [{"benchmark": "decode", "setting": "1.5B, B 64, 960 + 128 tokens", "who": who, **figures}
+            for who, figures in (("ours", {"decode_share": 0.45, "logp_diff_mean": 0.001}),
+                                 ("transformers", {"x": 9.0}))]
+    (tmp_path / "decode.json").write_text(json.dumps({"rows": rows}))
+    lines = [re.sub(" +", " ", line) for line in expected.lines_of(tmp_path)]
+    assert "decode 1.5B, B 64 ours decode_share 0.45 0.43 at least 0.6 MISSED" in lines
+    assert "decode 1.5B, B 64 ours logp_diff_mean 0.001 - at most 0.005 passed" in lines
+    assert sum("not measured" in line for line in lines) == len(expected.FIGURES) - 2
+
+
 def test_the_table_of_the_gpu_check_says_what_did_not_finish(tmp_path):
     stub = tmp_path / "python"
     stub.write_text(f'''#!/bin/sh
 case "$*" in
-  *--show*) exec {sys.executable} "$@" ;;
+  *--show* | *expected.py*) exec {sys.executable} "$@" ;;
   *"-m pytest"*) echo "== 3 passed, 2 failed in 1 s =="; exit 1 ;;
   *"bench.py decode"*) exit 124 ;;
   *"bench.py step"*) echo "RuntimeError: no kernel"; exit 1 ;;
 esac
 ''')
     stub.chmod(0o755)
-    done = subprocess.run([ROOT / "tools" / "gpu_check.sh"], capture_output=True, text=True, check=False,
-                          env={**os.environ, "PYTHON": str(stub), "OUT": str(tmp_path / "out")})
+    done = check_gpu(stub, tmp_path / "out")
     table = done.stdout.rsplit("ours is x times as fast", 1)[1]
     for line in ("tests .* FAILED: .*3 passed, 2 failed", "logprob .* done",
-                 "decode .* STOPPED at its limit of 110 s", "step .* FAILED: .*no kernel"):
+                 "decode .* STOPPED at its limit of 120 s", "step .* FAILED: .*no kernel"):
         assert re.search(line, table), line
     assert done.returncode == 1

@@ -25,11 +25,11 @@ import reward
 import train
 from configs.schema import Config
 from data import Example, write_jsonl
-from grpo import grpo_loss, pack
-from model import ModelConfig, Qwen2, load_hf, packed_attention
+from grpo import grpo_loss, make_micro_batches, pack
+from model import ModelConfig, Transformer, load_hf, packed_attention
 from sample import Rollout, generate
 from tools.synthetic import synthetic
-from train import grpo_updates, logprobs_of_pack, make_micro_batches, sft_updates
+from train import grpo_updates, logprobs_of_pack, sft_updates
 
 VOCAB = 32
 STOP = 31
@@ -53,7 +53,7 @@ def toy(seed=0):
         head_dim=4,
         initializer_range=0.25,
     )
-    return Qwen2(config).init_weights(seed)
+    return Transformer(config).init_weights(seed)
 
 
 def sampled_rollouts(model):
@@ -159,6 +159,39 @@ def test_micro_batches_change_neither_weights_nor_metrics(updates, kl_coef):
     for other_metrics, other_change in results[1:]:
         torch.testing.assert_close(other_change, change, rtol=1e-12, atol=1e-12)
         assert other_metrics == pytest.approx(metrics, rel=1e-9, abs=1e-9)
+
+
+def test_the_reference_is_gathered_once_a_step_and_dropped_before_the_first_gradient(monkeypatch):
+    order, rollouts_N = [], sampled_rollouts(toy())
+    reference, whole = toy(1), toy(1)
+    unsharded, apply_update = train.sharding.unsharded, train.apply_update
+
+    @contextlib.contextmanager
+    def gathered(model, merged):
+        assert model is reference and not merged
+        order.append("gather")
+        yield whole
+        order.append("drop")
+
+    def passes(model, *arguments):
+        order.append("reference" if model is whole else "policy")
+
+    monkeypatch.setattr(train.sharding, "unsharded", gathered)
+    monkeypatch.setattr(train, "apply_update", lambda *arguments: order.append("update") or
+                        apply_update(*arguments))
+    whole.register_forward_pre_hook(passes)
+    reference.register_forward_pre_hook(lambda *_: pytest.fail("the shards computed"))
+    model = toy()
+    model.register_forward_pre_hook(passes)
+    settings = {"updates": 2, "kl_coef": 0.1, "reference": reference, "micro_batch_tokens": 40}
+    found = update(model, rollouts_N, torch.tensor(ADVANTAGES), **settings)
+    between = order[1:order.index("drop")]
+    assert order[0] == "gather" and order.count("gather") == 1 and set(order[order.index("drop") + 1:]) == {
+        "policy", "update"}
+    assert between.count("reference") > between.count("policy") > 0, "old log-probs of the second update"
+    monkeypatch.setattr(train.sharding, "unsharded", unsharded)
+    expected = update(toy(), rollouts_N, torch.tensor(ADVANTAGES), **settings | {"reference": toy(1)})
+    assert found[0] == expected[0] and torch.equal(found[1], expected[1])
 
 
 def test_groups_without_spread_are_left_out_but_stay_in_the_denominator():
@@ -340,8 +373,8 @@ def whole_run(files, tmp_path_factory):
 
 def test_run_folder_holds_what_the_readme_says(whole_run):
     names = {path.name for path in whole_run.iterdir()}
-    assert names == {"config.yaml", "git_revision.txt", "metrics.jsonl", "rollouts", "evals", "checkpoints",
-                     "lock"}
+    assert names == {"config.yaml", "git_revision.txt", "hardware.txt", "metrics.jsonl", "rollouts", "evals",
+                     "checkpoints", "lock"}
     assert sorted(x.name for x in (whole_run / "checkpoints").iterdir()) == ["step_000002", "step_000004"]
     evaluations = sorted(x.name for x in (whole_run / "evals").iterdir())
     assert evaluations == [f"step_00000{i}.json" for i in (0, 2, 4)]
@@ -439,8 +472,8 @@ def test_random_weights_need_a_config_and_a_tokenizer_only(files, tmp_path):
     train.main(words)
     assert metrics_of(tmp_path / "run") == lines, "it resumes from what it had learned"
     again = load_hf(files / "base", seed=0).state_dict()
-    assert all(torch.equal(again[name], x) for name, x in Qwen2(load_hf(files / "base").config).init_weights(
-        0).state_dict().items())
+    fresh = Transformer(load_hf(files / "base").config).init_weights(0).state_dict()
+    assert all(torch.equal(again[name], weight) for name, weight in fresh.items())
 
 
 def test_a_run_that_its_minutes_end_anneals_by_time(files, tmp_path, monkeypatch):
@@ -495,7 +528,7 @@ def test_a_character_that_stdout_cannot_show_is_printed_as_an_escape(files, tmp_
 
 def test_help_prints_every_key_with_its_default(capsys):
     train.main(["--help"])
-    printed = yaml.safe_load(capsys.readouterr().out.split("The defaults:")[1])
+    printed = yaml.safe_load(capsys.readouterr().out.split(" Defaults:")[1])
     assert printed == dataclasses.asdict(Config())
 
 
@@ -607,3 +640,61 @@ def test_truncated_weights_are_one_line(files, tmp_path, capsys, size):
     error, status = refusal(arguments(files, tmp_path / "run", f"--model.path={base}"), capsys)
     assert status == 2 and str(base / "model.safetensors") in error
     assert not (tmp_path / "run").exists()
+
+
+# Dynamic sampling.
+
+
+REFILL = ("--rollout.refill=3", "--rollout.n=2", "--train.prompts_per_step=2", "--train.updates_per_step=1",
+          "--train.steps=5", "--checkpoint.every=1", "--grpo.kl_coef=0.1")
+
+
+def cursors(out):
+    """{step: examples drawn by then} of the checkpoints of a run."""
+    return {int(folder.name[5:]): json.loads((folder / "training.json").read_text())["cursor"]
+            for folder in (out / "checkpoints").iterdir()}
+
+
+@pytest.fixture(scope="module")
+def refilled(files, tmp_path_factory):
+    out = tmp_path_factory.mktemp("refilled") / "run"
+    with pytest.MonkeyPatch.context() as patches:
+        make_setting(patches)
+        train.main(short_run.arguments(files, out, *REFILL))
+    return out
+
+
+def test_a_refilled_step_trains_on_groups_with_spread_and_draws_at_most_so_many_batches(refilled):
+    drawn = cursors(refilled)
+    batches = [(drawn[step] - drawn.get(step - 1, 0)) / 2 for step in sorted(drawn)]
+    assert set(batches) <= {1, 2, 3, 4} and len(set(batches)) > 1
+    for step in sorted(drawn):
+        lines = [json.loads(line) for line in (
+            refilled / f"rollouts/step_{step:06d}.jsonl").read_text().splitlines()]
+        rewards = [[line["reward"] for line in lines[i:i + 2]] for i in (0, 2)]
+        assert len(lines) == 4
+        assert all(len(set(group)) == 2 for group in rewards) or batches[step - 1] == 4
+    steps = [line for line in metrics_of(refilled) if "loss" in line]
+    # The shares are of all groups that were drawn.
+    assert min(line["reward/live"] for line in steps) < 1 and steps[-1]["epoch"] == max(drawn.values()) / 8
+
+
+def test_a_refilled_run_resumes_where_it_was_in_the_data(files, refilled, tmp_path):
+    out = short_run.back_to(refilled, 2, tmp_path / "run")
+    train.main(short_run.arguments(files, out, *REFILL))
+    assert cursors(out) == cursors(refilled)
+    assert metrics_of(out) == metrics_of(refilled)
+    assert short_run.equal_weights(out / "checkpoints/step_000005",
+                                   load_hf(refilled / "checkpoints/step_000005"))
+
+
+def test_two_ranks_refill_with_the_same_prompts_as_one(files, refilled, tmp_path):
+    def action(rank):
+        train.main(short_run.arguments(files, tmp_path / "run", *REFILL))
+
+    statuses, texts = short_run.in_ranks(2, action, tmp_path / "log")
+    assert statuses == [0, 0], texts
+    assert cursors(tmp_path / "run") == cursors(refilled)
+    ours, alone = (load_hf(out / "checkpoints/step_000005").state_dict()
+                   for out in (tmp_path / "run", refilled))
+    assert all(torch.allclose(ours[name], alone[name], atol=1e-4) for name in alone)
