@@ -37,7 +37,7 @@ import train  # noqa: E402
 from data import Chat  # noqa: E402
 from eval import accuracy_table, evaluate  # noqa: E402
 from grpo import pack, sft_loss, token_logprobs  # noqa: E402
-from model import ModelConfig, Qwen2, save_hf, shared_prefix_attention  # noqa: E402
+from model import ModelConfig, Transformer, save_hf, shared_prefix_attention  # noqa: E402
 from reward import CALL, END_CALL, IM_END, IM_START, format_reply  # noqa: E402
 from runtime.files import atomically, write_json  # noqa: E402
 from tools.synthetic import (  # noqa: E402
@@ -112,8 +112,9 @@ def make_tokenizer(texts, folder):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        # A number, a word, or a run of other characters, so that no piece joins a word with its neighbours.
-        pre_tokenizers.Split(Regex(r"\d+|[A-Za-z]+|[^A-Za-z\d]+"), "isolated"),
+        # A digit, a word, or a run of other characters, so that no piece joins a word with its neighbours and
+        # a new number has the pieces of the known ones.
+        pre_tokenizers.Split(Regex(r"\d|[A-Za-z]+|[^A-Za-z\d]+"), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ])
     tokenizer.decoder = decoders.ByteLevel()
@@ -275,7 +276,7 @@ def main(argv=None):
     print(f"the lazy teacher is right in {right:.1%} of {len(examples)} examples")
     with tempfile.TemporaryDirectory() as folder:
         make_tokenizer([plain_text(example, system_prompt) for example in examples], Path(folder))
-        chat, model = Chat(folder, prompt_file), Qwen2(CONFIG).init_weights(0)
+        chat, model = Chat(folder, prompt_file), Transformer(CONFIG).init_weights(0)
         model.embed_tokens.weight.data *= 5  # copying forms in half the steps if embeddings start far apart
         lessons = phrase_lessons(chat, 32 * args.copy_steps, 0, 1, 2)
         learn(model, lessons, 32, args.copy_steps, 3e-3, chat.vocab_size, "copying", saved)

@@ -21,6 +21,7 @@ from runtime.files import read_text  # noqa: E402
 
 HELDOUT = ("values", "paraphrases", "tools")
 SPLITS = ("train", *HELDOUT, "heldout")
+NEW = 8  # one value in so many is new
 VOWELS = ("a", "e", "i", "o", "u", "ai", "au", "ei", "oi", "ou")  # 70 syllables, so few names share one
 
 
@@ -33,7 +34,9 @@ def synthetic(n, seed, split):
     The id of an example ends with its frame, as in "…/two-3": queries of one frame resemble each other, so
     intervals treat them as one cluster. Each held-out split differs from "train" in one way; "heldout" takes
     examples of the three in turn:
-        values       open values (made-up words, times, numbers) have another checksum, in all three splits
+        values       open values (made-up words, times, numbers) have another checksum, in all three splits;
+                     one of `NEW` values has it: with one of two, training would teach which pieces of a name
+                     never follow each other, and a model would mend new names to known ones
         paraphrases  only "new" frames, orders and phrases, which the other splits never use
         tools        only pairs of verb and noun with another checksum
     """
@@ -157,7 +160,8 @@ def _value(rng, name, schema, known, is_new):
     if _is_closed(schema):
         return rng.choice(schema.get("enum", (True, False)))
     value = None
-    while value is None or zlib.crc32(str(value).encode()) % 2 != is_new or str(value).lower() in known:
+    while (value is None or (zlib.crc32(str(value).encode()) % NEW == 0) != is_new
+           or str(value).lower() in known):
         if schema["type"] == "integer":
             value = rng.randrange(2, 100)
         elif schema["type"] == "number":
