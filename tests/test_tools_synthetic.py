@@ -14,7 +14,7 @@ import pytest
 import data
 from data import Batches, read_jsonl
 from reward import format_reply, score
-from tools.synthetic import main, synthetic, synthetic_phrases, synthetic_reasoning
+from tools.synthetic import main, synthetic, synthetic_groups, synthetic_phrases, synthetic_reasoning
 
 ROOT = Path(data.__file__).parent
 WORLD = json.loads((ROOT / "assets" / "synthetic.json").read_text())
@@ -35,11 +35,9 @@ def open_values(example):
 
 
 def wordings(which, *lists):
-    """Regular expressions of the wordings of `lists`: "train": all but the last of each, "new": the last."""
-    chosen = [
-        wording for choices in lists for wording in (choices[:-1] if which == "train" else choices[-1:])
-    ]
-    flat = [text for wording in chosen for text in ([wording] if isinstance(wording, str) else wording)]
+    """Regular expressions of the wordings "train" or "new" of `lists`."""
+    flat = [text for choices in lists for wording in choices[which]
+            for text in ([wording] if isinstance(wording, str) else wording)]
     return [re.sub(r"\\{\w*\\}", "(.+)", re.escape(text)) for text in flat]
 
 
@@ -71,21 +69,39 @@ def test_a_frame_of_the_paraphrases_is_in_no_other_split_and_theirs_are_never_in
 
 
 def test_every_phrase_of_the_paraphrases_is_new_and_no_other_split_has_one():
+    def texts(which, key, value):
+        said = WORLD["parameters"][key]["said"][which]
+        return [s[not value] if isinstance(value, bool) else s.format(value) for s in said]
+
     for split, examples in (("train", TRAIN), *SPLITS.items()):
+        used = "new" if split == "paraphrases" else "train"
         for made in examples:
-            for call in made.answer:
-                for key, value in call["arguments"].items():
-                    said = WORLD["parameters"][key]["said"]
-                    texts = [s[not value] if isinstance(value, bool) else s.format(value) for s in said]
-                    query = query_of(made)
-                    found = [text in query or text[0].upper() + text[1:] in query for text in texts]
-                    assert found[-1] if split == "paraphrases" else any(found[:-1]), (query_of(made), texts)
-                    if split != "paraphrases" and not any(texts[-1] in text for text in texts[:-1]):
-                        assert not re.search(rf"\b{re.escape(texts[-1])}\b", query_of(made)), query_of(made)
+            query = query_of(made)
+            for key, value in ((k, v) for call in made.answer for k, v in call["arguments"].items()):
+                said = texts(used, key, value)
+                assert any(text in query or text[0].upper() + text[1:] in query for text in said), query
+                if split != "paraphrases":
+                    for new in texts("new", key, value):
+                        assert not re.search(rf"\b{re.escape(new)}\b", query), (query, new)
+
+
+def test_the_id_of_an_example_ends_with_its_frame_and_every_split_has_many():
+    frames = {size: WORLD[size]["train"] + WORLD[size]["new"] for size in ("one", "two")}
+    for examples in (TRAIN, *SPLITS.values()):
+        counts = Counter(made.id.rsplit("/", 1)[1] for made in examples)
+        for size in frames:
+            assert sum(name.startswith(size) for name in counts) >= 6
+        for made in examples:
+            size, number = made.id.rsplit("/", 1)[1].split("-")
+            assert (size == "two") == (len(made.answer) == 2)
+            frame = re.sub(r"\\{\w\\}", "(.+)", re.escape(frames[size][int(number)]))
+            assert re.fullmatch(frame, query_of(made), re.I), (made.id, query_of(made))
 
 
 def test_paraphrases_say_nothing_in_words_that_training_never_used():
+    said = [entry["said"]["train"] for entry in WORLD["parameters"].values()]  # a restaurant is rare in TRAIN
     spoken = " ".join(query_of(made) + " ".join(map(json.dumps, made.tools)) for made in TRAIN).lower()
+    spoken += json.dumps(said).lower()
     known = set(re.findall(r"[a-z]+", spoken))
     for made in SPLITS["paraphrases"]:
         words = set(re.findall(r"[a-z]+", query_of(made).lower()))
@@ -116,7 +132,9 @@ def test_parameters_have_all_types_and_at_least_three_wordings():
     for entry in WORLD["parameters"].values():
         schema, said = entry["schema"], entry["said"]
         types["enum" if "enum" in schema else schema["type"]] += 1
-        assert len({json.dumps(wording) for wording in said}) == len(said) >= 3
+        assert len(said["train"]) >= 5 and len(said["new"]) >= 2
+        said = said["train"] + said["new"]
+        assert len({json.dumps(wording) for wording in said}) == len(said)
         assert all(len(s) == 2 if schema["type"] == "boolean" else s.count("{}") == 1 for s in said)
     assert set(types) == {"string", "integer", "number", "boolean", "enum"}
     used = {name for noun in WORLD["nouns"].values() for name in noun["parameters"]}
@@ -166,6 +184,21 @@ def test_a_query_that_no_tool_fits_names_no_thing_that_an_offered_tool_is_about(
             ), (query_of(made), tool["name"])
 
 
+def test_queries_of_a_group_share_their_tools_and_ask_as_often_as_their_mix_says():
+    mixes = [(50, 20, 30), (0, 100, 0), (0, 0, 100)]
+    groups = list(synthetic_groups(200, 3, mixes))
+    assert groups == list(synthetic_groups(200, 3, mixes)) != list(synthetic_groups(200, 4, mixes))
+    for group in groups:
+        assert all(made.tools == group[0].tools for made in group) and len(group) == 3
+        assert len(group[1].answer) == 2 and group[2].answer == []
+        for made in group:
+            assert score(format_reply(made.answer, made.reasoning), made.answer).reward == 1
+    share = sum(len(group[0].answer) == 1 for group in groups) / len(groups)
+    assert share == pytest.approx(0.5, abs=0.12)
+    heldout = set().union(*map(open_values, HELDOUT))
+    assert not heldout & set().union(*(open_values(made) for group in groups for made in group))
+
+
 def test_phrases_say_their_values_and_are_those_of_training():
     made = list(synthetic_phrases(500, 3, 1, 4))
     assert made == list(synthetic_phrases(500, 3, 1, 4)) != list(synthetic_phrases(500, 4, 1, 4))
@@ -173,7 +206,7 @@ def test_phrases_say_their_values_and_are_those_of_training():
         assert 1 <= len(values) == len(phrases) <= 4
         texts = []
         for name, value in values.items():
-            said = WORLD["parameters"][name]["said"][:-1]
+            said = WORLD["parameters"][name]["said"]["train"]
             texts.append({s[not value] if isinstance(value, bool) else s.format(value) for s in said})
         assert sum(len(text & set(phrases)) for text in texts) >= len(phrases)
 
@@ -221,8 +254,8 @@ def test_synthetic_command_writes_what_the_function_makes(tmp_path):
 @pytest.mark.parametrize(
     ("split", "digest"),
     [
-        ("train", "844ea9ea1bc0dfcc7cfda815be0a49d7a446a588d7041c07cb2ea64d93528a86"),
-        ("heldout", "87ffe70696cbb441e10a2348a27a2b8f121379f2eafdc9dade43f655b484f013"),
+        ("train", "fdf2a6d008baffb54561b4f40ce48501e994bed6016988d18399151793bac02d"),
+        ("heldout", "0f245246e909da185f527fad27d13bed57559932c510b8d2cd79404c1907a169"),
     ],
 )
 def test_a_file_has_the_same_bytes_as_ever(tmp_path, split, digest):

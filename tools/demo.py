@@ -1,19 +1,25 @@
-"""The judge and the control of the demo: does GRPO achieve what more imitation does not?
+"""The judge and the controls of the demo: does GRPO achieve what imitation does not?
 
 In:  run folders of configs/demo.yaml, made by `make demo`. Out: verdicts, tables, an exit status.
 
     python tools/demo.py judge RUN      compare the gains of RUN with the bars below; status 1 if one fails
-    python tools/demo.py control RUN    train the base on replies of the lazy teacher, as long as RUN took
-    python tools/demo.py table RUN...   base, control and GRPO by split and kind, over the seeds of the RUNs
+    python tools/demo.py control RUN [--arms ARM…]    train the base of RUN by imitation; the first arm below
+    python tools/demo.py table RUN...   base, arms and GRPO by split and kind, over the seeds of the RUNs
     python tools/demo.py curves RUN...  accuracy over the steps, of RUNs with evaluations at the same steps
 
-Accuracies are greedy, in percent of the held-out queries of a category, which is named split/kind. pass@8 is
-the percentage of queries for which one of 8 replies at temperature 1 is right: what GRPO can amplify.
-Confidence intervals are over seeds: mean ± t · s / √n, with Student's t at 95 %. `table` and `curves` write
-to tools/results/demo.json.
+An arm has the base, the seed and the queries of RUN; what it is shown is in ARMS. Accuracies are greedy, in
+percent of the held-out queries of a category, which is named split/kind. pass@8 is the percentage of queries
+for which one of 8 replies at temperature 1 is right: what GRPO can amplify. Confidence intervals over seeds
+are mean ± t · s / √n, with Student's t at 95 %. Within a run queries of one frame resemble each other, so F
+frames, not n queries, are independent:
+
+    interval = p ± t √(F / (F - 1) Σ_f (Σ_i (x_i - p))²) / n        x_i: 1 if query i of frame f is right
+
+`table` and `curves` write to tools/results/demo.json.
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import random
@@ -32,12 +38,21 @@ from model import load_hf  # noqa: E402
 from runtime.files import read_json, write_json  # noqa: E402
 from runtime.run_folder import read_evaluations  # noqa: E402
 from tools.make_base import lazy  # noqa: E402
-from tools.synthetic import synthetic  # noqa: E402
 
 RESULTS = "tools/results/demo.json"
 GAINS = {"values": 25, "paraphrases": 15, "tools": 15}  # points that each split must gain
 LEAST = 50  # percent that every kind of query must reach on new values
-T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t at 95 %, by the number of seeds
+T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306)  # Student's t at 95 %, 1 to 8 degrees
+
+# What each arm is shown: replies of the lazy teacher, right replies (the answers that the reward checks, with
+# the reasoning line), or right calls after an empty line. For how long: the minutes of the GRPO run's steps,
+# half of them and then GRPO for the other half, or the very queries of these steps, once each.
+ARMS = {"right": ("right", "minutes", "imitation of right replies, same minutes"),
+        "right_once": ("right", "queries", "imitation of right replies, same queries"),
+        "calls": ("calls", "minutes", "imitation of right calls without reasoning, same minutes"),
+        "calls_once": ("calls", "queries", "imitation of right calls without reasoning, same queries"),
+        "lazy": ("lazy", "minutes", "more imitation of the lazy teacher, same minutes"),
+        "then_grpo": ("right", "half", "imitation of right replies, then GRPO, half of the minutes each")}
 
 
 def evaluations(run):
@@ -70,61 +85,144 @@ def judge(before, after, gains, least):
     return found
 
 
-def control(run, extra):
-    """Train the base of `run` by imitation, with its seed and its minutes of steps; print both results."""
-    out = Path(f"{run}-control")
+def control(run, arms, extra):
+    """Train the base of `run` by imitation, with its seed, once for each of `arms`; print all results. An arm
+    that has finished is not repeated."""
     config = yaml.safe_load((Path(run) / "config.yaml").read_text())
-    rng = random.Random(0)  # with the seed 2 below: queries that neither the base nor the demo has seen
-    write_jsonl("runs/data/demo_lazy.jsonl", [lazy(example, rng) for example in synthetic(20000, 2, "train")])
-    status = train.train(train.load_config(["configs/demo_control.yaml", f"--out={out}",
-                                            f"--seed={config['seed']}",
-                                            f"--train.max_minutes={minutes(run)[0]}", *extra]))
-    if status:
-        sys.exit(status)
-    print(f"\n{'':<22}    base  control    GRPO")
-    before, after, imitated = evaluations(run)[0], evaluations(run)[-1], evaluations(out)[-1]
+    for arm in arms:
+        shown, amount, _ = ARMS[arm]
+        spent = minutes(run)[0] / (2 if amount == "half" else 1)
+        timed = ["--train.schedule=cosine_time", f"--train.max_minutes={spent}"]
+        length = timed if amount != "queries" else [f"--train.steps={config['train']['steps']}"]
+        out = folder_of(run, arm)
+        if amount == "half":
+            out = folder_of(run, f"{arm}-first")
+        common = [f"--seed={config['seed']}", f"--data.heldout={config['data']['heldout']}", *extra]
+        data = write_replies(config["data"]["train"], shown)
+        start(["configs/demo_control.yaml", f"--out={out}", f"--model.path={config['model']['path']}",
+               f"--data.train={data}", *length, *common])
+        if amount == "half":
+            start(["configs/demo.yaml", f"--out={folder_of(run, arm)}", f"--data.train={data}",
+                   f"--model.path={newest_checkpoint(out)}", *timed, *common])
+    before, *_, after = evaluations(run)
+    ends = {arm: evaluations(folder_of(run, arm))[-1] for arm in arms}
+    print(f"\n{'':<22}       base{''.join(f' {arm:>10}' for arm in (*arms, 'GRPO'))}")
     for name in before:
-        print(f"{name:<22} {before[name]:7.1f}  {imitated[name]:7.1f} {after[name]:7.1f}")
+        cells = [before[name], *(end[name] for end in ends.values()), after[name]]
+        print(f"{name:<22} {' '.join(f'{cell:10.1f}' for cell in cells)}")
+
+
+def folder_of(run, arm):
+    return Path(f"{run}-{arm}-control")
+
+
+def start(words):
+    """Train as a command line says, unless that run has finished. Exits if it is stopped by a signal."""
+    config = train.load_config(words)
+    if len(read_evaluations(config.out)) < 2 and (status := train.train(config)):
+        sys.exit(status)
+
+
+def write_replies(file, shown):
+    """Write the examples of `file` with the replies that an arm is shown. Returns the path, beside `file`."""
+    rng, examples = random.Random(0), read_jsonl(file)
+    if shown == "lazy":
+        examples = [lazy(example, rng) for example in examples]
+    if shown == "calls":
+        examples = [dataclasses.replace(example, reasoning=None) for example in examples]
+    path = Path(file).with_name(f"{Path(file).stem}_{shown}.jsonl")
+    write_jsonl(path, examples)
+    return path
 
 
 def pass_at(model, chat, examples, k):
     """{category: percent of its examples for which one of k replies at temperature 1 is right}."""
-    right = evaluate_samples(model, chat, examples, k, 1.0, max_new_tokens=128, progress=f"pass@{k}")
+    right = evaluate_samples(model, chat, examples, k, 1.0, max_new_tokens=96, progress=f"pass@{k}")
     replies = [{"category": example.source, "samples_right": n}
                for example, n in zip(examples, right, strict=True)]
     rows = zip(by_category(replies), summarize_samples(replies, k), strict=True)
     return {category: 100 * row["pass"] for (category, _), row in rows}
 
 
-def interval(values):
+def t_95(degrees):
+    """Student's t at 95 %, two-sided; from 9 degrees of freedom on by Fisher's expansion."""
+    if degrees <= len(T_95):
+        return T_95[degrees - 1]
+    z = 1.959964
+    terms = (z, (z ** 3 + z) / 4, (5 * z ** 5 + 16 * z ** 3 + 3 * z) / 96,
+             (3 * z ** 7 + 19 * z ** 5 + 17 * z ** 3 - 15 * z) / 384)
+    return sum(term / degrees ** k for k, term in enumerate(terms))
+
+
+def interval(values, sign=""):
     """Mean ± half the 95 % confidence interval over seeds, as text."""
     if len(values) < 2:
-        return f"{values[0]:.1f}"
-    return f"{mean(values):.1f} ± {T_95[len(values)] * stdev(values) / math.sqrt(len(values)):.1f}"
+        return f"{values[0]:{sign}.1f}"
+    half = t_95(len(values) - 1) * stdev(values) / math.sqrt(len(values))
+    return f"{mean(values):{sign}.1f} ± {half:.1f}"
+
+
+def by_frame(run):
+    """{category: half the 95 % interval in points} of the last evaluation of a run, clustered by frame."""
+    halves = {}
+    for category, replies in by_category(read_evaluations(run)[-1]["replies"]):
+        p, sums = mean(reply["right"] for reply in replies), {}
+        for reply in replies:
+            frame = reply["id"].rsplit("/", 1)[1]
+            sums[frame] = sums.get(frame, 0) + reply["right"] - p
+        F = len(sums)
+        error = math.sqrt(F / (F - 1) * sum(each * each for each in sums.values())) / len(replies)
+        halves[category] = 100 * t_95(F - 1) * error
+    return halves
 
 
 def compare(runs):
-    """The README's table as Markdown, and all of its numbers as a dictionary."""
-    grpo, imitated = [evaluations(run) for run in runs], [evaluations(f"{run}-control") for run in runs]
+    """The tables of README and docs/results.md as Markdown, and all of their numbers as a dictionary."""
     config = yaml.safe_load((Path(runs[0]) / "config.yaml").read_text())
     examples = read_jsonl(config["data"]["heldout"])
     passes = {}
     for name, folder in (("base", config["model"]["path"]), ("GRPO", newest_checkpoint(runs[0]))):
         chat = Chat(folder, config["data"]["system_prompt"])
         passes[name] = pass_at(load_hf(folder), chat, examples, 8)
-    lines = ["| split and kind | base | control | GRPO | pass@8, base | pass@8, GRPO |", "|---" * 6 + "|"]
-    rows = {}
-    for name in grpo[0][0]:
-        rows[name] = {"base": grpo[0][0][name], "control": [run[-1][name] for run in imitated],
-                      "grpo": [run[-1][name] for run in grpo],
-                      "pass@8": {who: passes[who][name] for who in passes}}
-        row, label = rows[name], name.replace("_", " ") if "/" in name else f"**{name}**"
-        cells = (label, f"{row['base']:.1f}", interval(row["control"]), interval(row["grpo"]),
+    folders = {arm: [folder_of(run, arm) for run in runs] for arm in ARMS} | {"grpo": runs}
+    ends = {arm: [evaluations(folder)[-1] for folder in each] for arm, each in folders.items()}
+    frames = [by_frame(run) for run in runs]
+    rows = {name: {"base": base} | {arm: [end[name] for end in each] for arm, each in ends.items()}
+            | {"pass@8": {who: passes[who][name] for who in passes},
+               "by frame": [frame[name] for frame in frames]}
+            for name, base in evaluations(runs[0])[0].items()}
+    spent = {arm: [round(minutes(folder)[0], 2) for folder in each] for arm, each in folders.items()}
+    return f"{arms_table(rows)}\n\n{kinds_table(rows)}", {"rows": rows, "minutes": spent, "seeds": len(runs)}
+
+
+def arms_table(rows):
+    """The arms by split as Markdown, and by how much GRPO differs from the arm "right", seed by seed."""
+    splits = (*GAINS, "all")
+    lines = [f"| | {' | '.join(splits)} |", "|---" * (len(splits) + 1) + "|"]
+    names = ["base", *(label for *_, label in ARMS.values()), "**GRPO**",
+             "GRPO - right replies, same minutes"]
+    columns = [[f"{rows[split]['base']:.1f}" for split in splits]]
+    columns += [[interval(rows[split][arm]) for split in splits] for arm in (*ARMS, "grpo")]
+    differences = [[a - b for a, b in zip(rows[split]["grpo"], rows[split]["right"], strict=True)]
+                   for split in splits]
+    columns.append([interval(each, "+") for each in differences])
+    for name, cells in zip(names, columns, strict=True):
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def kinds_table(rows):
+    """Every split and kind as Markdown: base, imitation of right replies, GRPO, the interval of its first
+    seed by frame, pass@8."""
+    lines = ["| split and kind | base | right | GRPO | by frame, seed 0 | pass@8, base | pass@8, GRPO |",
+             "|---" * 7 + "|"]
+    for name, row in rows.items():
+        label = name.replace("_", " ") if "/" in name else f"**{name}**"
+        cells = (label, f"{row['base']:.1f}", interval(row["right"]), interval(row["grpo"]),
+                 f"{row['grpo'][0]:.1f} ± {row['by frame'][0]:.1f}",
                  f"{row['pass@8']['base']:.1f}", f"{row['pass@8']['GRPO']:.1f}")
         lines.append(f"| {' | '.join(cells)} |")
-    spent = {who: [round(minutes(folder)[1], 2) for folder in folders] for who, folders in
-             (("grpo", runs), ("control", [f"{run}-control" for run in runs]))}
-    return "\n".join(lines), {"rows": rows, "minutes": spent, "seeds": len(runs)}
+    return "\n".join(lines)
 
 
 def curves(runs):
@@ -144,8 +242,10 @@ def newest_checkpoint(run):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("judge", "control"):
-        commands.add_parser(name).add_argument("run", type=Path)
+    commands.add_parser("judge").add_argument("run", type=Path)
+    command = commands.add_parser("control")
+    command.add_argument("run", type=Path)
+    command.add_argument("--arms", nargs="+", choices=ARMS, default=[next(iter(ARMS))])
     for name in ("table", "curves"):
         commands.add_parser(name).add_argument("runs", type=Path, nargs="+")
     args, extra = parser.parse_known_args(argv)
@@ -157,7 +257,7 @@ def main(argv=None):
                 print(f"{'pass' if passes else 'MISSED':<7} {asked}: {found}")
             sys.exit(not all(passes for _, _, passes in verdicts))
         elif args.command == "control":
-            control(args.run, extra)
+            control(args.run, args.arms, extra)
         elif args.command == "table":
             text, numbers = compare(args.runs)
             print(text)

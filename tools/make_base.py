@@ -6,7 +6,8 @@ In:  examples from tools/synthetic.py. Out: a Hugging Face folder of a few MB.
                     query, in a tool's name and in JSON, so that copying needs no translation.
     2. copying      supervised, from phrases that each say a value to the JSON of the values: a minute on
                     the ability that forms last
-    3. imitation    supervised, on the replies of a lazy teacher
+    3. imitation    supervised, half on the replies of a lazy teacher, half on binding: a reply's right plan
+                    is given, and the calls with every value in its place are learnt
 
 The teacher is lazy on purpose, at the rates below: it omits arguments and calls, and invents calls where no
 tool fits. A base that imitates it can give the right reply but does not always do so. A verifiable reward can
@@ -14,34 +15,48 @@ remove such faults; more imitation cannot. The optimizer (Muon) is not the one t
 """
 
 import argparse
-import contextlib
 import dataclasses
+import itertools
 import json
+import os
 import random
 import shutil
 import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import mean
+from typing import NamedTuple
 
 import torch
+from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train  # noqa: E402
 from data import Chat  # noqa: E402
 from eval import accuracy_table, evaluate  # noqa: E402
-from model import ModelConfig, Qwen2, save_hf  # noqa: E402
+from grpo import pack, sft_loss, token_logprobs  # noqa: E402
+from model import ModelConfig, Transformer, save_hf, shared_prefix_attention  # noqa: E402
 from reward import CALL, END_CALL, IM_END, IM_START, format_reply  # noqa: E402
-from runtime.files import write_json  # noqa: E402
-from tools.synthetic import synthetic, synthetic_phrases, synthetic_reasoning  # noqa: E402
+from runtime.files import atomically, write_json  # noqa: E402
+from tools.synthetic import (  # noqa: E402
+    synthetic,
+    synthetic_groups,
+    synthetic_phrases,
+    synthetic_reasoning,
+)
 
 # Rates at which the teacher …
 DROPS_ARGUMENT = {1: 0.0, 2: 0.3, 3: 0.6}  # omits the last argument of a call, by its number of arguments
 DROPS_CALL = 0.5  # omits the second call of two
 INVENTS_CALL = 0.5  # calls the first tool where no tool fits
 
-CONFIG = ModelConfig(vocab_size=1280, hidden_size=192, intermediate_size=512, num_hidden_layers=4,
+LESSON = 4  # queries of imitation, and as many of binding, that share the tools of a lesson
+SAVED_EVERY = 100  # steps
+TWO_CALLS = 60  # percent of the queries of binding that ask for two calls, where values are mixed up most
+
+CONFIG = ModelConfig(vocab_size=1280, hidden_size=192, intermediate_size=320, num_hidden_layers=6,
                      num_attention_heads=6, num_key_value_heads=2, head_dim=32, rope_theta=10000.0,
                      tie_word_embeddings=True, max_position_embeddings=2048)
 TOKENS = 1248  # at most; the other rows up to 1280 are padding, as in Qwen2.5, and must never be sampled
@@ -97,8 +112,9 @@ def make_tokenizer(texts, folder):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        # A number, a word, or a run of other characters, so that no piece joins a word with its neighbours.
-        pre_tokenizers.Split(Regex(r"\d+|[A-Za-z]+|[^A-Za-z\d]+"), "isolated"),
+        # A digit, a word, or a run of other characters, so that no piece joins a word with its neighbours and
+        # a new number has the pieces of the known ones.
+        pre_tokenizers.Split(Regex(r"\d|[A-Za-z]+|[^A-Za-z\d]+"), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ])
     tokenizer.decoder = decoders.ByteLevel()
@@ -139,7 +155,24 @@ class MuonAndAdamW:
             parts[parameter.dim() < 2 or "embed" in name].append(parameter)
         self.optimizers = [torch.optim.Muon(parts[0], weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
                            torch.optim.AdamW(parts[1], betas=(0.9, 0.95), weight_decay=0.0)]
-        self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    @property
+    def param_groups(self):
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    def tensors(self):
+        """{name: tensor} of all moments."""
+        return {f"{i}.{k}.{key}": tensor for i, optimizer in enumerate(self.optimizers)
+                for k, state in optimizer.state_dict()["state"].items() for key, tensor in state.items()}
+
+    def load_tensors(self, tensors):
+        for i, optimizer in enumerate(self.optimizers):
+            state = optimizer.state_dict()
+            for name, tensor in tensors.items():
+                if name.startswith(f"{i}."):
+                    _, k, key = name.split(".")
+                    state["state"].setdefault(int(k), {})[key] = tensor
+            optimizer.load_state_dict(state)
 
     def step(self):
         for optimizer in self.optimizers:
@@ -150,58 +183,111 @@ class MuonAndAdamW:
             optimizer.zero_grad(set_to_none)
 
 
-def phrase_pairs(chat, n, seed, least, most):
-    """n pairs (ids of phrases that say `least` to `most` values, ids of the values as JSON)."""
-    return [(chat.encode(f"{json.dumps(list(values))}\n{' '.join(phrases)}\n"),
-             chat.encode(json.dumps(values)))
-            for values, phrases in synthetic_phrases(n, seed, least, most)]
+class Lesson(NamedTuple):
+    """Texts that share a prefix, as lists of ids, and how many ids at the end of each carry loss."""
+
+    prefix: list
+    texts: list
+    learnt: list
 
 
-def learn(model, pairs, steps, peak, vocab_size, name):
-    """Train `model` in place, supervised, on `steps` batches of pairs (prompt ids, reply ids), in order."""
-    optimizer, began, size, recent = MuonAndAdamW(model), time.perf_counter(), len(pairs) // steps, 0.0
-    for step in range(steps):
+def phrase_lessons(chat, n, seed, least, most):
+    """n lessons: phrases that say `least` to `most` values, then these values as JSON."""
+    for values, phrases in synthetic_phrases(n, seed, least, most):
+        reply = chat.encode(json.dumps(values))
+        yield Lesson(chat.encode(f"{json.dumps(list(values))}\n{' '.join(phrases)}\n"), [reply], [len(reply)])
+
+
+def query_lessons(chat, n, seed, rng):
+    """n lessons of `LESSON` queries with the teacher's reply and as many with the right one. Of the latter
+    only the calls carry loss: the plan that precedes them is given."""
+    mixes = [(50, 20, 30)] * LESSON + [(100 - TWO_CALLS, TWO_CALLS, 0)] * LESSON
+    for group in synthetic_groups(n, seed, mixes):
+        taught = [lazy(example, rng) for example in group[:LESSON]] + group[LESSON:]
+        prompts = [chat.encode_prompt(example) for example in taught]
+        replies = [chat.encode_reply(example) for example in taught]
+        shared = len(os.path.commonprefix(prompts))
+        call = chat.encode(CALL)[0]
+        learnt = [len(reply) if i < LESSON else len(reply) - reply.index(call)
+                  for i, reply in enumerate(replies)]
+        texts = [prompt[shared:] + reply for prompt, reply in zip(prompts, replies, strict=True)]
+        yield Lesson(prompts[0][:shared], texts, learnt)
+
+
+def loss_of(model, lessons, vocab_size):
+    """The mean loss in nats of the ids of `lessons` that carry one, with gradient."""
+    tree = pack([lesson.prefix for lesson in lessons], [lesson.texts for lesson in lessons])
+    learnt, first, kept = [n for lesson in lessons for n in lesson.learnt], 0, []
+    for length, n in zip((len(text) for lesson in lessons for text in lesson.texts), learnt, strict=True):
+        first += length
+        kept += range(first - n, first)
+    hidden_TD = model(tree.tokens_T, tree.positions_T, shared_prefix_attention(tree.groups))
+    logp_L, _ = token_logprobs(hidden_TD[tree.predictor_L[kept]], model.head_weight(), tree.targets_L[kept],
+                               1.0, vocab_size)
+    return sft_loss(logp_L, len(logp_L))
+
+
+def learn(model, lessons, size, steps, peak, vocab_size, name, saved):
+    """Train `model` in place, supervised, on `steps` batches of `size` of the iterator `lessons`. Every
+    `SAVED_EVERY` steps and after the last, the state is written to `saved`, which a later call reads."""
+    optimizer, began, recent, done = MuonAndAdamW(model), time.perf_counter(), [], {}
+    if saved.exists():
+        parts = {"steps": {}, "model": {}, "moments": {}}
+        for key, tensor in load_file(saved).items():
+            part, _, key = key.partition(".")
+            parts[part][key] = tensor
+        done = {phase: int(n) for phase, n in parts["steps"].items()}
+        if name in done:
+            model.load_state_dict(parts["model"])
+            optimizer.load_tensors(parts["moments"])
+            lessons = itertools.islice(lessons, size * done[name], None)
+            print(f"{name} resumes at step {done[name]} from {saved}")
+    for step in range(done.get(name, 0), steps):
         train.set_learning_rate(optimizer, train.learning_rate(step, steps, peak, "cosine", 0.05))
-        prompts, replies = zip(*pairs[step * size:(step + 1) * size], strict=True)
-        recent += train.sft_updates(model, optimizer, prompts, replies, vocab_size=vocab_size, updates=1,
-                                    grad_clip=1.0, micro_batch_tokens=8192,
-                                    autocast=contextlib.nullcontext())["loss"]
-        if (step + 1) % 50 == 0:
+        loss = loss_of(model, list(itertools.islice(lessons, size)), vocab_size)
+        loss.backward()
+        train.apply_update(optimizer, 1.0, loss.item())
+        recent.append(loss.item())
+        if (step + 1) % SAVED_EVERY == 0 or step + 1 == steps:
             seconds = time.perf_counter() - began
-            print(f"{name} step {step + 1}/{steps}  loss {recent / 50:.3f}  {seconds:.0f} s", flush=True)
-            recent = 0.0
+            print(f"{name} step {step + 1}/{steps}  loss {mean(recent):.3f}  {seconds:.0f} s", flush=True)
+            recent = []
+            parts = {"steps": {phase: torch.tensor(n) for phase, n in (done | {name: step + 1}).items()},
+                     "model": model.state_dict(), "moments": optimizer.tensors()}
+            with atomically(saved) as file:
+                save_file({f"{part}.{key}": tensor for part, tensors in parts.items()
+                           for key, tensor in tensors.items()}, file)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Make the base model of the demo from nothing.")
     parser.add_argument("--out", type=Path, default=Path("assets/tiny"))
-    parser.add_argument("--copy_steps", type=int, default=600, help="batches of 32")
-    parser.add_argument("--steps", type=int, default=4000, help="batches of 32")
+    parser.add_argument("--copy_steps", type=int, default=400, help="batches of 32")
+    parser.add_argument("--steps", type=int, default=2000, help="batches of 5 lessons")
     args = parser.parse_args(argv)
     began, prompt_file = time.perf_counter(), "configs/demo_prompt.txt"
+    saved = Path(f"runs/{args.out.name}-{args.copy_steps}-{args.steps}.safetensors")
+    saved.parent.mkdir(exist_ok=True)
 
-    examples = synthetic(16 * args.steps, 1, "train")
+    examples = synthetic(16000, 1, "train")
     system_prompt = Path(prompt_file).read_text(encoding="utf-8")
     rng = random.Random(0)
-    taught = [lazy(example, rng) for example in examples]
-    right = sum(a.answer == b.answer for a, b in zip(examples, taught, strict=True)) / len(examples)
+    right = sum(example.answer == lazy(example, rng).answer for example in examples) / len(examples)
     print(f"the lazy teacher is right in {right:.1%} of {len(examples)} examples")
     with tempfile.TemporaryDirectory() as folder:
-        make_tokenizer([plain_text(example, system_prompt) for example in examples[:16000]], Path(folder))
-        chat, model = Chat(folder, prompt_file), Qwen2(CONFIG).init_weights(0)
+        make_tokenizer([plain_text(example, system_prompt) for example in examples], Path(folder))
+        chat, model = Chat(folder, prompt_file), Transformer(CONFIG).init_weights(0)
         model.embed_tokens.weight.data *= 5  # copying forms in half the steps if embeddings start far apart
-        pairs = phrase_pairs(chat, 32 * args.copy_steps, 0, 1, 2)
-        learn(model, pairs, args.copy_steps, 3e-3, chat.vocab_size, "copying")
-        # Batches mix 16 pairs of imitation with 16 of copying, with more values per pair than before.
-        pairs = [(chat.encode_prompt(example), chat.encode_reply(example)) for example in taught]
-        copying = phrase_pairs(chat, len(pairs), 1, 3, 6)
-        pairs = [pair for both in zip(pairs, copying, strict=True) for pair in both]
-        learn(model, pairs, args.steps, 2e-3, chat.vocab_size, "imitation")
-        rows, _ = evaluate(model, chat, synthetic(300, 1, "heldout"), max_new_tokens=128)
+        lessons = phrase_lessons(chat, 32 * args.copy_steps, 0, 1, 2)
+        learn(model, lessons, 32, args.copy_steps, 3e-3, chat.vocab_size, "copying", saved)
+        lessons = query_lessons(chat, 5 * args.steps, 0, rng)
+        learn(model, lessons, 5, args.steps, 2e-3, chat.vocab_size, "imitation", saved)
+        rows, _ = evaluate(model, chat, synthetic(300, 1, "heldout"), max_new_tokens=96)
         print(accuracy_table({"greedy": rows}))
         save_hf(model.to(torch.bfloat16), args.out)
         for file in sorted(Path(folder).iterdir()):
             shutil.copyfile(file, args.out / file.name)
+    saved.unlink(missing_ok=True)
     minutes = (time.perf_counter() - began) / 60
     print(f"{args.out}: made in {minutes:.0f} minutes with {torch.get_num_threads()} threads")
 

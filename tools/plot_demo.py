@@ -2,7 +2,8 @@
 
 In:  the JSON file that `python tools/demo.py table RUN…` and `curves RUN…` write. Out: the text of an SVG,
 written by hand, so that no plotting package is needed. For each held-out split the accuracy of GRPO over the
-steps, the mean of the seeds as a thick line and each seed as a thin one, and the control's as a dashed line.
+steps, the mean of the seeds as a thick line and each seed as a thin one, and as a dashed line the end of
+imitation of right replies for the same minutes.
 
     python tools/plot_demo.py
 """
@@ -91,7 +92,7 @@ def apart(heights):
 def draw(rows, curves):
     """The figure as the text of an SVG.
 
-    rows: {split: {"control": [percent of each seed]}}; curves: {"steps": [step of each evaluation],
+    rows: {split: {"right": [percent of each seed]}}; curves: {"steps": [step of each evaluation],
     split: [[percent at each step] of each seed]}.
     """
     steps = curves["steps"]
@@ -100,29 +101,29 @@ def draw(rows, curves):
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" '
         f'viewBox="0 0 {WIDTH} {HEIGHT}" role="img">',
-        "<title>The demo: held-out accuracy over the steps of GRPO, and of more imitation</title>", STYLE,
+        "<title>The demo: held-out accuracy over the steps of GRPO, and of imitation</title>", STYLE,
         f'<rect class="card" x="0.5" y="0.5" width="{WIDTH - 1}" height="{HEIGHT - 1}" rx="6"/>',
         text(20, 28, "make demo: held-out queries that the greedy reply answers right, in %", "title"),
         line(20, 48, 47, "key mean"), text(54, 51, f"GRPO, mean of {seeds} seeds"),
         line(214, 242, 47, "key seed"), text(248, 51, "one seed"),
-        line(330, 358, 47, "key control"), text(364, 51, "control: more imitation, same minutes"),
+        line(330, 358, 47, "key control"), text(364, 51, "imitation of right replies, same minutes"),
     ]
     for percent in range(LOWEST, 101, 20):
         y = y_of(percent)
         lines += [line(LEFT, RIGHT, y, "grid"), text(LEFT - 8, y + 4, percent, "end")]
-    for step, x in zip(steps, xs, strict=True):
-        if step % 20 == 0:
-            lines.append(text(x, BOTTOM + 20, step, "middle"))
+    for step, x in [*zip(steps, xs, strict=True)][::3]:
+        lines.append(text(x, BOTTOM + 20, step, "middle"))
     lines.append(text((LEFT + RIGHT) / 2, BOTTOM + 38, "step", "middle"))
     heights, labels = {}, {}
     for split, label in SPLITS.items():
-        control = mean(rows[split]["control"])
+        control = mean(rows[split]["right"])
         means = [mean(each) for each in zip(*curves[split], strict=True)]
         lines.append(line(LEFT, RIGHT, y_of(control), f"control {split}"))
         lines += [polyline(xs, percents, f"seed {split}") for percents in curves[split]]
         lines.append(polyline(xs, means, f"mean {split}"))
         heights |= {(split, "grpo"): y_of(means[-1]) + 4, (split, "control"): y_of(control) + 4}
-        labels |= {(split, "grpo"): f"{label} {means[-1]:.1f}", (split, "control"): f"control {control:.1f}"}
+        labels |= {(split, "grpo"): f"{label} {means[-1]:.1f}",
+                   (split, "control"): f"imitation {control:.1f}"}
     for name, y in apart(heights).items():
         lines.append(text(RIGHT + 8, round(y, 1), labels[name], name[0]))
     return "\n".join([*lines, "</svg>"]) + "\n"

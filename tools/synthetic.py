@@ -21,6 +21,7 @@ from runtime.files import read_text  # noqa: E402
 
 HELDOUT = ("values", "paraphrases", "tools")
 SPLITS = ("train", *HELDOUT, "heldout")
+NEW = 8  # one value in so many is new
 VOWELS = ("a", "e", "i", "o", "u", "ai", "au", "ei", "oi", "ou")  # 70 syllables, so few names share one
 
 
@@ -30,24 +31,36 @@ def synthetic(n, seed, split):
     A tool is a verb and a noun with one to three of the noun's parameters. Each example offers two to four
     tools; half of the examples prefer tools that share a verb or a noun. Of 10 queries, 5 ask for one of the
     tools, 2 for two of them, and 3 for a tool that shares no word with them (answer []).
-    Each held-out split differs from "train" in one way; "heldout" takes examples of the three in turn:
-        values       open values (made-up words, times, numbers) have another checksum, in all three splits
-        paraphrases  only the last wording of every list, which the other splits never use
+    The id of an example ends with its frame, as in "…/two-3": queries of one frame resemble each other, so
+    intervals treat them as one cluster. Each held-out split differs from "train" in one way; "heldout" takes
+    examples of the three in turn:
+        values       open values (made-up words, times, numbers) have another checksum, in all three splits;
+                     one of `NEW` values has it: with one of two, training would teach which pieces of a name
+                     never follow each other, and a model would mend new names to known ones
+        paraphrases  only "new" frames, orders and phrases, which the other splits never use
         tools        only pairs of verb and noun with another checksum
     """
     if split not in SPLITS:
         raise ValueError(f"split {split!r}: choose one of {', '.join(SPLITS)}")
     world, known = _read_world()
-    parts, examples, pairs_of = HELDOUT if split == "heldout" else (split,), [], ([], [])
-    for noun, entry in world["nouns"].items():
-        for verb in entry["verbs"]:
-            pairs_of[zlib.crc32(f"{verb}_{noun}".encode()) % 5 == 0].append((verb, noun))
+    parts, examples = HELDOUT if split == "heldout" else (split,), []
     for k in range(n):
         part = parts[(k + k // 3) % len(parts)]  # the shift keeps examples[::3] balanced
-        pairs = pairs_of[part == "tools"]
+        pairs = _pairs(world, part == "tools")
         tools = _offer(world, pairs, random.Random(f"tools/{split}/{seed}/{k}"))
         examples.append(_ask(world, known, pairs, tools, part, f"{split}/{seed}/{k}"))
     return examples
+
+
+def synthetic_groups(n, seed, mixes):
+    """Yield n lists of examples of the "train" split that offer the same tools, an example for each of
+    `mixes`: weights of queries for one tool, for two of them, and for a tool that is not offered."""
+    world, known = _read_world()
+    pairs = _pairs(world, False)
+    for k in range(n):
+        tools = _offer(world, pairs, random.Random(f"tools/group/{seed}/{k}"))
+        yield [_ask(world, known, pairs, tools, "train", f"group/{seed}/{k}-{i}", mix)
+               for i, mix in enumerate(mixes)]
 
 
 def synthetic_phrases(n, seed, least, most):
@@ -72,6 +85,12 @@ def _read_world():
     return json.loads(text), set(re.findall("[a-z]+", text.lower()))
 
 
+def _pairs(world, is_new):
+    """The pairs of verb and noun that only the split "tools" uses, or those of all the others."""
+    return [(verb, noun) for noun, entry in world["nouns"].items() for verb in entry["verbs"]
+            if (zlib.crc32(f"{verb}_{noun}".encode()) % 5 == 0) == is_new]
+
+
 def _offer(world, pairs, rng):
     """{(verb, noun): schema} of two to four tools."""
     first, share_words = rng.choice(pairs), rng.random() < 0.5
@@ -93,10 +112,10 @@ def _tool(world, verb, noun, rng):
             "parameters": {"type": "object", "properties": schemas, "required": list(schemas)}}
 
 
-def _ask(world, known, pairs, tools, part, key):
-    """An example that offers these tools and asks for one, two or none of them."""
+def _ask(world, known, pairs, tools, part, key, mix=(50, 20, 30)):
+    """An example that offers these tools and asks for one, two or none of them, with the weights of `mix`."""
     rng = random.Random(key)
-    kind = rng.choices(("single", "two_calls", "no_tool"), (50, 20, 30))[0]
+    kind = rng.choices(("single", "two_calls", "no_tool"), mix)[0]
     asked = rng.sample(list(tools), 1 + (kind == "two_calls"))
     schemas, answer, requests = tools, [], []
     if kind == "no_tool":
@@ -112,15 +131,17 @@ def _ask(world, known, pairs, tools, part, key):
         what = f"{rng.choice(world['verbs'][verb])} {rng.choice(world['nouns'][noun]['said'])}"
         requests.append(_wording(rng, world["request"], part).format(what=what, how=" ".join(phrases)))
         answer.append({"name": f"{verb}_{noun}", "arguments": arguments})
-    frame = _wording(rng, world["two" if kind == "two_calls" else "one"], part)
+    size = "two" if kind == "two_calls" else "one"
+    frame = _wording(rng, world[size], part)
+    number = (world[size]["train"] + world[size]["new"]).index(frame)
     query = frame.format(a=requests[0], A=requests[0][0].upper() + requests[0][1:], b=requests[-1])
     answer = [] if kind == "no_tool" else answer
-    return Example(f"synthetic/{key}", f"{part}/{kind}", list(tools.values()),
+    return Example(f"synthetic/{key}/{size}-{number}", f"{part}/{kind}", list(tools.values()),
                    [{"role": "user", "content": query}], answer, synthetic_reasoning(answer))
 
 
 def _wording(rng, choices, part):
-    return rng.choice(choices[-1:] if part == "paraphrases" else choices[:-1])
+    return rng.choice(choices["new" if part == "paraphrases" else "train"])
 
 
 def _say(world, rng, name, known, part):
@@ -139,7 +160,8 @@ def _value(rng, name, schema, known, is_new):
     if _is_closed(schema):
         return rng.choice(schema.get("enum", (True, False)))
     value = None
-    while value is None or zlib.crc32(str(value).encode()) % 2 != is_new or str(value).lower() in known:
+    while (value is None or (zlib.crc32(str(value).encode()) % NEW == 0) != is_new
+           or str(value).lower() in known):
         if schema["type"] == "integer":
             value = rng.randrange(2, 100)
         elif schema["type"] == "number":
