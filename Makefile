@@ -63,7 +63,7 @@ mutants: $(DEV)
 	$(PY) tests/mutants.py
 
 kernels: $(RUNTIME)
-	$(PY) tools/compile_kernels.py --arch 80 90 100 $(ARGS)
+	$(PY) tests/compile_kernels.py --arch 80 90 100 $(ARGS)
 
 bench: $(PEERS)
 	OMP_NUM_THREADS=1 $(PY) tools/bench.py $(ARGS)

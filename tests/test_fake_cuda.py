@@ -6,10 +6,9 @@ prints needs a CUDA build of torch and is not tested here.
 
 import contextlib
 
+import fake_cuda
 import pytest
 import torch
-
-import fake_cuda
 from fake_cuda import Operations, faults
 
 

@@ -37,6 +37,7 @@ from short_run import (
     shared_files,
     shared_runs,
 )
+from soak import differences, rows
 
 import model
 import train
@@ -44,7 +45,6 @@ from data import write_jsonl
 from runtime import checkpoints
 from runtime.files import check_seal, seal
 from runtime.ranks import join_ranks, leave_ranks
-from soak import differences, rows
 from tools.synthetic import synthetic
 
 limit = pytest.fixture(autouse=True)(limit_time)

@@ -14,11 +14,12 @@ import short_run
 from benchmarks import bfcl
 from data import Chat, Example, conversations, read_jsonl, write_jsonl
 from runtime.files import read_json
+from tools import jobs as jobs_module
 from tools import real
 from tools import real_data as mixing  # real_data is a fixture
 from tools.synthetic import synthetic
 
-PACE = {"bf16": False, "sft": 900.0, "rollout": 60.0, "update": 60.0, "reply": 1.0}  # four steps in an hour
+PACE = {"sft": 900.0, "rollout": 60.0, "update": 60.0, "reply": 1.0}  # four steps in an hour
 MEASURE = real.measure  # the fixture `small` replaces it
 TOY = ["--data.max_prompt_tokens=900", "--rollout.max_new_tokens=6", "--eval.max_new_tokens=6",
        "--eval.examples=4", "--train.prompts_per_step=2", "--rollout.n=2", "--rollout.refill=0"]
@@ -45,7 +46,8 @@ def small(monkeypatch):
     for module, settings in (
             (mixing, {"SIZES": sizes, "MAX_PROMPT": 900, "MAX_REPLY": 400}),
             (real, {"SIZES": sizes, "GRPO_STEPS": (2, 3), "TRIAL_STEPS": 2, "BFCL_EVERY": 50,
-                    "BFCL_TOKENS": 3, "WATCH_S": 0.1, "measure": lambda plan: PACE})):
+                    "BFCL_TOKENS": 3, "measure": lambda plan: PACE}),
+            (jobs_module, {"WATCH_S": 0.1})):
         for name, value in settings.items():
             monkeypatch.setattr(module, name, value)
     monkeypatch.setattr(os, "fsync", lambda handle: None)
@@ -123,20 +125,14 @@ def test_the_dialogues_of_the_known_sets_are_recognised_by_their_ids():
 # ---- the plan and the estimates
 
 
-def test_jobs_run_two_at_a_time_and_wait_for_what_they_need():
-    jobs = {"a": real.Job(set(), 2, None), "b": real.Job(set(), 1, None), "c": real.Job({"b"}, 3, None),
-            "d": real.Job({"a", "c"}, 1, None)}
-    assert real.hours_together(jobs) == 5
-
-
 def test_the_plan_takes_as_many_steps_as_the_hours_allow_and_refuses_fewer_than_the_least(small, capsys):
     plan = {"pace": PACE, "bfcl": None}
-    real.plan_of(plan, 100)
-    assert plan["steps"] == {"imitation": 4, "grpo": 3}
-    assert "processor seconds here" in capsys.readouterr().out
+    real.plan_steps(plan, 100)
+    assert plan["steps"] == {"imitation": 4, "trial": 2, "grpo": 3}
+    assert "in all " in capsys.readouterr().out
     assert plan["every"] == {"sft": 1, "grpo": 3}, "ten minutes between checkpoints"
     with pytest.raises(ValueError, match="2 steps of GRPO take"):
-        real.plan_of(plan, 0.1)
+        real.plan_steps(plan, 0.1)
 
 
 def test_an_estimate_weighs_categories_and_not_entries():
@@ -160,7 +156,7 @@ def test_the_pace_of_every_kind_of_step_is_measured(files, tmp_path, small):
     plan = {"runs": str(tmp_path), "model": str(files / "base"), "data": str(tmp_path / "data"),
             "prompt": str(tmp_path / "data/prompt.txt"), "extra": [*TOY, "--model.precision=fp32"]}
     pace = MEASURE(plan)
-    assert not pace.pop("bf16") and pace.keys() == {"sft", "rollout", "update", "reply"}
+    assert pace.keys() == {"sft", "rollout", "update", "reply"}
     assert min(pace.values()) > 0
 
 
@@ -174,7 +170,7 @@ def test_a_killed_run_stops_its_jobs_and_the_same_command_ends_with_the_table(fi
 
     def ended():
         try:
-            real.lock(runs).close()
+            jobs_module.lock(runs).close()
             return True
         except ValueError:
             return False
@@ -196,6 +192,7 @@ def test_a_killed_run_stops_its_jobs_and_the_same_command_ends_with_the_table(fi
     assert found["steps"]["control-2"] >= 1
     assert set(found["scores"]) == {"base", "base_example", "imitation", "control-1", "control-2", "grpo-1",
                                     "grpo-2", "control, mean", "grpo, mean"}
+    assert (runs / "report.html").exists()
     assert found["rate"] in real.TRIALS and said.out.count("MISSED") == 4
     sittings = read_json(runs / "sittings.json").values()
     assert any("grpo-1" in sitting["steps"] for sitting in sittings)
@@ -210,7 +207,7 @@ def test_a_killed_run_stops_its_jobs_and_the_same_command_ends_with_the_table(fi
 def test_a_signal_stops_the_jobs_and_another_plan_is_refused(files, tmp_path, small, capsys, monkeypatch):
     words = command(files, tmp_path)
     words[words.index("--bfcl"):words.index("--hours=100")] = []
-    monkeypatch.setattr(real, "bfcl_folder", lambda given: None)
+    monkeypatch.setattr(real, "find_spec", lambda package: None)
     pid = short_run.start_child(lambda: real.main(words), tmp_path / "log")
     short_run.wait_until_it_prints("eval-base: about", tmp_path / "log")
     os.kill(pid, signal.SIGTERM)
@@ -236,8 +233,7 @@ def test_two_steps_of_imitation_and_grpo_of_the_real_model_on_real_records(real_
             "prompt": str(tmp_path / "data/prompt.txt"),
             "extra": ["--eval.ends=false", "--train.prompts_per_step=2", "--rollout.n=2",
                       "--rollout.max_new_tokens=24", "--rollout.refill=0", "--checkpoint.keep=1"],
-            "every": {"sft": 2, "grpo": 2}, "steps": {"imitation": 2}}
-    monkeypatch.setattr(real, "TRIAL_STEPS", 2)
+            "every": {"sft": 2, "grpo": 2}, "steps": {"imitation": 2, "trial": 2}}
     assert real.train_job(plan, "imitation") == 0
     assert real.train_job(plan, "trial-2e-05") == 0
     losses = [row["loss"] for row in real.rows_of(tmp_path / "imitation")]

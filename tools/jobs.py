@@ -34,26 +34,21 @@ Job = namedtuple("Job", "needs minutes run")
 
 def minutes_together(jobs, done=()):
     """Minutes until all jobs are done, each started as `work` does."""
-    done, running, now = set(done), {}, 0.0
+    done, ends, now = set(done), {}, 0.0
     while not jobs.keys() <= done:
-        ready = [name for name in jobs if name not in {*done, *running} and jobs[name].needs <= done]
-        running |= {name: now + jobs[name].minutes for name in ready[:AT_ONCE - len(running)]}
-        first = min(running, key=running.get)
-        now = running.pop(first)
+        ready = [name for name in jobs if name not in {*done, *ends} and jobs[name].needs <= done]
+        ends |= {name: now + jobs[name].minutes for name in ready[:AT_ONCE - len(ends)]}
+        first = min(ends, key=ends.get)
+        now = ends.pop(first)
         done.add(first)
     return now
 
 
-def finished(folder):
-    """Names of the jobs that are done."""
-    return {file.name for file in (folder / "done").glob("*")}
-
-
-def rows_of(run):
-    """The rows of a run's metrics.jsonl that are of steps; [] before the first."""
+def rows_of(run, metric="time/step_s"):
+    """The rows of metrics.jsonl that have this metric, by default those of steps; [] before the first."""
     file = Path(run) / "metrics.jsonl"
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}") and '"time/step_s"' in line]
+    return [json.loads(line) for line in lines if line.endswith("}") and f'"{metric}"' in line]
 
 
 def progress(run):
@@ -102,7 +97,7 @@ def start(folder, name, run):
 
 
 def value_of(folder, name, function):
-    """What function() returns, called in a process that takes its memory with it; kept in NAME.json."""
+    """The dictionary that function() returns, in a process which frees its memory; kept in NAME.json."""
     file = folder / f"{name}.json"
     if not file.exists() and os.waitpid(start(folder, name, lambda: write_json(file, function())), 0)[1]:
         raise ValueError(f"{name} failed; see {folder}/logs/{name}.txt")
@@ -112,9 +107,11 @@ def value_of(folder, name, function):
 def work(folder, jobs):
     """Do the jobs that are not done. Returns 0, 1 if one failed, 128 + the number of a signal."""
     (folder / "done").mkdir(parents=True, exist_ok=True)
-    done, running, asked, signals, failed, spent = finished(folder), {}, set(), [], [], {}
-    began = noted = time.time()
+    done, running, asked = {file.name for file in (folder / "done").iterdir()}, {}, set()
+    signals, failed, spent, began, noted = [], [], {}, time.time(), time.time()
     before = {name: len(rows_of(folder / name)) for name in jobs}
+    print(f"{len(jobs.keys() - done)} jobs left, about {minutes_together(jobs, done) / 60:.1f} hours, "
+          f"{AT_ONCE} at a time", flush=True)
     with lock(folder):  # forked jobs inherit it: none of an earlier call is at work
         handlers = {number: signal.signal(number, lambda number, _: signals.append(number))
                     for number in (signal.SIGINT, signal.SIGTERM)}
@@ -128,6 +125,7 @@ def work(folder, jobs):
                 if ended:
                     del running[name]
                     spent[name] = [usage.ru_utime + usage.ru_stime, time.time() - since]
+                    note_sitting(folder, began, before, spent)
                     if not status:
                         done.add(name)
                         write_text(folder / "done" / name, "")
@@ -137,7 +135,7 @@ def work(folder, jobs):
             for name in running.keys() - asked if signals or failed else ():
                 asked.add(name)  # once: a run that is asked again ends without saving
                 os.kill(running[name][0], signal.SIGTERM)
-            if time.time() - noted > NOTE_S or not running:
+            if time.time() - noted > NOTE_S:
                 noted = time.time()
                 note_sitting(folder, began, before, spent)
                 print(*(progress(folder / name) for name in running), sep="\n", flush=True)
@@ -152,6 +150,6 @@ def work(folder, jobs):
 def note_sitting(folder, began, before, spent):
     file, when = folder / "sittings.json", time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(began))
     steps = {name: [first, len(rows_of(folder / name))] for name, first in before.items()}
-    write_json(file, (read_json(file) if file.exists() else {}) | {when: {
-        "hours": (time.time() - began) / 3600, "spent": spent,
-        "steps": {name: span for name, span in steps.items() if span[0] < span[1]}}})
+    write_json(file, (read_json(file) if file.exists() else {}) | {
+        when: {"hours": (time.time() - began) / 3600, "spent": spent,
+               "steps": {name: span for name, span in steps.items() if span[0] < span[1]}}})

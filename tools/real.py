@@ -5,15 +5,13 @@ In:  a model folder, files of examples, BFCL's data. Out: a folder of runs that 
     python tools/real.py prepare OUT --model M FILE[=WEIGHT] ...   training and held-out files from any jsonl
     python tools/real.py run RUNS --model M --data OUT [--bfcl DIR] [--train.key=value ...]
 
-tools/real_data.py prepares. run does these jobs (tools/jobs.py) and prints their minutes before the first:
+tools/real_data.py prepares. run prints how long these jobs (tools/jobs.py) will take, then does them:
 
-    imitation        configs/real_sft.yaml on imitation.jsonl
-    trial-RATE       a few steps of GRPO from its weights
-    grpo-SEED        configs/real_grpo.yaml on further.jsonl from the weights of imitation, at the best rate
-    control-SEED     imitation from the same weights on the same file in the same order, for the processor
-                     time of grpo-SEED
-    eval-NAME        held-out examples, samples and BFCL, of each model, and of the base with and without an
-                     example in its prompt
+    imitation       configs/real_sft.yaml on imitation.jsonl
+    trial-RATE      a few steps of GRPO from its weights
+    grpo-SEED       configs/real_grpo.yaml on further.jsonl from the weights of imitation, at the best rate
+    control-SEED    imitation from the same weights on the same file, for the processor time of grpo-SEED
+    eval-NAME       held-out examples, samples and BFCL; of the base also with an example in its prompt
 
 Differences are paired: the mean d over entries of the difference of right (0 or 1, a mean over seeds), ± 1.96
 s / sqrt(n), stratified where a score is a mean of categories. That leaves out the variance between seeds, so
@@ -21,7 +19,6 @@ each seed has its own row.
 """
 
 import argparse
-import json
 import math
 import sys
 from collections import Counter
@@ -36,6 +33,7 @@ import train  # noqa: E402
 from benchmarks import bfcl, tables  # noqa: E402
 from data import Chat, read_jsonl  # noqa: E402
 from runtime.files import read_json, write_json, write_text  # noqa: E402
+from tools import report  # noqa: E402
 from tools.demo import newest_checkpoint  # noqa: E402
 from tools.jobs import Job, minutes_together, rows_of, value_of, work  # noqa: E402
 from tools.real_data import SIZES, WEIGHTS, prepare  # noqa: E402
@@ -53,21 +51,21 @@ NONLIVE_AST = {"simple": 1 / 12, "java": 1 / 12, "javascript": 1 / 12, "multiple
 
 
 def measure(plan):
-    """Seconds here of a step of imitation ("sft"), a batch of rollouts, an update on it, and a greedy reply:
-    of the second of two steps of train.py. The base does not end its replies, so they are cut at the mean
-    length of right ones; a KL penalty makes it compute an update although no reply is right, so that of real
-    steps takes less."""
-    chat, (further, runs) = Chat(plan["model"], plan["prompt"]), (Path(plan[key]) for key in ("data", "runs"))
-    length = round(mean(len(chat.encode_reply(e)) for e in read_jsonl(further / "further.jsonl")[:64]))
-    common = ["--train.steps=2", "--checkpoint.every=2", "--eval.examples=16", "--eval.every=null",
-              f"--rollout.max_new_tokens={length}", f"--eval.max_new_tokens={length}"]
+    """Seconds here of a step of imitation ("sft"), a batch of rollouts, an update and a greedy reply: of the
+    second step of short runs. The base does not end its replies, so they are cut at the mean length of right
+    ones; they earn nothing, so a KL penalty, which real steps lack, makes an update of them."""
+    chat, runs = Chat(plan["model"], plan["prompt"]), Path(plan["runs"])
+    examples = read_jsonl(Path(plan["data"]) / "heldout.jsonl")[:64]
+    tokens = round(mean(len(chat.encode_reply(example)) for example in examples))
     for stage in ("sft", "grpo"):
-        train.train(config_of(plan, f"real_{stage}", f"pace-{stage}", 0, plan["model"], *common,
+        train.train(config_of(plan, f"real_{stage}", f"pace-{stage}", plan["model"], "--train.steps=2",
+                              "--checkpoint.every=2", "--eval.examples=16", "--eval.every=null",
+                              f"--rollout.max_new_tokens={tokens}", f"--eval.max_new_tokens={tokens}",
                               "--rollout.refill=0", "--grpo.kl_coef=1e-3"))
-    (*_, sft), (*_, grpo) = rows_of(runs / "pace-sft"), rows_of(runs / "pace-grpo")
-    lines = [json.loads(line) for line in (runs / "pace-grpo/metrics.jsonl").read_text().splitlines()]
+    sft, grpo, replies = rows_of(runs / "pace-sft")[-1], *(
+        rows_of(runs / "pace-grpo", f"time/{what}_s")[-1] for what in ("step", "eval"))
     return {"sft": sft["time/step_s"], "rollout": grpo["time/rollout_s"], "update": grpo["time/update_s"],
-            "reply": min(line["time/eval_s"] for line in lines if "time/eval_s" in line) / 16}
+            "reply": replies["time/eval_s"] / 16}
 
 
 def plan_steps(plan, hours):
@@ -78,19 +76,19 @@ def plan_steps(plan, hours):
     replies = SIZES["heldout"] + 9 * SIZES["sampled"] + 700 * bool(plan["bfcl"])  # BFCL's 354 are longer
     plan["every"] = {stage: max(1, round(60 * CHECKPOINT_MINUTES / step))
                      for stage, step in (("sft", sft), ("grpo", grpo))}
+    imitation = max(1, round(60 * IMITATION_MINUTES / sft))
     for steps in range(GRPO_STEPS[1], GRPO_STEPS[0] - 1, -1):
-        plan["steps"] = {"imitation": max(1, round(60 * IMITATION_MINUTES / sft)), "trial": TRIAL_STEPS,
-                         "grpo": steps}
-        seconds = {"imitation": plan["steps"]["imitation"] * sft, "trial": TRIAL_STEPS * grpo,
-                   "grpo": steps * grpo, "control": steps * grpo, "eval": replies * pace["reply"]}
-        plan["minutes"] = {kind: value / 60 for kind, value in seconds.items()}
-        total = minutes_together(jobs_of(plan)) / 60
-        if total <= hours:
+        seconds = {"imitation": imitation * sft, "trial": TRIAL_STEPS * grpo, "grpo": steps * grpo,
+                   "control": steps * grpo, "eval": replies * pace["reply"]}
+        plan |= {"steps": {"imitation": imitation, "trial": TRIAL_STEPS, "grpo": steps},
+                 "minutes": {kind: value / 60 for kind, value in seconds.items()}}
+        jobs = jobs_of(plan)
+        if (total := minutes_together(jobs) / 60) <= hours:
             break
-    print("seconds here: " + ", ".join(f"{name} {value:.2f}" for name, value in pace.items())
-          + f"\nsteps: {plan['steps']}\nminutes: "
-          + ", ".join(f"{name} {job.minutes:.0f}" for name, job in jobs_of(plan).items())
-          + f"\nin all {total:.1f} hours of two cores, at most {hours:g}", flush=True)
+    print(f"seconds here: {', '.join(f'{name} {value:.2f}' for name, value in pace.items())}\n"
+          f"steps: {plan['steps']}\n"
+          f"minutes: {', '.join(f'{name} {job.minutes:.0f}' for name, job in jobs.items())}\n"
+          f"in all {total:.1f} hours of two cores, at most {hours:g}", flush=True)
     if total > hours:
         raise ValueError(f"{steps} steps of GRPO take {total:.1f} hours in all; allow them with --hours")
 
@@ -111,14 +109,13 @@ def jobs_of(plan):
 
 
 # ---- jobs
-def config_of(plan, preset, name, seed, model, *settings):
+def config_of(plan, preset, name, model, *settings):
     """The Config of a run: a preset, the paths of the plan, further settings."""
     data = Path(plan["data"])
     return train.load_config([
         str(ROOT / f"configs/{preset}.yaml"), f"--out={Path(plan['runs']) / name}", f"--model.path={model}",
-        f"--seed={seed}", f"--data.train={data / 'further.jsonl'}",
-        f"--data.heldout={data / 'heldout.jsonl'}", f"--data.system_prompt={plan['prompt']}",
-        *settings, *plan["extra"]])
+        f"--data.train={data / 'further.jsonl'}", f"--data.heldout={data / 'heldout.jsonl'}",
+        f"--data.system_prompt={plan['prompt']}", *settings, *plan["extra"]])
 
 
 def processor_s(runs, name):
@@ -137,23 +134,19 @@ def best_rate(runs):
 
 
 def train_job(plan, name):
-    """A run of train.py. The steps of a control follow from the processor time of its GRPO, so that its
-    schedule is known at its start."""
-    runs, (kind, _, which), stage = Path(plan["runs"]), name.partition("-"), "grpo"
-    start, steps, seed, more = plan["model"], plan["steps"].get(kind), 0, []
-    if kind == "imitation":
-        stage, more = "sft", [f"--data.train={Path(plan['data']) / 'imitation.jsonl'}"]
-    else:
-        start = newest_checkpoint(runs / "imitation")
-    if kind == "trial":
-        more = [f"--train.lr={which}", "--eval.ends=false", "--eval.every=null"]
-    elif kind == "grpo":
-        seed, more = which, [f"--train.lr={best_rate(runs)}"]
-    elif kind == "control":
+    """A run of train.py. The steps of a control follow from the processor time of its GRPO, so its schedule
+    is known at its start."""
+    runs, (kind, _, which), steps = Path(plan["runs"]), name.partition("-"), plan["steps"]
+    stage = "grpo" if kind in ("trial", "grpo") else "sft"
+    if kind == "control":
         share = processor_s(runs, f"grpo-{which}") / processor_s(runs, "imitation")
-        steps = max(1, round(plan["steps"]["imitation"] * share))
-        stage, seed, more = "sft", which, [f"--train.lr={CONTROL_LR}", f"--eval.every={-(-steps // 4)}"]
-    return train.train(config_of(plan, f"real_{stage}", name, seed, start, f"--train.steps={steps}",
+        steps = {kind: max(1, round(steps["imitation"] * share))}
+    more = {"imitation": lambda: [f"--data.train={Path(plan['data']) / 'imitation.jsonl'}"],
+            "trial": lambda: [f"--train.lr={which}", "--eval.ends=false", "--eval.every=null"],
+            "grpo": lambda: [f"--train.lr={best_rate(runs)}", f"--seed={which}"],
+            "control": lambda: [f"--train.lr={CONTROL_LR}", f"--seed={which}"]}[kind]()
+    start = plan["model"] if kind == "imitation" else newest_checkpoint(runs / "imitation")
+    return train.train(config_of(plan, f"real_{stage}", name, start, f"--train.steps={steps[kind]}",
                                  f"--checkpoint.every={plan['every'][stage]}", *more))
 
 
@@ -162,7 +155,7 @@ def eval_job(plan, name):
     runs, data, name = Path(plan["runs"]), Path(plan["data"]), name.removeprefix("eval-")
     model = plan["model"] if name.startswith("base") else str(newest_checkpoint(runs / name))
     prompt = str(data / "prompt_with_example.txt") if name == "base_example" else plan["prompt"]
-    tokens, out = config_of(plan, "real_grpo", name, 0, model).eval.max_new_tokens, runs / "eval" / name
+    tokens, out = config_of(plan, "real_grpo", name, model).eval.max_new_tokens, runs / "eval" / name
     for part, more in (("heldout", []), ("sampled", ["--samples", "8"])):
         if not (out / part / "scores.json").exists():
             evaluation.main([model, "--bench", "heldout", "--data", str(data / f"{part}.jsonl"), "--out",
@@ -212,13 +205,12 @@ def results(plan):
     labels = [label for label, (part, _, _) in SCORES.items() if part in found["base"]]
 
     def score(label, names, others=()):
-        """The mean over `names`, less that over `others`, entry by entry."""
-        part, weights, value = SCORES[label]
-        columns = list(zip(*(found[name][part] for name in (*names, *others)), strict=True))
+        """The mean over `names`, less that over `others`, paired by entry."""
+        (part, weights, value), each = SCORES[label], (*names, *others)
+        shares = [1 / len(names) for _ in names] + [-1 / len(others) for _ in others]
+        columns = list(zip(*(found[name][part] for name in each), strict=True))
         assert all(len({reply["id"] for reply in column}) == 1 for column in columns), "not the same entries"
-        signs = [1 / len(names)] * len(names) + [-1 / len(others)] * len(others) if others else \
-            [1 / len(names)] * len(names)
-        return estimate([(weight, [sum(s * value(reply) for s, reply in zip(signs, column, strict=True))
+        return estimate([(weight, [sum(map(lambda s, reply: s * value(reply), shares, column))
                                    for column in columns if category in (None, column[0]["category"])])
                          for category, weight in weights.items()])
 
@@ -228,10 +220,10 @@ def results(plan):
     scores = {row: {label: score(label, names) for label in labels} for row, names in rows.items()}
     gains = {row: {label: score(label, seeds["grpo"], rows[row]) for label in labels}
              for row in ("imitation", "control, mean")}
-    lines = scores | {f"grpo, mean, less {row}": cells for row, cells in gains.items()}
-    text = [f"| percent ± half a 95 % interval | {' | '.join(labels)} |", "|---" * (len(labels) + 1) + "|",
-            *(f"| {row} | {' | '.join(f'{x:.1f} ± {half:.1f}' for x, half in cells.values())} |"
-              for row, cells in lines.items()), ""]
+    text = [f"| percent ± half a 95 % interval | {' | '.join(labels)} |", "|---" * (len(labels) + 1) + "|"]
+    text += [f"| {row} | {' | '.join(f'{x:.1f} ± {half:.1f}' for x, half in cells.values())} |"
+             for row, cells in (scores | {f"grpo, mean, less {row}": gains[row] for row in gains}).items()]
+    text.append("")
     for row, label, bar in BARS if "bfcl" in found["base"] else BARS[::2]:
         gain = gains[row][label][0]
         text.append(f"{'reached' if gain > 0 and gain >= bar else 'MISSED'}: GRPO {gain:+.1f} points above "
@@ -239,8 +231,9 @@ def results(plan):
     mistakes = {name: Counter(next((kind for mark, kind in KINDS if mark in reply["error"]), "the format")
                               for reply in parts["heldout"] if not reply["right"])
                 for name, parts in found.items()}
-    names, both = [name for name in jobs_of(plan) if rows_of(runs / name)], zip(
-        found["imitation"]["heldout"], found[seeds["grpo"][0]]["heldout"], strict=True)
+    names = [name for name in jobs_of(plan) if rows_of(runs / name)]
+    report.main([*(str(runs / name) for name in names), "--out", str(runs / "report.html")])
+    both = zip(found["imitation"]["heldout"], found[seeds["grpo"][0]]["heldout"], strict=True)
     write_json(runs / "results.json", {
         "scores": scores, "gains": gains, "mistakes": mistakes, "rate": best_rate(runs), "plan": plan,
         "steps": {name: len(rows_of(runs / name)) for name in names},
@@ -252,18 +245,12 @@ def results(plan):
 
 
 # ---- command line
-def bfcl_folder(given):
-    """The folder of BFCL's data: the given one, else that of the package bfcl-eval, or None."""
-    package = find_spec("bfcl_eval")
-    return given or (str(Path(package.submodule_search_locations[0]) / "data") if package else None)
-
-
 def run(args, extra):
     """Plan, do the jobs, print the table. Returns the exit status."""
-    args.runs.mkdir(parents=True, exist_ok=True)
-    file = args.runs / "plan.json"
+    package, file = find_spec("bfcl_eval"), args.runs / "plan.json"
+    packaged = package and str(Path(package.submodule_search_locations[0]) / "data")
     plan = {"runs": str(args.runs), "model": args.model, "data": str(args.data), "extra": extra,
-            "bfcl": bfcl_folder(args.bfcl), "prompt": str(args.data / "prompt.txt")}
+            "bfcl": args.bfcl or packaged, "prompt": str(args.data / "prompt.txt")}
     if not plan["bfcl"]:
         print("no data of BFCL, so no scores on it: give --bfcl DIR, or pip install --no-deps bfcl-eval")
     earlier = read_json(file) if file.exists() else {}
@@ -274,9 +261,7 @@ def run(args, extra):
         print("measuring the time of a step, some minutes", flush=True)
         plan["pace"] = value_of(args.runs, "pace", lambda: measure(plan))
         plan_steps(plan, args.hours)
-    if args.plan:
-        return 0
-    write_json(file, plan)
+        write_json(file, plan)
     status = work(args.runs, jobs_of(plan))
     if not status:
         print(results(plan))
@@ -293,7 +278,6 @@ def main(argv=None):
     running.add_argument("--data", type=Path, required=True, help="the folder that prepare made")
     running.add_argument("--bfcl", help="folder of BFCL's data (default: that of the package bfcl-eval)")
     running.add_argument("--hours", type=float, default=9.0, help="of two cores, at most (default: 9)")
-    running.add_argument("--plan", action="store_true", help="measure, print the plan and end")
     for command in (making, running):
         command.add_argument("--model", required=True, help="a folder, as tools/smollm2.py makes one")
     args, extra = parser.parse_known_args(argv)

@@ -1,0 +1,231 @@
+"""tools/study.py: its arms as configs/study.yaml fixes them, a killed study, intervals, and docs/study.md."""
+
+import json
+import math
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import short_run
+import yaml
+
+import train
+from data import read_jsonl
+from reward import format_reply
+from runtime.files import read_json
+from tools import jobs, study
+from tools.study import collect, difference, page, read_spec, words
+
+SPEC = read_spec()
+TOY = {"steps": 4, "examples": 16, "heldout": 6,
+       "settings": {"train.threads": 1, "train.prompts_per_step": 4, "train.lr": 0.01, "rollout.n": 3,
+                    "rollout.max_new_tokens": 9, "eval.max_new_tokens": 9, "checkpoint.every": 1,
+                    "checkpoint.keep": 1, "log.rollouts_every": 2},
+       "arms": {"rl": {"says": "RL", "stage": "grpo", "data": "right"},
+                "right": {"says": "SFT", "stage": "sft", "data": "right_first"},
+                "then": {"says": "both", "stage": "grpo", "data": "right_second", "from": "right"}},
+       "quick": {"tables": ["recipes"], "seeds": 1, "steps": 2, "examples": 8, "heldout": 3},
+       "tables": {"recipes": {"title": "Recipes", "seeds": 2, "arms": ["rl", "right", "then"],
+                              "paper": {"rl": 83.24}, "findings": [["rl", "right", "RL is above SFT"]]},
+                  "sampled": {"title": "Sampled", "seeds": 1, "arms": ["rl", "then"], "samples": "Percent",
+                              "paper": {}, "findings": [["rl", "then", "RL is above both"]]}}}
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    """A study of three arms whose replies earn something. Its results lie beside its runs."""
+    short_run.make_setting(monkeypatch)
+    settings = TOY["settings"] | {"model.path": str(short_run.make_base(tmp_path / "base"))}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(TOY | {"settings": settings}))
+    for name, file in (("SPEC", "study.yaml"), ("RESULTS", "results.json"), ("PAGE", "page.md")):
+        monkeypatch.setattr(study, name, tmp_path / file)
+    monkeypatch.setattr(jobs, "WATCH_S", 0.02)
+    return tmp_path
+
+
+def without_minutes(file):
+    found = read_json(file)
+    for run in found["runs"].values():
+        assert run.pop("minutes") >= 0
+    return found
+
+
+def die_after(mark):
+    """Kill the study when it has noted that a job is done."""
+    write_text = jobs.write_text
+
+    def patched(path, text):
+        write_text(path, text)
+        if path.name == mark:
+            short_run.die()
+
+    jobs.write_text = patched
+
+
+def die_inside():
+    """Kill the study and a run of GRPO in its second step, after a checkpoint."""
+    def die():
+        os.kill(os.getppid(), signal.SIGKILL)
+        short_run.die()
+
+    short_run.at_call(train, "roll_out", 2, die)
+
+
+def is_unlocked(folder):
+    try:
+        jobs.lock(folder).close()
+        return True
+    except ValueError:
+        return False
+
+
+def test_a_study_killed_between_and_inside_runs_ends_with_the_results_of_an_undisturbed_one(toy, capsys):
+    study.main([str(toy / "undisturbed")])
+    undisturbed, text = without_minutes(toy / "results.json"), (toy / "page.md").read_text()
+    assert "6 jobs left, about" in capsys.readouterr().out
+    runs = toy / "killed"
+    for patch in (lambda: die_after("right-0"), die_inside):
+        def start(patch=patch):
+            patch()
+            study.main([str(runs)])
+
+        pid, deadline = short_run.start_child(start, toy / "log"), time.monotonic() + 60
+        assert short_run.wait_for(pid) == -signal.SIGKILL
+        while not is_unlocked(runs):
+            assert time.monotonic() < deadline, "a job outlived the killed study"
+            time.sleep(0.01)
+    assert (runs / "done/right-0").exists()
+    begun = {folder.parent.name for folder in runs.glob("*/checkpoints/step_000001")}
+    assert begun - {file.name for file in (runs / "done").iterdir()}, "none was killed inside"
+    study.main([str(runs)])
+    assert without_minutes(toy / "results.json") == undisturbed == without_minutes(runs / "study.json")
+    changing = ("6 runs, ", "code ")
+    assert [line for line in (toy / "page.md").read_text().split("\n") if not line.startswith(changing)] == [
+        line for line in text.split("\n") if not line.startswith(changing)]
+    assert (runs / "recipes.html").exists() and len(undisturbed["runs"]) == 6
+    assert (runs / "then-1/config.yaml").read_text().count("killed/right-1/checkpoints/step_000002") == 1
+
+
+def test_a_quick_study_leaves_the_results_of_the_whole_one(toy, capsys):
+    study.main([str(toy / "runs"), "--quick"])
+    assert not (toy / "results.json").exists() and not (toy / "page.md").exists()
+    found = read_json(toy / "runs/quick/study.json")
+    assert set(found["runs"]) == {"rl-0", "right-0", "then-0"} and len(found["queries"]) == 3
+    assert "RL is above SFT: **not seen here**" in capsys.readouterr().out
+
+
+# ---- the arms
+
+
+def test_arms_see_the_same_examples_and_halves_are_apart(tmp_path):
+    study.write_data(SPEC | {"examples": 40, "heldout": 9}, tmp_path)
+    files = {file.stem: read_jsonl(file) for file in tmp_path.glob("*.jsonl")}
+    assert {arm["data"] for arm in SPEC["arms"].values()} <= files.keys()
+    ids = {name: [example.id for example in examples] for name, examples in files.items()}
+    assert {len(each) for each in ids.values()} == {40, 20, 9}
+    assert ids["right"] == ids["calls"] == ids["lazy"] == ids["right_first"] + ids["right_second"]
+    assert all(e.reasoning for e in files["right"]) and not any(e.reasoning for e in files["calls"])
+    assert [e.answer for e in files["calls"]] == [e.answer for e in files["right"]]
+    assert [e.answer for e in files["lazy"]] != [e.answer for e in files["right"]]
+    assert {e.source for name in ("single", "single_masked") for e in files[name]} == {"train/single"}
+    assert {e.source for e in files["single_none"]} == {"train/single", "train/no_tool"}
+    assert sum(id.endswith("/masked") for id in ids["masked"]) == 27
+    assert SPEC["steps"] * 24 == SPEC["examples"], "an epoch of the demo's batches"
+
+
+@pytest.mark.parametrize("arm", SPEC["arms"])
+def test_every_arm_is_a_command_of_train_py(arm):
+    c = train.load_config(words(SPEC, arm, 3, "runs"))
+    assert c.seed == 3 and c.train.threads == 1 and c.out == f"runs/{arm}-3"
+    if c.stage == "grpo":
+        assert c.rollout.n * c.train.prompts_per_step == 192, "as many replies a step in every arm"
+    start = SPEC["arms"][arm].get("from")
+    steps = start and train.load_config(words(SPEC, start, 3, "runs")).train.steps
+    assert c.model.path == (f"runs/{start}-3/checkpoints/step_{steps:06d}" if start else "assets/tiny")
+
+
+def test_findings_are_of_arms_of_their_table_and_the_first_arm_of_a_chain_has_its_seeds():
+    assert 100 <= len(SPEC["runs"]) <= 120
+    assert SPEC["arms"].keys() == {arm for arm, _ in SPEC["runs"].values()}
+    for table in SPEC["tables"].values():
+        arms = set(table["arms"])
+        assert {arm for finding in table["findings"] for arm in finding[:2]} <= arms
+        assert table["paper"].keys() <= arms
+    for arm, seed in SPEC["runs"].values():
+        assert "from" not in SPEC["arms"][arm] or f"{SPEC['arms'][arm]['from']}-{seed}" in SPEC["runs"]
+
+
+def test_a_job_waits_for_the_run_that_it_starts_from_and_takes_its_share_of_time():
+    made = study.jobs_of(SPEC, Path("runs"), {"grpo": [10.0, 30.0], "sft": [1.0, 30.0]})
+    assert made["right_then_rl-2"].needs == {"right_first-2"} and not made["rl-0"].needs
+    assert made["rl-0"].minutes == made["group_16-0"].minutes == 7 and made["calls_first-4"].minutes == 1.3
+    assert list(made)[0] == "rl-0" and list(made)[-1].endswith("-4"), "seed by seed"
+
+
+# ---- results
+
+
+def test_a_reply_is_judged_by_the_binary_reward_and_by_its_calls_alone():
+    calls = [{"name": "f", "arguments": {"a": 1}}]
+    right = format_reply(calls, "plan")
+    assert study.verdict({"reply": right, "answer": calls}) == study.RIGHT
+    alone = right[right.index("<tool_call>"):]
+    assert study.verdict({"reply": alone, "answer": calls}) == study.CALLS_RIGHT
+    assert study.verdict({"reply": right, "answer": []}) == study.WRONG
+
+
+def test_the_interval_of_a_difference_has_seeds_and_frames():
+    found = {"queries": ["values/single a", "values/single a", "tools/single b", "tools/no_tool b"]}
+    # Means of the queries: 1, 0.5, 0, 0; of the seeds 0.5 and 0.25.
+    d, half = difference(found, ["2211", "2000"], ["0000", "1000"])
+    over_seeds = 12.706 * (math.sqrt(2) / 8) / math.sqrt(2)
+    over_queries = 12.706 * math.sqrt(2 / 1 * 2 * 0.75 ** 2) / 4
+    assert d == 37.5 and half == pytest.approx(100 * math.hypot(over_seeds, over_queries), rel=1e-3)
+    assert difference(found, ["2200"], ["2200"]) == (0, 0)
+
+
+def made_up(ours, theirs):
+    """Results of the toy study in which rl and right have these verdicts in both seeds."""
+    queries = [f"{split}/single {frame}" for split in study.HELDOUT for frame in "abcdefgh"]
+    run = {"minutes": 30.0, "sampled_format": [50, 90.0], "sampled_right": [40, 40.0]}
+    return {"queries": queries, "base": "0" * 24, "hardware": "a machine", "git_revision": "1234567890abcdef",
+            "runs": {f"{arm}-{seed}": run | {"right": marks} for seed in range(2)
+                     for arm, marks in (("rl", ours), ("right", theirs), ("then", theirs))}}
+
+
+@pytest.mark.parametrize(("ours", "theirs", "said"), [
+    ("2" * 24, "0" * 24, "**seen here**, +100.0 ± 0.0 points"),
+    ("0" * 24, "1" * 23 + "2", "**not seen here**, -4.2 ± "),
+    ("0" * 24, "2" * 24, "**the opposite is seen here**, -100.0 ± 0.0 points"),
+])
+def test_the_sentence_on_a_finding_follows_from_its_interval(toy, ours, theirs, said):
+    assert f"- RL is above SFT: {said}" in page(read_spec(), made_up(ours, theirs))
+
+
+def test_a_page_has_paper_arms_splits_and_what_only_raised_the_format(toy):
+    text = page(read_spec(), made_up("2" * 8 + "1" * 8 + "0" * 8, "0" * 24))
+    assert "| RL | 83.24 | 100.0 ± 0.0 | 0.0 ± 0.0 | 0.0 ± 0.0 | 33.3 ± 0.0 | 66.7 ± 0.0 |  |" in text
+    assert "6 runs, 3.0 hours of one thread each; a machine; code 1234567890ab." in text
+    assert "- RL: format 50, 90; right 40, 40; **only the format rose**" in text
+    assert "python train.py configs/demo.yaml --out=RUNS/then-SEED --seed=SEED" in text
+
+
+def test_the_page_is_computed_from_the_results():
+    results = read_json(study.RESULTS) if study.RESULTS.exists() else {}
+    assert study.PAGE.read_text(encoding="utf-8") == page(SPEC, results)
+    assert not results or json.loads(study.as_text(results)) == results
+
+
+def test_runs_on_other_queries_are_not_compared(toy):
+    spec = read_spec()
+    for run, count in zip(spec["runs"], (2, 3), strict=False):
+        (toy / run / "evals").mkdir(parents=True)
+        for step in (0, 4):
+            replies = [{"category": "values/single", "id": f"{i}/one", "reply": "", "answer": []}
+                       for i in range(count)]
+            (toy / run / f"evals/step_{step:06d}.json").write_text(json.dumps({"replies": replies}))
+        (toy / run / "metrics.jsonl").write_text('{"time/step_s": 60}\n')
+    with pytest.raises(ValueError, match="evaluated on other queries"):
+        collect(spec, toy)

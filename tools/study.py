@@ -1,0 +1,262 @@
+"""The paper's comparisons in the world of the demo: `make study`.
+
+In:  configs/study.yaml, which fixes arms, steps and seeds; the presets of the demo. Out: in RUNS a run folder
+for each arm and seed and a page of tools/report.py for each table; tools/results/study.json, docs/study.md.
+
+    python tools/study.py RUNS [--quick]    --quick: less, as study.yaml says; the results stay in RUNS/quick
+    python tools/study.py --page            docs/study.md from tools/results/study.json
+
+Runs are jobs of tools/jobs.py: given again, the command resumes between and inside runs. Accuracies are
+percentages of held-out queries whose greedy reply earns the binary reward, whatever the reward of an arm.
+
+    of an arm      mean ± t s / √S over its S seeds, with Student's t at 95 %
+    of two arms    the mean difference d, paired by seed and query, ± √(a² + b²): a is t s / √S over seeds;
+                   b is over queries, of which only the F frames (tools/synthetic.py) are independent,
+                   b = t √(F / (F - 1) Σ_f (Σ_i (d_i - d))²) / n      d_i: query i of frame f, mean over seeds
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import random
+import sys
+from itertools import groupby
+from pathlib import Path
+from statistics import mean, stdev
+
+import yaml
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import train  # noqa: E402
+from data import mask_names, write_jsonl  # noqa: E402
+from reward import score  # noqa: E402
+from runtime.files import read_json, write_text  # noqa: E402
+from runtime.run_folder import read_evaluations  # noqa: E402
+from tools import report  # noqa: E402
+from tools.demo import interval, minutes, t_95  # noqa: E402
+from tools.jobs import Job, rows_of, value_of, work  # noqa: E402
+from tools.make_base import lazy  # noqa: E402
+from tools.synthetic import HELDOUT, synthetic  # noqa: E402
+
+SPEC, RESULTS, PAGE = map(Path, ("configs/study.yaml", "tools/results/study.json", "docs/study.md"))
+PRESETS = {"grpo": "configs/demo.yaml", "sft": "configs/demo_control.yaml"}
+RIGHT, CALLS_RIGHT, WRONG = "2", "1", "0"  # a held-out reply: by the binary reward, by its calls alone, else
+MASKED = 0.67  # share of the examples, as in the paper's code
+
+
+def read_spec(quick=False):
+    """configs/study.yaml, or what --quick takes of it. Adds "runs": {run: (arm, seed)}, seed by seed."""
+    spec = yaml.safe_load(SPEC.read_text(encoding="utf-8"))
+    if quick:
+        short = spec["quick"]
+        spec["tables"] = {name: spec["tables"][name] | {"seeds": short["seeds"]} for name in short["tables"]}
+        spec |= {key: short[key] for key in ("steps", "examples", "heldout")}
+    tables = spec["tables"].values()
+    spec["runs"] = {f"{arm}-{seed}": (arm, seed) for seed in range(max(table["seeds"] for table in tables))
+                    for table in tables if seed < table["seeds"] for arm in table["arms"]}
+    return spec
+
+
+# ---- runs
+def write_data(spec, folder):
+    """Write the files that arms name by `data`; heldout.jsonl last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    n, rng = spec["examples"], random.Random(0)
+    pool = synthetic(4 * n, 0, "train")  # half of it are single calls
+    single = [example for example in pool if example.source.endswith("/single")][:n]
+    files = {"right": pool[:n], "calls": [dataclasses.replace(e, reasoning=None) for e in pool[:n]],
+             "lazy": [lazy(example, rng) for example in pool[:n]], "single": single,
+             "single_none": [e for e in pool if not e.source.endswith("/two_calls")][:n],
+             "single_masked": mask_names(single, MASKED, 0), "masked": mask_names(pool[:n], MASKED, 0)}
+    for name in ("right", "calls"):
+        files |= {f"{name}_first": files[name][:n // 2], f"{name}_second": files[name][n // 2:]}
+    for name, examples in (files | {"heldout": synthetic(spec["heldout"], 0, "heldout")}).items():
+        write_jsonl(folder / f"{name}.jsonl", examples)
+
+
+def steps_of(spec, arm):
+    return spec["steps"] // (2 if spec["arms"][arm]["data"].endswith(("_first", "_second")) else 1)
+
+
+def words(spec, arm, seed, runs, **more):
+    """The command line of train.py for a run."""
+    it = spec["arms"][arm]
+    settings = {"out": f"{runs}/{arm}-{seed}", "seed": seed, "data.train": f"{runs}/data/{it['data']}.jsonl",
+                "data.heldout": f"{runs}/data/heldout.jsonl", "train.steps": steps_of(spec, arm),
+                "eval.examples": spec["heldout"], **spec["settings"], **it.get("settings", {}), **more}
+    if start := it.get("from"):
+        settings["model.path"] = f"{runs}/{start}-{seed}/checkpoints/step_{steps_of(spec, start):06d}"
+    return [PRESETS[it["stage"]], *(f"--{key}={value if isinstance(value, str) else json.dumps(value)}"
+                                    for key, value in settings.items())]
+
+
+def measure(spec, runs):
+    """{stage: [seconds of a step, seconds of an evaluation]} here, of the second of two steps."""
+    pace = {}
+    for arm, stage in (("rl", "grpo"), ("right", "sft")):
+        out = f"{runs}/pace-{stage}"
+        train.train(train.load_config(words(spec, arm, 0, runs, **{"out": out, "train.steps": 2})))
+        pace[stage] = [rows_of(out, f"time/{what}_s")[-1][f"time/{what}_s"] for what in ("step", "eval")]
+    return pace
+
+
+def jobs_of(spec, runs, pace):
+    """{name: Job} of all runs. A step of GRPO costs by its replies, compared with the arm rl."""
+    def replies(c):
+        return c.rollout.n * c.train.prompts_per_step
+
+    jobs, usual = {}, train.load_config(words(spec, "rl", 0, runs))
+    for run, (arm, seed) in spec["runs"].items():
+        c, start = train.load_config(words(spec, arm, seed, runs)), spec["arms"][arm].get("from")
+        step_s, eval_s = pace[c.stage]
+        step_s *= replies(c) / replies(usual) if c.stage == "grpo" else 1
+        jobs[run] = Job({f"{start}-{seed}"} if start else set(), (c.train.steps * step_s + 2 * eval_s) / 60,
+                        lambda c=c: train.train(c))
+    return jobs
+
+
+# ---- results
+def verdict(line):
+    schemes = {RIGHT: "binary", CALLS_RIGHT: "binary_no_reasoning"}
+    return next((mark for mark, scheme in schemes.items()
+                 if score(line["reply"], line["answer"], scheme).reward == 1), WRONG)
+
+
+def collect(spec, runs):
+    """What the page is computed from. Of each run: the verdicts on the held-out queries, a digit each; at the
+    steps that kept them, the percentages of sampled replies in the right format and right; its minutes."""
+    found = {"queries": None, "base": None, "runs": {}}
+    for name, (arm, _) in spec["runs"].items():
+        run = runs / name
+        first, *_, last = read_evaluations(run)
+        queries = [f"{reply['category']} {reply['id'].rsplit('/', 1)[-1]}" for reply in last["replies"]]
+        if found["queries"] not in (None, queries):
+            raise ValueError(f"{run}: evaluated on other queries than other runs; choose a new folder")
+        found["queries"] = queries
+        if "from" not in spec["arms"][arm]:
+            found["base"] = "".join(map(verdict, first["replies"]))
+        sampled = [[score(line["reply"], line["answer"]) for line in map(json.loads, file.open())]
+                   for file in sorted(run.glob("rollouts/step_*.jsonl"))]
+        found["runs"][name] = {
+            "right": "".join(map(verdict, last["replies"])), "minutes": round(minutes(run)[1], 2),
+            "sampled_format": [round(100 * mean(v.format_ok for v in step), 1) for step in sampled],
+            "sampled_right": [round(100 * mean(v.reward == 1 for v in step), 1) for step in sampled]}
+    return found | {name: (run / f"{name}.txt").read_text().strip() for name in ("hardware", "git_revision")}
+
+
+def as_text(found):
+    """JSON, with a line for each run."""
+    runs = ",\n".join(f"{json.dumps(name)}: {json.dumps(run)}" for name, run in found["runs"].items())
+    rest = "".join(f"{json.dumps(key)}: {json.dumps(found[key])},\n" for key in found if key != "runs")
+    return f'{{{rest}"runs": {{\n{runs}\n}}}}\n'
+
+
+def percent(found, marks, split, least=RIGHT):
+    return 100 * mean(mark >= least for mark, query in zip(marks, found["queries"], strict=True)
+                      if split in ("all", query.split("/")[0]))
+
+
+def difference(found, ours, theirs):
+    """(mean, half of the 95 % interval) in points of two arms, whose verdicts are given by seed."""
+    rows = [[100 * ((a == RIGHT) - (b == RIGHT)) for a, b in zip(*pair, strict=True)]
+            for pair in zip(ours, theirs, strict=True)]
+    seeds, queries = list(map(mean, rows)), list(map(mean, zip(*rows, strict=True)))
+    d, S = mean(seeds), len(seeds)
+    over_seeds = t_95(S - 1) * stdev(seeds) / math.sqrt(S) if S > 1 else 0.0
+    order = sorted((query.split()[-1], x - d) for query, x in zip(found["queries"], queries, strict=True))
+    sums = [sum(x for _, x in frame) for _, frame in groupby(order, key=lambda pair: pair[0])]
+    F = len(sums)
+    over_queries = t_95(F - 1) * math.sqrt(F / (F - 1) * sum(x * x for x in sums)) / len(queries)
+    return d, math.hypot(over_seeds, over_queries)
+
+
+def table_lines(spec, found, table):
+    """A table, then its findings, the smallest difference that it could show, and what replies were like."""
+    says = {arm: spec["arms"][arm]["says"] for arm in spec["arms"]}
+    runs = {arm: [found["runs"][f"{arm}-{seed}"] for seed in range(table["seeds"])] for arm in table["arms"]}
+    marks = {arm: [run["right"] for run in each] for arm, each in runs.items()}
+    columns = [*((split, RIGHT) for split in (*HELDOUT, "all")), ("all", CALLS_RIGHT)]
+    reference, halves = table["arms"][0], []
+    yield f"| | paper | {' | '.join(HELDOUT)} | all | all, by calls | less {says[reference]} |"
+    yield "|---" * (len(columns) + 3) + "|"
+    for arm, by_seed in {"base": [found["base"]], **marks}.items():
+        cells = [interval([percent(found, each, *column) for each in by_seed]) for column in columns]
+        cells.append("" if arm in ("base", reference) else
+                     "{:+.1f} ± {:.1f}".format(*difference(found, by_seed, marks[reference])))
+        yield f"| {says.get(arm, arm)} | {table['paper'].get(arm, '')} | {' | '.join(cells)} |"
+    yield ""
+    for arm, other, claim in table["findings"]:
+        d, half = difference(found, marks[arm], marks[other])
+        halves.append(half)
+        seen = "seen here" if d > half else "the opposite is seen here" if d < -half else "not seen here"
+        yield f"- {claim}: **{seen}**, {d:+.1f} ± {half:.1f} points."
+    yield f"\nThe smallest difference that each of these could show: {max(halves):.1f} points."
+    if "samples" in table:
+        yield f"\n{table['samples']}\n"
+    for arm in table["arms"] if "samples" in table else ():
+        form, right = ([mean(x) for x in zip(*(run[key] for run in runs[arm]), strict=True)]
+                       for key in ("sampled_format", "sampled_right"))
+        hacked = form[-1] > form[0] and right[-1] <= right[0]
+        yield (f"- {says[arm]}: format {', '.join(f'{x:.0f}' for x in form)}; right "
+               f"{', '.join(f'{x:.0f}' for x in right)}" + "; **only the format rose**" * hacked)
+
+
+def page(spec, found):
+    """docs/study.md as text. found: of `collect`, or {} where nothing has run."""
+    lines = ["# The study", "", "<!-- written by tools/study.py -->",
+             "The paper's comparisons (arXiv 2505.00024) in the world of the demo, from `assets/tiny`: `make "
+             "study`. Arms, steps", "and seeds were fixed in `configs/study.yaml` before the first run. The "
+             "head of `tools/study.py` has the formulas.", ""]
+    if found:
+        hours = sum(run["minutes"] for run in found["runs"].values()) / 60
+        lines.append(f"{len(found['runs'])} runs, {hours:.1f} hours of one thread each; {found['hardware']}; "
+                     f"code {found['git_revision'][:12]}.")
+    else:
+        lines.append("**It has not been run yet.** These are the comparisons that it will make.")
+    for table in spec["tables"].values():
+        lines += ["", f"## {table['title']}", "", f"{table['seeds']} seeds, {spec['heldout']} held-out "
+                  "queries. Percent right, ± half a 95 % interval over seeds; paper: average on BFCL.", ""]
+        lines += table_lines(spec, found, table) if found else [
+            f"- {claim}" for _, _, claim in table["findings"]]
+    lines += ["", "## Commands", "", "`tools/study.py` writes RUNS/data before the first run.", "", "```"]
+    for arm in dict.fromkeys(arm for arm, _ in spec["runs"].values()):
+        lines += [f"# {spec['arms'][arm]['says']}",
+                  f"python train.py {' '.join(words(spec, arm, 'SEED', 'RUNS'))}"]
+    return "\n".join([*lines, "```", ""])
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", type=Path, nargs="?", help="folder of the runs, outside the checkout")
+    parser.add_argument("--quick", action="store_true", help="less, as `quick` in study.yaml says")
+    parser.add_argument("--page", action="store_true", help="write docs/study.md again")
+    args = parser.parse_args(argv)
+    spec = read_spec(args.quick)
+    if args.page:
+        return write_text(PAGE, page(spec, read_json(RESULTS) if RESULTS.exists() else {}))
+    if not args.runs:
+        parser.error("name the folder of the runs")
+    try:
+        runs = args.runs / "quick" if args.quick else args.runs
+        if not (runs / "data/heldout.jsonl").exists():
+            write_data(spec, runs / "data")
+        if status := work(runs, jobs_of(spec, runs, value_of(runs, "pace", lambda: measure(spec, runs)))):
+            sys.exit(status)
+        found = collect(spec, runs)
+        for name, table in spec["tables"].items():
+            folders = [str(runs / f"{arm}-{seed}") for arm in table["arms"] for seed in range(table["seeds"])]
+            report.main([*folders, "--out", str(runs / f"{name}.html")])
+        text = page(spec, found)
+        for results, shown in ((runs / "study.json", runs / "study.md"), (RESULTS, PAGE))[:2 - args.quick]:
+            write_text(results, as_text(found))
+            write_text(shown, text)
+        print(text.partition("\n## Commands")[0])
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
