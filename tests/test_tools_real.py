@@ -191,7 +191,8 @@ def test_a_killed_run_stops_its_jobs_and_the_same_command_ends_with_the_table(fi
     assert found["steps"]["imitation"] == 4 and found["steps"]["grpo-1"] == 3
     assert found["steps"]["control-2"] >= 1
     assert set(found["scores"]) == {"base", "base_example", "imitation", "control-1", "control-2", "grpo-1",
-                                    "grpo-2", "control, mean", "grpo, mean"}
+                                    "grpo-2", "control, mean", "grpo, mean", "grpo, mean, less imitation",
+                                    "grpo, mean, less control, mean"}
     assert (runs / "report.html").exists()
     assert found["rate"] in real.TRIALS and said.out.count("MISSED") == 4
     sittings = read_json(runs / "sittings.json").values()

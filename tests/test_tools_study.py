@@ -158,7 +158,8 @@ def test_findings_are_of_arms_of_their_table_and_the_first_arm_of_a_chain_has_it
 
 
 def test_a_job_waits_for_the_run_that_it_starts_from_and_takes_its_share_of_time():
-    made = study.jobs_of(SPEC, Path("runs"), {"grpo": [10.0, 30.0], "sft": [1.0, 30.0]})
+    pace = {"grpo": {"time/step_s": 10, "time/eval_s": 30}, "sft": {"time/step_s": 1, "time/eval_s": 30}}
+    made = study.jobs_of(SPEC, Path("runs"), pace)
     assert made["right_then_rl-2"].needs == {"right_first-2"} and not made["rl-0"].needs
     assert made["rl-0"].minutes == made["group_16-0"].minutes == 7 and made["calls_first-4"].minutes == 1.3
     assert list(made)[0] == "rl-0" and list(made)[-1].endswith("-4"), "seed by seed"

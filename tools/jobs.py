@@ -11,6 +11,7 @@ A job that is a run of train.py has its run folder there under its name, and res
 
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -18,12 +19,12 @@ import time
 import traceback
 from collections import namedtuple
 from pathlib import Path
-from statistics import mean
 
 import torch
-import yaml
 
+import train
 from runtime.files import lock, read_json, write_json, write_text
+from runtime.signals import Signals
 
 AT_ONCE = 2
 WATCH_S, NOTE_S = 1, 60  # how often a job looks whether its parent lives; how often progress is printed
@@ -33,33 +34,35 @@ Job = namedtuple("Job", "needs minutes run")
 
 
 def minutes_together(jobs, done=()):
-    """Minutes until all jobs are done, each started as `work` does."""
-    done, ends, now = set(done), {}, 0.0
-    while not jobs.keys() <= done:
-        ready = [name for name in jobs if name not in {*done, *ends} and jobs[name].needs <= done]
-        ends |= {name: now + jobs[name].minutes for name in ready[:AT_ONCE - len(ends)]}
-        first = min(ends, key=ends.get)
-        now = ends.pop(first)
-        done.add(first)
-    return now
+    """Minutes until all jobs are done, each started in turn when its needs are."""
+    ends, lanes = dict.fromkeys(done, 0.0), [0.0] * AT_ONCE
+    for name in [name for name in jobs if name not in ends]:
+        lane = lanes.index(min(lanes))
+        begins = max([lanes[lane], *(ends[other] for other in jobs[name].needs)])
+        ends[name] = lanes[lane] = begins + jobs[name].minutes
+    return max(lanes)
 
 
 def rows_of(run, metric="time/step_s"):
     """The rows of metrics.jsonl that have this metric, by default those of steps; [] before the first."""
     file = Path(run) / "metrics.jsonl"
-    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}") and f'"{metric}"' in line]
+    lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []  # whole ones
+    return [row for row in map(json.loads, lines) if metric in row]
 
 
-def progress(run):
-    """A bar of a run's steps, its latest mean reward or loss, and the minutes that are left."""
-    if not (rows := rows_of(run)):
-        return f"{run.name:<20} at work"
-    steps, last = yaml.safe_load((run / "config.yaml").read_text())["train"]["steps"], rows[-20:]
-    what = "reward/mean" if "reward/mean" in last[0] else "loss"
-    left = (steps - len(rows)) * mean(row["time/step_s"] for row in last) / 60
-    return (f"{run.name:<20} [{'#' * (20 * len(rows) // steps):<20}] {len(rows)}/{steps}  {what} "
-            f"{mean(row[what] for row in last):.3f}  {left:.0f} minutes left")
+def pace_of(c):
+    """Seconds of the last step and evaluation of a short run with the Config `c`, by metric."""
+    train.train(c)
+    rows = rows_of(c.out)[-1] | rows_of(c.out, "time/eval_s")[-1]
+    return {name: value for name, value in rows.items() if name.startswith("time/")}
+
+
+def progress(folder, name):
+    """A bar of a run's steps, and what train.py printed last of them."""
+    text = (folder / f"logs/{name}.txt").read_text(encoding="utf-8", errors="replace")
+    *_, last = None, *re.finditer(r"^step +(\d+)/(\d+) .*", text, re.MULTILINE)
+    bar = "#" * (20 * int(last[1]) // int(last[2])) if last else ""
+    return f"{name:<20} [{bar:<20}] {last[0] if last else 'at work'}"
 
 
 def start(folder, name, run):
@@ -108,18 +111,22 @@ def work(folder, jobs):
     """Do the jobs that are not done. Returns 0, 1 if one failed, 128 + the number of a signal."""
     (folder / "done").mkdir(parents=True, exist_ok=True)
     done, running, asked = {file.name for file in (folder / "done").iterdir()}, {}, set()
-    signals, failed, spent, began, noted = [], [], {}, time.time(), time.time()
+    failed, spent, began, noted = [], {}, time.time(), time.time()
     before = {name: len(rows_of(folder / name)) for name in jobs}
     print(f"{len(jobs.keys() - done)} jobs left, about {minutes_together(jobs, done) / 60:.1f} hours, "
           f"{AT_ONCE} at a time", flush=True)
-    with lock(folder):  # forked jobs inherit it: none of an earlier call is at work
-        handlers = {number: signal.signal(number, lambda number, _: signals.append(number))
-                    for number in (signal.SIGINT, signal.SIGTERM)}
-        while running or not (jobs.keys() <= done or signals or failed):
-            for name, job in () if signals or failed else jobs.items():
+    # Forked jobs inherit the lock, so that none of an earlier call is at work.
+    with lock(folder), Signals() as signals:
+        signals.catch()
+        while running or not (jobs.keys() <= done or signals.received() or failed):
+            stops = signals.received() or failed
+            for name, job in () if stops else jobs.items():
                 if len(running) < AT_ONCE and job.needs <= done and name not in {*done, *running}:
                     print(f"{name}: about {job.minutes:.0f} minutes; {folder}/logs/{name}.txt", flush=True)
                     running[name] = start(folder, name, job.run), time.time()
+            for name in running.keys() - asked if stops else ():
+                asked.add(name)  # once: a run that is asked again ends without saving
+                os.kill(running[name][0], signal.SIGTERM)
             for name, (pid, since) in list(running.items()):
                 ended, status, usage = os.wait4(pid, os.WNOHANG)
                 if ended:
@@ -129,27 +136,22 @@ def work(folder, jobs):
                     if not status:
                         done.add(name)
                         write_text(folder / "done" / name, "")
-                    elif not signals:
+                    elif not signals.received():
                         failed.append(name)
                     print(f"{name}: {'not finished' if status else 'done'}", flush=True)
-            for name in running.keys() - asked if signals or failed else ():
-                asked.add(name)  # once: a run that is asked again ends without saving
-                os.kill(running[name][0], signal.SIGTERM)
             if time.time() - noted > NOTE_S:
                 noted = time.time()
                 note_sitting(folder, began, before, spent)
-                print(*(progress(folder / name) for name in running), sep="\n", flush=True)
+                print(*(progress(folder, name) for name in running), sep="\n", flush=True)
             time.sleep(0.05)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
     if failed:
         print(f"{failed[0]} failed, see its log; the same command resumes", file=sys.stderr)
-    return 128 + signals[0] if signals else int(bool(failed))
+    return 128 + signals.number if signals.number else int(bool(failed))
 
 
 def note_sitting(folder, began, before, spent):
     file, when = folder / "sittings.json", time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(began))
     steps = {name: [first, len(rows_of(folder / name))] for name, first in before.items()}
+    steps = {name: span for name, span in steps.items() if span[0] < span[1]}
     write_json(file, (read_json(file) if file.exists() else {}) | {
-        when: {"hours": (time.time() - began) / 3600, "spent": spent,
-               "steps": {name: span for name, span in steps.items() if span[0] < span[1]}}})
+        when: {"hours": (time.time() - began) / 3600, "steps": steps, "spent": spent}})

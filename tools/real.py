@@ -14,8 +14,8 @@ tools/real_data.py prepares. run prints how long these jobs (tools/jobs.py) will
     eval-NAME       held-out examples, samples and BFCL; of the base also with an example in its prompt
 
 Differences are paired: the mean d over entries of the difference of right (0 or 1, a mean over seeds), ± 1.96
-s / sqrt(n), stratified where a score is a mean of categories. That leaves out the variance between seeds, so
-each seed has its own row.
+s / √n, stratified where a score is a mean of categories. The variance between seeds is not in it, but each
+seed has its own row.
 """
 
 import argparse
@@ -35,10 +35,8 @@ from data import Chat, read_jsonl  # noqa: E402
 from runtime.files import read_json, write_json, write_text  # noqa: E402
 from tools import report  # noqa: E402
 from tools.demo import newest_checkpoint  # noqa: E402
-from tools.jobs import Job, minutes_together, rows_of, value_of, work  # noqa: E402
-from tools.real_data import SIZES, WEIGHTS, prepare  # noqa: E402
-
-ROOT = Path(__file__).resolve().parent.parent
+from tools.jobs import Job, minutes_together, pace_of, rows_of, value_of, work  # noqa: E402
+from tools.real_data import SIZES, prepare  # noqa: E402
 
 # ---- the plan
 SEEDS, TRIALS, TRIAL_STEPS, CONTROL_LR = (1, 2), (2e-5, 4e-5, 8e-5), 12, 2e-4
@@ -54,18 +52,16 @@ def measure(plan):
     """Seconds here of a step of imitation ("sft"), a batch of rollouts, an update and a greedy reply: of the
     second step of short runs. The base does not end its replies, so they are cut at the mean length of right
     ones; they earn nothing, so a KL penalty, which real steps lack, makes an update of them."""
-    chat, runs = Chat(plan["model"], plan["prompt"]), Path(plan["runs"])
+    chat = Chat(plan["model"], plan["prompt"])
     examples = read_jsonl(Path(plan["data"]) / "heldout.jsonl")[:64]
     tokens = round(mean(len(chat.encode_reply(example)) for example in examples))
-    for stage in ("sft", "grpo"):
-        train.train(config_of(plan, f"real_{stage}", f"pace-{stage}", plan["model"], "--train.steps=2",
-                              "--checkpoint.every=2", "--eval.examples=16", "--eval.every=null",
-                              f"--rollout.max_new_tokens={tokens}", f"--eval.max_new_tokens={tokens}",
-                              "--rollout.refill=0", "--grpo.kl_coef=1e-3"))
-    sft, grpo, replies = rows_of(runs / "pace-sft")[-1], *(
-        rows_of(runs / "pace-grpo", f"time/{what}_s")[-1] for what in ("step", "eval"))
-    return {"sft": sft["time/step_s"], "rollout": grpo["time/rollout_s"], "update": grpo["time/update_s"],
-            "reply": replies["time/eval_s"] / 16}
+    sft, grpo = (pace_of(config_of(
+        plan, f"real_{stage}", f"pace-{stage}", plan["model"], "--train.steps=2", "--checkpoint.every=2",
+        "--eval.examples=16", "--eval.every=null", f"--rollout.max_new_tokens={tokens}",
+        f"--eval.max_new_tokens={tokens}", "--rollout.refill=0", "--grpo.kl_coef=1e-3"))
+        for stage in ("sft", "grpo"))
+    return {"sft": round(sft["time/step_s"], 3), "rollout": round(grpo["time/rollout_s"], 3),
+            "update": round(grpo["time/update_s"], 3), "reply": round(grpo["time/eval_s"] / 16, 3)}
 
 
 def plan_steps(plan, hours):
@@ -73,21 +69,18 @@ def plan_steps(plan, hours):
     of steps takes more than `hours` of two cores."""
     pace = plan["pace"]
     sft, grpo = pace["sft"], DRAWN * pace["rollout"] + pace["update"]
-    replies = SIZES["heldout"] + 9 * SIZES["sampled"] + 700 * bool(plan["bfcl"])  # BFCL's 354 are longer
     plan["every"] = {stage: max(1, round(60 * CHECKPOINT_MINUTES / step))
                      for stage, step in (("sft", sft), ("grpo", grpo))}
     imitation = max(1, round(60 * IMITATION_MINUTES / sft))
+    replies = SIZES["heldout"] + 9 * SIZES["sampled"] + 700 * bool(plan["bfcl"])  # BFCL's 354 are longer
     for steps in range(GRPO_STEPS[1], GRPO_STEPS[0] - 1, -1):
+        plan["steps"] = {"imitation": imitation, "trial": TRIAL_STEPS, "grpo": steps}
         seconds = {"imitation": imitation * sft, "trial": TRIAL_STEPS * grpo, "grpo": steps * grpo,
                    "control": steps * grpo, "eval": replies * pace["reply"]}
-        plan |= {"steps": {"imitation": imitation, "trial": TRIAL_STEPS, "grpo": steps},
-                 "minutes": {kind: value / 60 for kind, value in seconds.items()}}
-        jobs = jobs_of(plan)
-        if (total := minutes_together(jobs) / 60) <= hours:
+        plan["minutes"] = {kind: round(each / 60, 1) for kind, each in seconds.items()}
+        if (total := minutes_together(jobs_of(plan)) / 60) <= hours:
             break
-    print(f"seconds here: {', '.join(f'{name} {value:.2f}' for name, value in pace.items())}\n"
-          f"steps: {plan['steps']}\n"
-          f"minutes: {', '.join(f'{name} {job.minutes:.0f}' for name, job in jobs.items())}\n"
+    print(f"seconds here: {pace}\nsteps: {plan['steps']}\nminutes of a job: {plan['minutes']}\n"
           f"in all {total:.1f} hours of two cores, at most {hours:g}", flush=True)
     if total > hours:
         raise ValueError(f"{steps} steps of GRPO take {total:.1f} hours in all; allow them with --hours")
@@ -95,17 +88,22 @@ def plan_steps(plan, hours):
 
 def jobs_of(plan):
     """{name: Job} of a plan, in the order in which they start."""
-    def job(name, *needs):
-        do = eval_job if name.startswith("eval") else train_job
-        return Job({*needs}, plan["minutes"][name.partition("-")[0]], lambda: do(plan, name))
+    jobs, trials = {}, [f"trial-{lr:g}" for lr in TRIALS]
 
-    trials = [f"trial-{lr:g}" for lr in TRIALS]
-    jobs = {"imitation": job("imitation")} | {name: job(name) for name in ("eval-base", "eval-base_example")}
-    jobs |= {name: job(name, "imitation") for name in trials}
-    jobs |= {f"grpo-{seed}": job(f"grpo-{seed}", *trials) for seed in SEEDS}
-    jobs |= {f"control-{seed}": job(f"control-{seed}", f"grpo-{seed}") for seed in SEEDS}
-    models = ["imitation", *(f"{kind}-{seed}" for kind in ("grpo", "control") for seed in SEEDS)]
-    return jobs | {f"eval-{name}": job(f"eval-{name}", name) for name in models}
+    def add(name, *needs):
+        do = eval_job if name.startswith("eval") else train_job
+        jobs[name] = Job({*needs}, plan["minutes"][name.partition("-")[0]], lambda: do(plan, name))
+
+    for name in ("imitation", "eval-base", "eval-base_example"):
+        add(name)
+    for name in trials:
+        add(name, "imitation")
+    for kind in ("grpo", "control"):
+        for seed in SEEDS:
+            add(f"{kind}-{seed}", *(trials if kind == "grpo" else [f"grpo-{seed}"]))
+    for name in [name for name in jobs if name.startswith(("imitation", "grpo", "control"))]:
+        add(f"eval-{name}", name)
+    return jobs
 
 
 # ---- jobs
@@ -113,7 +111,7 @@ def config_of(plan, preset, name, model, *settings):
     """The Config of a run: a preset, the paths of the plan, further settings."""
     data = Path(plan["data"])
     return train.load_config([
-        str(ROOT / f"configs/{preset}.yaml"), f"--out={Path(plan['runs']) / name}", f"--model.path={model}",
+        f"configs/{preset}.yaml", f"--out={Path(plan['runs']) / name}", f"--model.path={model}",
         f"--data.train={data / 'further.jsonl'}", f"--data.heldout={data / 'heldout.jsonl'}",
         f"--data.system_prompt={plan['prompt']}", *settings, *plan["extra"]])
 
@@ -166,8 +164,7 @@ def eval_job(plan, name):
     counts = bfcl.categories(plan["bfcl"])
     chosen, live = list(counts)[:7], list(counts)[7:]
     known = bfcl.load(plan["bfcl"], chosen)
-    entries = [entry for category in chosen
-               for entry in [entry for entry in known if entry.category == category][::BFCL_EVERY]]
+    entries = [e for name in chosen for e in [e for e in known if e.category == name][::BFCL_EVERY]]
     args = argparse.Namespace(model=model, data=plan["bfcl"], system_prompt=prompt, bench="bfcl",
                               paper_prompt=False, max_new_tokens=BFCL_TOKENS, batch_size=64, kernel="auto",
                               export_official=None)
@@ -215,17 +212,15 @@ def results(plan):
                          for category, weight in weights.items()])
 
     seeds = {kind: [f"{kind}-{seed}" for seed in SEEDS] for kind in ("control", "grpo")}
-    rows = {name: [name] for name in ("base", "base_example", "imitation", *seeds["control"], *seeds["grpo"])}
-    rows |= {f"{kind}, mean": names for kind, names in seeds.items()}
-    scores = {row: {label: score(label, names) for label in labels} for row, names in rows.items()}
-    gains = {row: {label: score(label, seeds["grpo"], rows[row]) for label in labels}
-             for row in ("imitation", "control, mean")}
-    text = [f"| percent ± half a 95 % interval | {' | '.join(labels)} |", "|---" * (len(labels) + 1) + "|"]
-    text += [f"| {row} | {' | '.join(f'{x:.1f} ± {half:.1f}' for x, half in cells.values())} |"
-             for row, cells in (scores | {f"grpo, mean, less {row}": gains[row] for row in gains}).items()]
-    text.append("")
+    rows = {name: [[name]] for name in ("base", "base_example", "imitation", *sum(seeds.values(), []))}
+    rows |= {f"{kind}, mean": [names] for kind, names in seeds.items()}
+    rows |= {f"grpo, mean, less {row}": [seeds["grpo"], *rows[row]] for row in ("imitation", "control, mean")}
+    scores = {row: {label: score(label, *names) for label in labels} for row, names in rows.items()}
+    text = [f"| percent ± half a 95 % interval | {' | '.join(labels)} |", "|---" * (len(labels) + 1) + "|",
+            *(f"| {row} | {' | '.join(f'{x:.1f} ± {half:.1f}' for x, half in cells.values())} |"
+              for row, cells in scores.items()), ""]
     for row, label, bar in BARS if "bfcl" in found["base"] else BARS[::2]:
-        gain = gains[row][label][0]
+        gain = scores[f"grpo, mean, less {row}"][label][0]
         text.append(f"{'reached' if gain > 0 and gain >= bar else 'MISSED'}: GRPO {gain:+.1f} points above "
                     f"{row} on {label}, asked for {bar or 'more than 0'}")
     mistakes = {name: Counter(next((kind for mark, kind in KINDS if mark in reply["error"]), "the format")
@@ -235,7 +230,7 @@ def results(plan):
     report.main([*(str(runs / name) for name in names), "--out", str(runs / "report.html")])
     both = zip(found["imitation"]["heldout"], found[seeds["grpo"][0]]["heldout"], strict=True)
     write_json(runs / "results.json", {
-        "scores": scores, "gains": gains, "mistakes": mistakes, "rate": best_rate(runs), "plan": plan,
+        "scores": scores, "mistakes": mistakes, "rate": best_rate(runs), "plan": plan,
         "steps": {name: len(rows_of(runs / name)) for name in names},
         "processor_hours": {name: processor_s(runs, name) / 3600 for name in names},
         "changed": [{"query": x["query"], "answer": x["answer"], "imitation": x["reply"], "grpo": y["reply"],
@@ -284,9 +279,7 @@ def main(argv=None):
     try:
         if args.command == "run":
             sys.exit(run(args, extra))
-        pairs = [file.partition("=") for file in args.files]
-        prepare(args.out, args.model, {file: float(weight or WEIGHTS.get(Path(file).stem, 1))
-                                       for file, _, weight in pairs})
+        prepare(args.out, args.model, args.files)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -8,6 +8,7 @@ conversations are held out.
 import json
 import random
 import re
+import time
 from collections import Counter
 from dataclasses import replace
 from hashlib import sha256
@@ -85,12 +86,14 @@ def shown(example, strangers, is_irrelevant, chat, rng):
 
 
 def prepare(out, model, given, seed=0):
-    """Write the files of SIZES and two system prompts into the folder `out`. given: {file: weight}.
+    """Write the files of SIZES and two system prompts into the folder `out`. given: texts FILE[=WEIGHT].
 
     Sources that are too small for their share leave it to the others. ValueError for unreadable files, and
     where `out` was made from other files or with other numbers.
     """
-    asked = {"seed": seed, "sizes": SIZES, "weights": {str(file): weight for file, weight in given.items()},
+    given = {file: float(weight or WEIGHTS.get(Path(file).stem, 1))
+             for file, _, weight in (text.partition("=") for text in given)}
+    asked = {"seed": seed, "sizes": SIZES, "weights": given,
              "files": [sha256(Path(file).read_bytes()).hexdigest() for file in given]}
     if (out / "report.json").exists():
         if read_json(out / "report.json")["asked"] != asked:
@@ -101,6 +104,7 @@ def prepare(out, model, given, seed=0):
     write_text(out / "prompt.txt", prompt)
     chat, rng, made = Chat(model, out / "prompt.txt"), random.Random(seed), []
     sources, total = {file: read_source(file) for file in given}, sum(SIZES.values()) - SIZES["sampled"]
+    began = time.monotonic()
     order = sorted(given, key=lambda file: len(sources[file]) / given[file])  # scarce ones first
     for place, file in enumerate(order):
         quota = round((total - len(made)) * given[file] / sum(given[other] for other in order[place:]))
@@ -113,6 +117,9 @@ def prepare(out, model, given, seed=0):
                 if example := shown(example, strangers, empty < IRRELEVANT * (kept + 1), chat, rng):
                     made.append(replace(example, id=f"{example.id}/{copy}"))
                     kept, empty = kept + 1, empty + (not example.answer)
+                    if len(made) == 100:
+                        left = (total / 100 - 1) * (time.monotonic() - began) / 60
+                        print(f"making {total} examples: about {left:.0f} minutes", flush=True)
                 if len(made) == full:
                     break
     rng.shuffle(made)
@@ -135,12 +142,11 @@ def prepare(out, model, given, seed=0):
     for name, examples in files.items():
         write_jsonl(out / f"{name}.jsonl", examples)
         read_jsonl(out / f"{name}.jsonl")  # which refuses what train.py would refuse
-        counts[name] = {
-            "examples": len(examples), "prompt_tokens": mean(len(chat.encode_prompt(e)) for e in examples),
-            "reply_tokens": mean(len(chat.encode_reply(e)) for e in examples),
-            "calls": Counter(len(e.answer) for e in examples),
-            "tools": Counter(len(e.tools) for e in examples),
-            "sources": Counter(e.source for e in examples)}
+        means = [mean(len(encode(e)) for e in examples) for encode in (chat.encode_prompt, chat.encode_reply)]
+        counts[name] = {"examples": len(examples), "prompt_tokens": means[0], "reply_tokens": means[1],
+                        "calls": Counter(len(e.answer) for e in examples),
+                        "tools": Counter(len(e.tools) for e in examples),
+                        "sources": Counter(e.source for e in examples)}
         print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in counts[name].items()), flush=True)
     example = next(e for e in files["imitation"] if len(e.answer) == 1)
     shot = (f"Example: tools {', '.join(tool['name'] for tool in example.tools)}; request "

@@ -4,7 +4,7 @@ In:  configs/study.yaml, which fixes arms, steps and seeds; the presets of the d
 for each arm and seed and a page of tools/report.py for each table; tools/results/study.json, docs/study.md.
 
     python tools/study.py RUNS [--quick]    --quick: less, as study.yaml says; the results stay in RUNS/quick
-    python tools/study.py --page            docs/study.md from tools/results/study.json
+    python tools/study.py                   docs/study.md from tools/results/study.json
 
 Runs are jobs of tools/jobs.py: given again, the command resumes between and inside runs. Accuracies are
 percentages of held-out queries whose greedy reply earns the binary reward, whatever the reward of an arm.
@@ -36,7 +36,7 @@ from runtime.files import read_json, write_text  # noqa: E402
 from runtime.run_folder import read_evaluations  # noqa: E402
 from tools import report  # noqa: E402
 from tools.demo import interval, minutes, t_95  # noqa: E402
-from tools.jobs import Job, rows_of, value_of, work  # noqa: E402
+from tools.jobs import Job, pace_of, value_of, work  # noqa: E402
 from tools.make_base import lazy  # noqa: E402
 from tools.synthetic import HELDOUT, synthetic  # noqa: E402
 
@@ -93,13 +93,10 @@ def words(spec, arm, seed, runs, **more):
 
 
 def measure(spec, runs):
-    """{stage: [seconds of a step, seconds of an evaluation]} here, of the second of two steps."""
-    pace = {}
-    for arm, stage in (("rl", "grpo"), ("right", "sft")):
-        out = f"{runs}/pace-{stage}"
-        train.train(train.load_config(words(spec, arm, 0, runs, **{"out": out, "train.steps": 2})))
-        pace[stage] = [rows_of(out, f"time/{what}_s")[-1][f"time/{what}_s"] for what in ("step", "eval")]
-    return pace
+    """{stage: seconds of a step and of an evaluation} here, of the second of two steps."""
+    return {stage: pace_of(train.load_config(words(
+        spec, arm, 0, runs, **{"out": f"{runs}/pace-{stage}", "train.steps": 2})))
+        for arm, stage in (("rl", "grpo"), ("right", "sft"))}
 
 
 def jobs_of(spec, runs, pace):
@@ -110,10 +107,9 @@ def jobs_of(spec, runs, pace):
     jobs, usual = {}, train.load_config(words(spec, "rl", 0, runs))
     for run, (arm, seed) in spec["runs"].items():
         c, start = train.load_config(words(spec, arm, seed, runs)), spec["arms"][arm].get("from")
-        step_s, eval_s = pace[c.stage]
-        step_s *= replies(c) / replies(usual) if c.stage == "grpo" else 1
-        jobs[run] = Job({f"{start}-{seed}"} if start else set(), (c.train.steps * step_s + 2 * eval_s) / 60,
-                        lambda c=c: train.train(c))
+        scale = replies(c) / replies(usual) if c.stage == "grpo" else 1
+        seconds = c.train.steps * scale * pace[c.stage]["time/step_s"] + 2 * pace[c.stage]["time/eval_s"]
+        jobs[run] = Job({f"{start}-{seed}"} if start else set(), seconds / 60, lambda c=c: train.train(c))
     return jobs
 
 
@@ -229,15 +225,12 @@ def page(spec, found):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("runs", type=Path, nargs="?", help="folder of the runs, outside the checkout")
+    parser.add_argument("runs", type=Path, nargs="?", help="their folder; without it, the page is written")
     parser.add_argument("--quick", action="store_true", help="less, as `quick` in study.yaml says")
-    parser.add_argument("--page", action="store_true", help="write docs/study.md again")
     args = parser.parse_args(argv)
     spec = read_spec(args.quick)
-    if args.page:
-        return write_text(PAGE, page(spec, read_json(RESULTS) if RESULTS.exists() else {}))
     if not args.runs:
-        parser.error("name the folder of the runs")
+        return write_text(PAGE, page(spec, read_json(RESULTS) if RESULTS.exists() else {}))
     try:
         runs = args.runs / "quick" if args.quick else args.runs
         if not (runs / "data/heldout.jsonl").exists():
