@@ -10,7 +10,7 @@ import torch
 
 from runtime.files import read_json
 from tools import jobs
-from tools.jobs import Job, minutes_together, value_of, work
+from tools.jobs import Job, minutes_together, work
 
 
 @pytest.fixture(autouse=True)
@@ -96,11 +96,3 @@ def test_jobs_end_with_the_process_that_started_them(tmp_path, number):
             assert time.monotonic() < deadline, "a job outlived the killed process"
             time.sleep(0.01)
     assert "-" not in (tmp_path / "order").read_text()
-
-
-def test_a_value_is_computed_once_in_another_process(tmp_path):
-    found = value_of(tmp_path, "pace", lambda: {"process": os.getpid()})
-    assert found["process"] != os.getpid()
-    assert value_of(tmp_path, "pace", lambda: 1 / 0) == found
-    with pytest.raises(ValueError, match="other failed; see .*other.txt"):
-        value_of(tmp_path, "other", lambda: 1 / 0)

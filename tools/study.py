@@ -32,11 +32,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train  # noqa: E402
 from data import mask_names, write_jsonl  # noqa: E402
 from reward import score  # noqa: E402
-from runtime.files import read_json, write_text  # noqa: E402
+from runtime.files import read_json, write_json, write_text  # noqa: E402
 from runtime.run_folder import read_evaluations  # noqa: E402
 from tools import report  # noqa: E402
 from tools.demo import interval, minutes, t_95  # noqa: E402
-from tools.jobs import Job, pace_of, value_of, work  # noqa: E402
+from tools.jobs import Job, pace_of, work  # noqa: E402
 from tools.make_base import lazy  # noqa: E402
 from tools.synthetic import HELDOUT, synthetic  # noqa: E402
 
@@ -100,15 +100,11 @@ def measure(spec, runs):
 
 
 def jobs_of(spec, runs, pace):
-    """{name: Job} of all runs. A step of GRPO costs by its replies, compared with the arm rl."""
-    def replies(c):
-        return c.rollout.n * c.train.prompts_per_step
-
-    jobs, usual = {}, train.load_config(words(spec, "rl", 0, runs))
+    """{name: Job} of all runs. All arms of GRPO have as many replies a step."""
+    jobs = {}
     for run, (arm, seed) in spec["runs"].items():
         c, start = train.load_config(words(spec, arm, seed, runs)), spec["arms"][arm].get("from")
-        scale = replies(c) / replies(usual) if c.stage == "grpo" else 1
-        seconds = c.train.steps * scale * pace[c.stage]["time/step_s"] + 2 * pace[c.stage]["time/eval_s"]
+        seconds = c.train.steps * pace[c.stage]["time/step_s"] + 2 * pace[c.stage]["time/eval_s"]
         jobs[run] = Job({f"{start}-{seed}"} if start else set(), seconds / 60, lambda c=c: train.train(c))
     return jobs
 
@@ -235,7 +231,9 @@ def main(argv=None):
         runs = args.runs / "quick" if args.quick else args.runs
         if not (runs / "data/heldout.jsonl").exists():
             write_data(spec, runs / "data")
-        if status := work(runs, jobs_of(spec, runs, value_of(runs, "pace", lambda: measure(spec, runs)))):
+        pace = runs / "pace.json"
+        if status := work(runs, {"pace": Job(set(), 2, lambda: write_json(pace, measure(spec, runs)))}) or (
+                work(runs, jobs_of(spec, runs, read_json(pace)))):
             sys.exit(status)
         found = collect(spec, runs)
         for name, table in spec["tables"].items():
