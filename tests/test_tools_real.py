@@ -126,7 +126,7 @@ def test_the_dialogues_of_the_known_sets_are_recognised_by_their_ids():
 
 
 def test_the_plan_takes_as_many_steps_as_the_hours_allow_and_refuses_fewer_than_the_least(small, capsys):
-    plan = {"pace": PACE, "bfcl": None}
+    plan = {"pace": PACE}
     real.plan_steps(plan, 100)
     assert plan["steps"] == {"imitation": 4, "trial": 2, "grpo": 3}
     assert "in all " in capsys.readouterr().out
@@ -207,8 +207,7 @@ def test_a_killed_run_stops_its_jobs_and_the_same_command_ends_with_the_table(fi
 
 def test_a_signal_stops_the_jobs_and_another_plan_is_refused(files, tmp_path, small, capsys, monkeypatch):
     words = command(files, tmp_path)
-    words[words.index("--bfcl"):words.index("--hours=100")] = []
-    monkeypatch.setattr(real, "find_spec", lambda package: None)
+    write_bfcl(tmp_path / "bfcl")
     pid = short_run.start_child(lambda: real.main(words), tmp_path / "log")
     short_run.wait_until_it_prints("eval-base: about", tmp_path / "log")
     os.kill(pid, signal.SIGTERM)
@@ -217,6 +216,10 @@ def test_a_signal_stops_the_jobs_and_another_plan_is_refused(files, tmp_path, sm
     with pytest.raises(SystemExit) as stopped:
         real.main([*words, "--train.lr=1"])
     assert stopped.value.code == 2 and "was planned with another extra" in capsys.readouterr().err
+    monkeypatch.setattr(real, "find_spec", lambda package: None)
+    with pytest.raises(SystemExit) as stopped:
+        real.main([word for word in words if word not in ("--bfcl", str(tmp_path / "bfcl"))])
+    assert stopped.value.code == 2 and "no data of BFCL" in capsys.readouterr().err
 
 
 def test_two_steps_of_imitation_and_grpo_of_the_real_model_on_real_records(real_data, tmp_path, monkeypatch):

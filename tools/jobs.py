@@ -54,7 +54,7 @@ def pace_of(c):
     """Seconds of the last step and evaluation of a short run with the Config `c`, by metric."""
     train.train(c)
     rows = rows_of(c.out)[-1] | rows_of(c.out, "time/eval_s")[-1]
-    return {name: value for name, value in rows.items() if name.startswith("time/")}
+    return {name: round(value, 3) for name, value in rows.items() if name.startswith("time/")}
 
 
 def progress(folder, name):

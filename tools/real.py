@@ -5,7 +5,7 @@ In:  a model folder, files of examples, BFCL's data. Out: a folder of runs that 
     python tools/real.py prepare OUT --model M FILE[=WEIGHT] ...   training and held-out files from any jsonl
     python tools/real.py run RUNS --model M --data OUT [--bfcl DIR] [--train.key=value ...]
 
-tools/real_data.py prepares. run prints how long these jobs (tools/jobs.py) will take, then does them:
+tools/real_data.py prepares. run prints how long its jobs (tools/jobs.py) will take, then does them:
 
     imitation       configs/real_sft.yaml on imitation.jsonl
     trial-RATE      a few steps of GRPO from its weights
@@ -31,7 +31,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import eval as evaluation  # noqa: E402
 import train  # noqa: E402
 from benchmarks import bfcl, tables  # noqa: E402
-from data import Chat, read_jsonl  # noqa: E402
 from runtime.files import read_json, write_json, write_text  # noqa: E402
 from tools import report  # noqa: E402
 from tools.demo import newest_checkpoint  # noqa: E402
@@ -42,6 +41,7 @@ from tools.real_data import SIZES, prepare  # noqa: E402
 SEEDS, TRIALS, TRIAL_STEPS, CONTROL_LR = (1, 2), (2e-5, 4e-5, 8e-5), 12, 2e-4
 IMITATION_MINUTES, CHECKPOINT_MINUTES = 60, 10
 GRPO_STEPS = (100, 200)  # as many as the hours allow, within these bounds
+REPLY_TOKENS = 64  # of a right reply, about the mean
 DRAWN = 2.4  # batches of prompts that a step draws, where half of the groups have spread and refill is 2
 BFCL_EVERY, BFCL_TOKENS = 4, 256
 NONLIVE_AST = {"simple": 1 / 12, "java": 1 / 12, "javascript": 1 / 12, "multiple": 1 / 4, "parallel": 1 / 4,
@@ -50,18 +50,15 @@ NONLIVE_AST = {"simple": 1 / 12, "java": 1 / 12, "javascript": 1 / 12, "multiple
 
 def measure(plan):
     """Seconds here of a step of imitation ("sft"), a batch of rollouts, an update and a greedy reply: of the
-    second step of short runs. The base does not end its replies, so they are cut at the mean length of right
-    ones; they earn nothing, so a KL penalty, which real steps lack, makes an update of them."""
-    chat = Chat(plan["model"], plan["prompt"])
-    examples = read_jsonl(Path(plan["data"]) / "heldout.jsonl")[:64]
-    tokens = round(mean(len(chat.encode_reply(example)) for example in examples))
-    sft, grpo = (pace_of(config_of(
-        plan, f"real_{stage}", f"pace-{stage}", plan["model"], "--train.steps=2", "--checkpoint.every=2",
-        "--eval.examples=16", "--eval.every=null", f"--rollout.max_new_tokens={tokens}",
-        f"--eval.max_new_tokens={tokens}", "--rollout.refill=0", "--grpo.kl_coef=1e-3"))
-        for stage in ("sft", "grpo"))
-    return {"sft": round(sft["time/step_s"], 3), "rollout": round(grpo["time/rollout_s"], 3),
-            "update": round(grpo["time/update_s"], 3), "reply": round(grpo["time/eval_s"] / 16, 3)}
+    second step of short runs. The base does not end its replies, so they are cut; they earn nothing, so a KL
+    penalty, which real steps lack, makes an update of them."""
+    short = ["--train.steps=2", "--checkpoint.every=2", "--rollout.refill=0", "--grpo.kl_coef=1e-3",
+             "--eval.every=null", "--eval.examples=16", f"--rollout.max_new_tokens={REPLY_TOKENS}",
+             f"--eval.max_new_tokens={REPLY_TOKENS}"]
+    sft, grpo = (pace_of(config_of(plan, f"real_{stage}", f"pace-{stage}", plan["model"], *short))
+                 for stage in ("sft", "grpo"))
+    return {"sft": sft["time/step_s"], "rollout": grpo["time/rollout_s"], "update": grpo["time/update_s"],
+            "reply": grpo["time/eval_s"] / 16}
 
 
 def plan_steps(plan, hours):
@@ -72,7 +69,7 @@ def plan_steps(plan, hours):
     plan["every"] = {stage: max(1, round(60 * CHECKPOINT_MINUTES / step))
                      for stage, step in (("sft", sft), ("grpo", grpo))}
     imitation = max(1, round(60 * IMITATION_MINUTES / sft))
-    replies = SIZES["heldout"] + 9 * SIZES["sampled"] + 700 * bool(plan["bfcl"])  # BFCL's 354 are longer
+    replies = SIZES["heldout"] + 9 * SIZES["sampled"] + 700  # BFCL's 354 are longer
     for steps in range(GRPO_STEPS[1], GRPO_STEPS[0] - 1, -1):
         plan["steps"] = {"imitation": imitation, "trial": TRIAL_STEPS, "grpo": steps}
         seconds = {"imitation": imitation * sft, "trial": TRIAL_STEPS * grpo, "grpo": steps * grpo,
@@ -98,9 +95,10 @@ def jobs_of(plan):
         add(name)
     for name in trials:
         add(name, "imitation")
-    for kind in ("grpo", "control"):
-        for seed in SEEDS:
-            add(f"{kind}-{seed}", *(trials if kind == "grpo" else [f"grpo-{seed}"]))
+    for seed in SEEDS:
+        add(f"grpo-{seed}", *trials)
+    for seed in SEEDS:
+        add(f"control-{seed}", f"grpo-{seed}")
     for name in [name for name in jobs if name.startswith(("imitation", "grpo", "control"))]:
         add(f"eval-{name}", name)
     return jobs
@@ -119,10 +117,9 @@ def config_of(plan, preset, name, model, *settings):
 def processor_s(runs, name):
     """Processor seconds of the steps of a run: their time by the clock, times the share of it in which its
     processes had a core."""
-    spent = [sitting["spent"][name] for sitting in read_json(runs / "sittings.json").values()
-             if name in sitting["spent"]]
-    share = sum(cpu for cpu, _ in spent) / sum(clock for _, clock in spent)
-    return share * sum(row["time/step_s"] for row in rows_of(runs / name))
+    sittings = [sitting["spent"] for sitting in read_json(runs / "sittings.json").values()]
+    cpu, clock = map(sum, zip(*(spent[name] for spent in sittings if name in spent), strict=True))
+    return cpu / clock * sum(row["time/step_s"] for row in rows_of(runs / name))
 
 
 def best_rate(runs):
@@ -154,13 +151,10 @@ def eval_job(plan, name):
     model = plan["model"] if name.startswith("base") else str(newest_checkpoint(runs / name))
     prompt = str(data / "prompt_with_example.txt") if name == "base_example" else plan["prompt"]
     tokens, out = config_of(plan, "real_grpo", name, model).eval.max_new_tokens, runs / "eval" / name
-    for part, more in (("heldout", []), ("sampled", ["--samples", "8"])):
+    for part, more in (("heldout", []), ("sampled", ["--samples=8"])):
         if not (out / part / "scores.json").exists():
-            evaluation.main([model, "--bench", "heldout", "--data", str(data / f"{part}.jsonl"), "--out",
-                             str(out / part), "--system_prompt", prompt, "--max_new_tokens", str(tokens),
-                             "--batch_size", "64", *more])
-    if not plan["bfcl"]:
-        return
+            evaluation.main([model, "--bench=heldout", f"--data={data / part}.jsonl", f"--out={out / part}",
+                             f"--system_prompt={prompt}", f"--max_new_tokens={tokens}", *more])
     counts = bfcl.categories(plan["bfcl"])
     chosen, live = list(counts)[:7], list(counts)[7:]
     known = bfcl.load(plan["bfcl"], chosen)
@@ -199,7 +193,6 @@ def results(plan):
     runs = Path(plan["runs"])
     found = {folder.name: {part.name: read_json(part / "scores.json")["replies"] for part in folder.iterdir()}
              for folder in sorted((runs / "eval").iterdir())}
-    labels = [label for label, (part, _, _) in SCORES.items() if part in found["base"]]
 
     def score(label, names, others=()):
         """The mean over `names`, less that over `others`, paired by entry."""
@@ -215,11 +208,11 @@ def results(plan):
     rows = {name: [[name]] for name in ("base", "base_example", "imitation", *sum(seeds.values(), []))}
     rows |= {f"{kind}, mean": [names] for kind, names in seeds.items()}
     rows |= {f"grpo, mean, less {row}": [seeds["grpo"], *rows[row]] for row in ("imitation", "control, mean")}
-    scores = {row: {label: score(label, *names) for label in labels} for row, names in rows.items()}
-    text = [f"| percent ± half a 95 % interval | {' | '.join(labels)} |", "|---" * (len(labels) + 1) + "|",
+    scores = {row: {label: score(label, *names) for label in SCORES} for row, names in rows.items()}
+    text = [f"| percent ± half a 95 % interval | {' | '.join(SCORES)} |", "|---" * (len(SCORES) + 1) + "|",
             *(f"| {row} | {' | '.join(f'{x:.1f} ± {half:.1f}' for x, half in cells.values())} |"
               for row, cells in scores.items()), ""]
-    for row, label, bar in BARS if "bfcl" in found["base"] else BARS[::2]:
+    for row, label, bar in BARS:
         gain = scores[f"grpo, mean, less {row}"][label][0]
         text.append(f"{'reached' if gain > 0 and gain >= bar else 'MISSED'}: GRPO {gain:+.1f} points above "
                     f"{row} on {label}, asked for {bar or 'more than 0'}")
@@ -227,7 +220,7 @@ def results(plan):
                               for reply in parts["heldout"] if not reply["right"])
                 for name, parts in found.items()}
     names = [name for name in jobs_of(plan) if rows_of(runs / name)]
-    report.main([*(str(runs / name) for name in names), "--out", str(runs / "report.html")])
+    report.main([*(str(runs / name) for name in names), f"--out={runs / 'report.html'}"])
     both = zip(found["imitation"]["heldout"], found[seeds["grpo"][0]]["heldout"], strict=True)
     write_json(runs / "results.json", {
         "scores": scores, "mistakes": mistakes, "rate": best_rate(runs), "plan": plan,
@@ -247,7 +240,7 @@ def run(args, extra):
     plan = {"runs": str(args.runs), "model": args.model, "data": str(args.data), "extra": extra,
             "bfcl": args.bfcl or packaged, "prompt": str(args.data / "prompt.txt")}
     if not plan["bfcl"]:
-        print("no data of BFCL, so no scores on it: give --bfcl DIR, or pip install --no-deps bfcl-eval")
+        raise ValueError("no data of BFCL: give --bfcl DIR, or pip install --no-deps bfcl-eval")
     earlier = read_json(file) if file.exists() else {}
     if changed := [key for key in plan if earlier and earlier[key] != plan[key]]:
         raise ValueError(f"{args.runs} was planned with another {', '.join(changed)}; choose another")

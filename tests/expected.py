@@ -1,4 +1,4 @@
-"""What a GPU is expected to reach, beside what it reached: `python tools/expected.py FOLDER`.
+"""What a GPU is expected to reach, beside what it reached: `python tests/expected.py FOLDER`.
 
 In:  the folder into which tools/bench.py wrote one JSON file a benchmark, on a GPU, and the figures of
      tools/results/expected.json, which also says what they are. Out: a table, measured, expected, and the bar
@@ -13,7 +13,8 @@ import argparse
 import json
 from pathlib import Path
 
-FIGURES = json.loads((Path(__file__).parent / "results/expected.json").read_text(encoding="utf-8"))["figures"]
+FILE = Path(__file__).parent.parent / "tools/results/expected.json"
+FIGURES = json.loads(FILE.read_text(encoding="utf-8"))["figures"]
 
 
 def lines_of(folder):
