@@ -192,6 +192,7 @@ def made_up(ours, theirs):
     queries = [f"{split}/single {frame}" for split in study.HELDOUT for frame in "abcdefgh"]
     run = {"minutes": 30.0, "sampled_format": [50, 90.0], "sampled_right": [40, 40.0]}
     return {"queries": queries, "base": "0" * 24, "hardware": "a machine", "git_revision": "1234567890abcdef",
+            "is_fixed": True,
             "runs": {f"{arm}-{seed}": run | {"right": marks} for seed in range(2)
                      for arm, marks in (("rl", ours), ("right", theirs), ("then", theirs))}}
 
@@ -208,9 +209,18 @@ def test_the_sentence_on_a_finding_follows_from_its_interval(toy, ours, theirs, 
 def test_a_page_has_paper_arms_splits_and_what_only_raised_the_format(toy):
     text = page(read_spec(), made_up("2" * 8 + "1" * 8 + "0" * 8, "0" * 24))
     assert "| RL | 83.24 | 100.0 ± 0.0 | 0.0 ± 0.0 | 0.0 ± 0.0 | 33.3 ± 0.0 | 66.7 ± 0.0 |  |" in text
-    assert "6 runs, 3.0 hours of one thread each; a machine; code 1234567890ab." in text
+    assert "6 runs, 3.0 hours of one thread; a machine; code 1234567890ab. " in text
     assert "- RL: format 50, 90; right 40, 40; **only the format rose**" in text
     assert "python train.py configs/demo.yaml --out=RUNS/then-SEED --seed=SEED" in text
+
+
+def test_the_page_says_when_the_arms_were_changed_after_the_first_run(toy, capsys):
+    study.main([str(toy / "runs"), "--quick"])
+    assert "seeds were fixed before the first run" in (toy / "runs/quick/study.md").read_text()
+    with open(study.SPEC, "a") as file:
+        print("# another thought", file=file)
+    study.main([str(toy / "runs"), "--quick"])
+    assert "seeds were **changed after the first run**" in (toy / "runs/quick/study.md").read_text()
 
 
 def test_the_page_is_computed_from_the_results():

@@ -151,7 +151,7 @@ def eval_job(plan, name):
     model = plan["model"] if name.startswith("base") else str(newest_checkpoint(runs / name))
     prompt = str(data / "prompt_with_example.txt") if name == "base_example" else plan["prompt"]
     tokens, out = config_of(plan, "real_grpo", name, model).eval.max_new_tokens, runs / "eval" / name
-    for part, more in (("heldout", []), ("sampled", ["--samples=8"])):
+    for part, more in (("heldout", ["--batch_size=64"]), ("sampled", ["--batch_size=64", "--samples=8"])):
         if not (out / part / "scores.json").exists():
             evaluation.main([model, "--bench=heldout", f"--data={data / part}.jsonl", f"--out={out / part}",
                              f"--system_prompt={prompt}", f"--max_new_tokens={tokens}", *more])

@@ -61,8 +61,8 @@ def read_spec(quick=False):
 
 # ---- runs
 def write_data(spec, folder):
-    """Write the files that arms name by `data`; heldout.jsonl last."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write a copy of study.yaml and the files that arms name by `data`; heldout.jsonl last."""
+    write_text(folder / "study.yaml", SPEC.read_text(encoding="utf-8"))
     n, rng = spec["examples"], random.Random(0)
     pool = synthetic(4 * n, 0, "train")  # half of it are single calls
     single = [example for example in pool if example.source.endswith("/single")][:n]
@@ -135,7 +135,9 @@ def collect(spec, runs):
             "right": "".join(map(verdict, last["replies"])), "minutes": round(minutes(run)[1], 2),
             "sampled_format": [round(100 * mean(v.format_ok for v in step), 1) for step in sampled],
             "sampled_right": [round(100 * mean(v.reward == 1 for v in step), 1) for step in sampled]}
-    return found | {name: (run / f"{name}.txt").read_text().strip() for name in ("hardware", "git_revision")}
+    is_fixed = (runs / "data/study.yaml").read_text(encoding="utf-8") == SPEC.read_text(encoding="utf-8")
+    return found | {"is_fixed": is_fixed} | {
+        name: (run / f"{name}.txt").read_text().strip() for name in ("hardware", "git_revision")}
 
 
 def as_text(found):
@@ -188,23 +190,22 @@ def table_lines(spec, found, table):
     if "samples" in table:
         yield f"\n{table['samples']}\n"
     for arm in table["arms"] if "samples" in table else ():
-        form, right = ([mean(x) for x in zip(*(run[key] for run in runs[arm]), strict=True)]
+        form, right = ([round(mean(x)) for x in zip(*(run[key] for run in runs[arm]), strict=True)]
                        for key in ("sampled_format", "sampled_right"))
-        hacked = form[-1] > form[0] and right[-1] <= right[0]
-        yield (f"- {says[arm]}: format {', '.join(f'{x:.0f}' for x in form)}; right "
-               f"{', '.join(f'{x:.0f}' for x in right)}" + "; **only the format rose**" * hacked)
+        hacked = "; **only the format rose**" * (form[-1] > form[0] and right[-1] <= right[0])
+        yield f"- {says[arm]}: format {', '.join(map(str, form))}; right {', '.join(map(str, right))}{hacked}"
 
 
 def page(spec, found):
     """docs/study.md as text. found: of `collect`, or {} where nothing has run."""
-    lines = ["# The study", "", "<!-- written by tools/study.py -->",
+    lines = ["# The study", "", "<!-- written by tools/study.py, whose head has the formulas -->",
              "The paper's comparisons (arXiv 2505.00024) in the world of the demo, from `assets/tiny`: `make "
-             "study`. Arms, steps", "and seeds were fixed in `configs/study.yaml` before the first run. The "
-             "head of `tools/study.py` has the formulas.", ""]
+             "study`.", "Arms, steps and seeds are those of `configs/study.yaml`.", ""]
     if found:
         hours = sum(run["minutes"] for run in found["runs"].values()) / 60
-        lines.append(f"{len(found['runs'])} runs, {hours:.1f} hours of one thread each; {found['hardware']}; "
-                     f"code {found['git_revision'][:12]}.")
+        when = "fixed before the first run" if found["is_fixed"] else "**changed after the first run**"
+        lines.append(f"{len(found['runs'])} runs, {hours:.1f} hours of one thread; {found['hardware']}; code "
+                     f"{found['git_revision'][:12]}. Arms, steps and seeds were {when}.")
     else:
         lines.append("**It has not been run yet.** These are the comparisons that it will make.")
     for table in spec["tables"].values():
@@ -238,7 +239,7 @@ def main(argv=None):
         found = collect(spec, runs)
         for name, table in spec["tables"].items():
             folders = [str(runs / f"{arm}-{seed}") for arm in table["arms"] for seed in range(table["seeds"])]
-            report.main([*folders, "--out", str(runs / f"{name}.html")])
+            report.main([*folders, f"--out={runs / name}.html"])
         text = page(spec, found)
         for results, shown in ((runs / "study.json", runs / "study.md"), (RESULTS, PAGE))[:2 - args.quick]:
             write_text(results, as_text(found))
