@@ -19,7 +19,7 @@ from tools import real
 from tools import real_data as mixing  # real_data is a fixture
 from tools.synthetic import synthetic
 
-PACE = {"sft": 900.0, "rollout": 60.0, "update": 60.0, "reply": 1.0}  # four steps in an hour
+PACE = {"sft": 900.0, "grpo": 204.0, "reply": 1.0}  # four steps in an hour
 MEASURE = real.measure  # the fixture `small` replaces it
 TOY = ["--data.max_prompt_tokens=900", "--rollout.max_new_tokens=6", "--eval.max_new_tokens=6",
        "--eval.examples=4", "--train.prompts_per_step=2", "--rollout.n=2", "--rollout.refill=0"]
@@ -156,7 +156,7 @@ def test_the_pace_of_every_kind_of_step_is_measured(files, tmp_path, small):
     plan = {"runs": str(tmp_path), "model": str(files / "base"), "data": str(tmp_path / "data"),
             "prompt": str(tmp_path / "data/prompt.txt"), "extra": [*TOY, "--model.precision=fp32"]}
     pace = MEASURE(plan)
-    assert pace.keys() == {"sft", "rollout", "update", "reply"}
+    assert pace.keys() == {"sft", "grpo", "reply"}
     assert min(pace.values()) > 0
 
 
@@ -188,8 +188,9 @@ def test_a_killed_run_stops_its_jobs_and_the_same_command_ends_with_the_table(fi
     assert "\nimitation: about" not in f"\n{said.out}", "what is done is not repeated"
     found = read_json(runs / "results.json")
     assert said.out.endswith((runs / "results.md").read_text())
-    assert found["steps"]["imitation"] == 4 and found["steps"]["grpo-1"] == 3
-    assert found["steps"]["control-2"] >= 1
+    steps = {name: len(real.rows_of(runs / name)) for name in ("imitation", "grpo-1", "control-2")}
+    assert steps["imitation"] == 4 and steps["grpo-1"] == 3 and steps["control-2"] >= 1
+    assert found["processor_hours"].keys() > steps.keys() and min(found["processor_hours"].values()) > 0
     assert set(found["scores"]) == {"base", "base_example", "imitation", "control-1", "control-2", "grpo-1",
                                     "grpo-2", "control, mean", "grpo, mean", "grpo, mean, less imitation",
                                     "grpo, mean, less control, mean"}

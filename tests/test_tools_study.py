@@ -84,7 +84,7 @@ def is_unlocked(folder):
 def test_a_study_killed_between_and_inside_runs_ends_with_the_results_of_an_undisturbed_one(toy, capsys):
     study.main([str(toy / "undisturbed")])
     undisturbed, text = without_minutes(toy / "results.json"), (toy / "page.md").read_text()
-    assert "6 jobs left, about" in capsys.readouterr().out
+    assert "6 jobs left: " in capsys.readouterr().out
     runs = toy / "killed"
     for patch in (lambda: die_after("right-0"), die_inside):
         def start(patch=patch):

@@ -6,7 +6,7 @@ In:  {name: Job} and a folder. Out: what the jobs write, and in the folder
     sittings.json               of each call of `work`, by its beginning: hours, {run: [steps before, steps
                                 now]}, and {job: [processor seconds, seconds]} of the jobs that ended in it
 
-A job that is a run of train.py has its run folder there under its name, and resumes by itself.
+A job that is a run of train.py has its run folder there under its name.
 """
 
 import json
@@ -105,8 +105,7 @@ def work(folder, jobs):
     done, running, asked = {file.name for file in (folder / "done").iterdir()}, {}, set()
     failed, spent, began, noted = [], {}, time.time(), time.time()
     before = {name: len(rows_of(folder / name)) for name in jobs}
-    print(f"{len(jobs.keys() - done)} jobs left, about {minutes_together(jobs, done) / 60:.1f} hours, "
-          f"{AT_ONCE} at a time", flush=True)
+    print(f"{len(jobs.keys() - done)} jobs left: {minutes_together(jobs, done) / 60:.1f} hours", flush=True)
     # Forked jobs inherit the lock, so that none of an earlier call is at work.
     with lock(folder), Signals() as signals:
         signals.catch()
@@ -143,7 +142,7 @@ def work(folder, jobs):
 
 def note_sitting(folder, began, before, spent):
     file, when = folder / "sittings.json", time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(began))
-    steps = {name: [first, len(rows_of(folder / name))] for name, first in before.items()}
-    steps = {name: span for name, span in steps.items() if span[0] < span[1]}
+    now = {name: len(rows_of(folder / name)) for name in before}
+    steps = {name: [before[name], now[name]] for name in before if before[name] < now[name]}
     write_json(file, (read_json(file) if file.exists() else {}) | {
         when: {"hours": (time.time() - began) / 3600, "steps": steps, "spent": spent}})

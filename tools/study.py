@@ -1,7 +1,7 @@
 """The paper's comparisons in the world of the demo: `make study`.
 
 In:  configs/study.yaml, which fixes arms, steps and seeds; the presets of the demo. Out: in RUNS a run folder
-for each arm and seed and a page of tools/report.py for each table; tools/results/study.json, docs/study.md.
+for each arm and seed, a page of tools/report.py for each table; tools/results/study.json, docs/study.md.
 
     python tools/study.py RUNS [--quick]    --quick: less, as study.yaml says; the results stay in RUNS/quick
     python tools/study.py                   docs/study.md from tools/results/study.json
@@ -10,7 +10,7 @@ Runs are jobs of tools/jobs.py: given again, the command resumes between and ins
 percentages of held-out queries whose greedy reply earns the binary reward, whatever the reward of an arm.
 
     of an arm      mean ± t s / √S over its S seeds, with Student's t at 95 %
-    of two arms    the mean difference d, paired by seed and query, ± √(a² + b²): a is t s / √S over seeds;
+    of two arms    mean d of the differences paired by seed and query, ± √(a² + b²): a is t s / √S over seeds,
                    b is over queries, of which only the F frames (tools/synthetic.py) are independent,
                    b = t √(F / (F - 1) Σ_f (Σ_i (d_i - d))²) / n      d_i: query i of frame f, mean over seeds
 """
@@ -135,16 +135,13 @@ def collect(spec, runs):
             "right": "".join(map(verdict, last["replies"])), "minutes": round(minutes(run)[1], 2),
             "sampled_format": [round(100 * mean(v.format_ok for v in step), 1) for step in sampled],
             "sampled_right": [round(100 * mean(v.reward == 1 for v in step), 1) for step in sampled]}
-    is_fixed = (runs / "data/study.yaml").read_text(encoding="utf-8") == SPEC.read_text(encoding="utf-8")
-    return found | {"is_fixed": is_fixed} | {
-        name: (run / f"{name}.txt").read_text().strip() for name in ("hardware", "git_revision")}
+    texts = {name: (run / f"{name}.txt").read_text().strip() for name in ("hardware", "git_revision")}
+    return found | texts | {"is_fixed": (runs / "data/study.yaml").read_bytes() == SPEC.read_bytes()}
 
 
 def as_text(found):
     """JSON, with a line for each run."""
-    runs = ",\n".join(f"{json.dumps(name)}: {json.dumps(run)}" for name, run in found["runs"].items())
-    rest = "".join(f"{json.dumps(key)}: {json.dumps(found[key])},\n" for key in found if key != "runs")
-    return f'{{{rest}"runs": {{\n{runs}\n}}}}\n'
+    return json.dumps(found).replace("}, ", "},\n") + "\n"
 
 
 def percent(found, marks, split, least=RIGHT):
