@@ -41,8 +41,8 @@ def hf_generate(model, prompts, n, max_new_tokens):
 
 def liger_loss():
     """Liger's GRPO loss with the signature of `token_logprobs`. L is a multiple of 1,024, or less than 1,024.
-    It returns no log-probs: its first value is a scalar, and the second is None. The gradient of the scalar is
-    that of the sum of the log-probs, since all advantages are 1 and old log-probs equal the new ones."""
+    It returns no log-probs: its first value is a scalar, and the second is None. The gradient of the scalar
+    is that of the sum of the log-probs, as all advantages are 1 and old log-probs equal the new ones."""
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
     def function(hidden_LD, weight_VD, targets_L, temperature):

@@ -197,7 +197,7 @@ def page(spec, found):
     """docs/study.md as text. found: of `collect`, or {} where nothing has run."""
     lines = ["# The study", "", "<!-- written by tools/study.py, whose head has the formulas -->",
              "The paper's comparisons (arXiv 2505.00024) in the world of the demo, from `assets/tiny`: `make "
-             "study`.", "Arms, steps and seeds are those of `configs/study.yaml`.", ""]
+             "study`.", "`ARGS=--quick` runs less. Arms, steps and seeds: `configs/study.yaml`.", ""]
     if found:
         hours = sum(run["minutes"] for run in found["runs"].values()) / 60
         when = "fixed before the first run" if found["is_fixed"] else "**changed after the first run**"
