@@ -62,16 +62,18 @@ def test_a_job_has_one_thread_its_own_log_and_its_time_in_sittings(tmp_path):
     assert 0 < processor and 0 < clock <= 3600 * sitting["hours"] and sitting["steps"] == {}
 
 
-def test_a_failed_job_stops_the_others_and_is_named(tmp_path, capsys):
+def test_what_does_not_need_a_failed_job_is_done_and_the_failed_one_is_named(tmp_path, capsys):
     def fail():
         raise KeyError("missing")
 
-    waiting = {"a": Job(set(), 1, note(tmp_path, "a", until="never")), "b": Job(set(), 1, fail),
-               "c": Job({"b"}, 1, note(tmp_path, "c"))}
+    waiting = {"a": Job(set(), 1, note(tmp_path, "a")), "b": Job(set(), 1, fail),
+               "c": Job({"b"}, 1, note(tmp_path, "c")), "d": Job({"a"}, 1, note(tmp_path, "d"))}
     assert work(tmp_path, waiting) == 1
-    assert "b failed, see its log" in capsys.readouterr().err
+    assert "failed: b; see " in capsys.readouterr().err
     assert "KeyError: 'missing'" in (tmp_path / "logs/b.txt").read_text()
-    assert not list((tmp_path / "done").iterdir()) and "c" not in (tmp_path / "order").read_text()
+    assert {file.name for file in (tmp_path / "done").iterdir()} == {"a", "d"}
+    assert "c" not in (tmp_path / "order").read_text()
+    assert work(tmp_path, waiting | {"b": Job(set(), 1, note(tmp_path, "b"))}) == 0, "it is tried again"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])

@@ -226,7 +226,6 @@ def test_the_page_says_when_the_arms_were_changed_after_the_first_run(toy, capsy
 def test_the_page_is_computed_from_the_results():
     results = read_json(study.RESULTS) if study.RESULTS.exists() else {}
     assert study.PAGE.read_text(encoding="utf-8") == page(SPEC, results)
-    assert not results or json.loads(study.as_text(results)) == results
 
 
 def test_runs_on_other_queries_are_not_compared(toy):

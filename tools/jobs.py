@@ -99,7 +99,8 @@ def start(folder, name, run):
 
 
 def work(folder, jobs):
-    """Do the jobs that are not done. Returns 0, 1 if one failed, 128 + the number of a signal."""
+    """Do the jobs that are not done, except those that need a failed one. Returns 0, 1 if one failed, 128 +
+    the number of a signal."""
     for name in ("done", "logs"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     done, running, asked = {file.name for file in (folder / "done").iterdir()}, {}, set()
@@ -109,13 +110,15 @@ def work(folder, jobs):
     # Forked jobs inherit the lock, so that none of an earlier call is at work.
     with lock(folder), Signals() as signals:
         signals.catch()
-        while running or not (jobs.keys() <= done or signals.received() or failed):
-            stops = signals.received() or failed
-            for name, job in () if stops else jobs.items():
-                if len(running) < AT_ONCE and job.needs <= done and name not in {*done, *running}:
-                    print(f"{name}: about {job.minutes:.0f} minutes; {folder}/logs/{name}.txt", flush=True)
-                    running[name] = start(folder, name, job.run), time.time()
-            for name in running.keys() - asked if stops else ():
+        while True:
+            waiting = [name for name in jobs if name not in {*done, *running, *failed}
+                       and jobs[name].needs <= done and not signals.received()]
+            if not waiting and not running:
+                break
+            for name in waiting[:AT_ONCE - len(running)]:
+                print(f"{name}: about {jobs[name].minutes:.0f} minutes; {folder}/logs/{name}.txt", flush=True)
+                running[name] = start(folder, name, jobs[name].run), time.time()
+            for name in running.keys() - asked if signals.received() else ():
                 asked.add(name)  # once: a run that is asked again ends without saving
                 os.kill(running[name][0], signal.SIGTERM)
             for name, (pid, since) in list(running.items()):
@@ -127,7 +130,7 @@ def work(folder, jobs):
                     if not status:
                         done.add(name)
                         write_text(folder / "done" / name, "")
-                    elif not signals.received():
+                    else:
                         failed.append(name)
                     print(f"{name}: {'not finished' if status else 'done'}", flush=True)
             if time.time() - noted > NOTE_S:
@@ -135,8 +138,8 @@ def work(folder, jobs):
                 note_sitting(folder, began, before, spent)
                 print(*(progress(folder, name) for name in running), sep="\n", flush=True)
             time.sleep(0.05)
-    if failed:
-        print(f"{failed[0]} failed, see its log; the same command resumes", file=sys.stderr)
+    if failed and not signals.number:
+        print(f"failed: {', '.join(failed)}; see {folder}/logs; the same command resumes", file=sys.stderr)
     return 128 + signals.number if signals.number else int(bool(failed))
 
 

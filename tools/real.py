@@ -33,6 +33,7 @@ import eval as evaluation  # noqa: E402
 import train  # noqa: E402
 from benchmarks import bfcl, tables  # noqa: E402
 from runtime.files import read_json, write_json, write_text  # noqa: E402
+from runtime.ranks import RankError  # noqa: E402
 from tools import report  # noqa: E402
 from tools.demo import newest_checkpoint  # noqa: E402
 from tools.jobs import Job, minutes_together, pace_of, rows_of, work  # noqa: E402
@@ -42,7 +43,6 @@ from tools.real_data import SIZES, prepare  # noqa: E402
 SEEDS, TRIALS, TRIAL_STEPS, CONTROL_LR = (1, 2), (2e-5, 4e-5, 8e-5), 12, 2e-4
 IMITATION_MINUTES, CHECKPOINT_MINUTES = 60, 10
 GRPO_STEPS = (100, 200)  # as many as the hours allow, within these bounds
-REPLY_TOKENS = 64  # of a right reply, about the mean
 DRAWN = 2.4  # batches of prompts that a step draws, where half of the groups have spread and refill is 2
 BFCL_EVERY, BFCL_TOKENS = 4, 256
 NONLIVE_AST = {"simple": 1 / 12, "java": 1 / 12, "javascript": 1 / 12, "multiple": 1 / 4, "parallel": 1 / 4,
@@ -51,11 +51,10 @@ NONLIVE_AST = {"simple": 1 / 12, "java": 1 / 12, "javascript": 1 / 12, "multiple
 
 def measure(plan):
     """Seconds here of a step of imitation ("sft"), of one of GRPO and of a greedy reply, from short runs. The
-    base does not end its replies, so they are cut; they earn nothing, so a KL penalty, which real steps lack,
-    makes an update of them."""
-    short = ["--train.steps=2", "--checkpoint.every=2", "--rollout.refill=0", "--grpo.kl_coef=1e-3",
-             "--eval.every=null", "--eval.examples=16", f"--rollout.max_new_tokens={REPLY_TOKENS}",
-             f"--eval.max_new_tokens={REPLY_TOKENS}"]
+    base does not end its replies, so they are cut at the length of many right ones; they earn nothing, so a
+    KL penalty, which real steps lack, makes an update of them."""
+    short = ["--train.steps=2", "--rollout.refill=0", "--grpo.kl_coef=1e-3", "--eval.examples=16",
+             "--rollout.max_new_tokens=64", "--eval.max_new_tokens=64"]
     sft, grpo = (pace_of(config_of(plan, f"real_{stage}", f"pace-{stage}", plan["model"], *short))
                  for stage in ("sft", "grpo"))
     return {"sft": sft["time/step_s"], "grpo": DRAWN * grpo["time/rollout_s"] + grpo["time/update_s"],
@@ -121,14 +120,13 @@ def processor_s(runs, name):
 
 
 def best_rate(runs):
-    """The rate of TRIALS whose trial had the highest mean reward over its last half."""
-    return max(TRIALS, key=lambda lr: mean(
-        row["reward/mean"] for row in rows_of(runs / f"trial-{lr:g}")[-TRIAL_STEPS // 2:]))
+    """The rate of TRIALS whose trial earned most over its last half, of which a collapsed one lacks steps."""
+    return max(TRIALS, key=lambda lr: sum(
+        row["reward/mean"] for row in rows_of(runs / f"trial-{lr:g}")[TRIAL_STEPS // 2:]))
 
 
 def train_job(plan, name):
-    """A run of train.py. The steps of a control follow from the processor time of its GRPO, so its schedule
-    is known at its start."""
+    """A run of train.py. The steps of a control follow from the processor time of its GRPO."""
     runs, (kind, _, which), steps = Path(plan["runs"]), name.partition("-"), plan["steps"]
     stage = "grpo" if kind in ("trial", "grpo") else "sft"
     if kind == "control":
@@ -139,8 +137,12 @@ def train_job(plan, name):
             "grpo": lambda: [f"--train.lr={best_rate(runs)}", f"--seed={which}"],
             "control": lambda: [f"--train.lr={CONTROL_LR}", f"--seed={which}"]}[kind]()
     start = plan["model"] if kind == "imitation" else newest_checkpoint(runs / "imitation")
-    return train.train(config_of(plan, f"real_{stage}", name, start, f"--train.steps={steps[kind]}",
-                                 f"--checkpoint.every={plan['every'][stage]}", *more))
+    try:
+        return train.train(config_of(plan, f"real_{stage}", name, start, f"--train.steps={steps[kind]}",
+                                     f"--checkpoint.every={plan['every'][stage]}", *more))
+    except RankError as error:  # a rate at which the policy collapses is a result of a trial
+        print(f"error: {error}")
+        return 0 if kind == "trial" else error.status
 
 
 def eval_job(plan, name):
@@ -249,8 +251,7 @@ def run(args, extra):
         plan["pace"] = read_json(pace)
         plan_steps(plan, args.hours)
         write_json(file, plan)
-    status = work(args.runs, jobs_of(plan))
-    if not status:
+    if not (status := work(args.runs, jobs_of(plan))):
         print(results(plan))
     return status
 

@@ -47,12 +47,15 @@ MASKED = 0.67  # share of the examples, as in the paper's code
 
 
 def read_spec(quick=False):
-    """configs/study.yaml, or what --quick takes of it. Adds "runs": {run: (arm, seed)}, seed by seed."""
+    """configs/study.yaml, or what --quick takes of it. Adds "runs": {run: (arm, seed)}, seed by seed, and the
+    steps of each arm."""
     spec = yaml.safe_load(SPEC.read_text(encoding="utf-8"))
     if quick:
         short = spec["quick"]
         spec["tables"] = {name: spec["tables"][name] | {"seeds": short["seeds"]} for name in short["tables"]}
         spec |= {key: short[key] for key in ("steps", "examples", "heldout")}
+    for arm in spec["arms"].values():
+        arm["steps"] = spec["steps"] // (2 if arm["data"].endswith(("_first", "_second")) else 1)
     tables = spec["tables"].values()
     spec["runs"] = {f"{arm}-{seed}": (arm, seed) for seed in range(max(table["seeds"] for table in tables))
                     for table in tables if seed < table["seeds"] for arm in table["arms"]}
@@ -76,27 +79,23 @@ def write_data(spec, folder):
         write_jsonl(folder / f"{name}.jsonl", examples)
 
 
-def steps_of(spec, arm):
-    return spec["steps"] // (2 if spec["arms"][arm]["data"].endswith(("_first", "_second")) else 1)
-
-
-def words(spec, arm, seed, runs, **more):
+def words(spec, arm, seed, runs):
     """The command line of train.py for a run."""
     it = spec["arms"][arm]
     settings = {"out": f"{runs}/{arm}-{seed}", "seed": seed, "data.train": f"{runs}/data/{it['data']}.jsonl",
-                "data.heldout": f"{runs}/data/heldout.jsonl", "train.steps": steps_of(spec, arm),
-                "eval.examples": spec["heldout"], **spec["settings"], **it.get("settings", {}), **more}
+                "data.heldout": f"{runs}/data/heldout.jsonl", "train.steps": it["steps"],
+                "eval.examples": spec["heldout"], **spec["settings"], **it.get("settings", {})}
     if start := it.get("from"):
-        settings["model.path"] = f"{runs}/{start}-{seed}/checkpoints/step_{steps_of(spec, start):06d}"
+        settings["model.path"] = f"{runs}/{start}-{seed}/checkpoints/step_{spec['arms'][start]['steps']:06d}"
     return [PRESETS[it["stage"]], *(f"--{key}={value if isinstance(value, str) else json.dumps(value)}"
                                     for key, value in settings.items())]
 
 
 def measure(spec, runs):
     """{stage: seconds of a step and of an evaluation} here, of the second of two steps."""
-    return {stage: pace_of(train.load_config(words(
-        spec, arm, 0, runs, **{"out": f"{runs}/pace-{stage}", "train.steps": 2})))
-        for arm, stage in (("rl", "grpo"), ("right", "sft"))}
+    return {stage: pace_of(train.load_config([*words(spec, arm, 0, runs), f"--out={runs}/pace-{stage}",
+                                              "--train.steps=2"]))
+            for arm, stage in (("rl", "grpo"), ("right", "sft"))}
 
 
 def jobs_of(spec, runs, pace):
@@ -137,11 +136,6 @@ def collect(spec, runs):
             "sampled_right": [round(100 * mean(v.reward == 1 for v in step), 1) for step in sampled]}
     texts = {name: (run / f"{name}.txt").read_text().strip() for name in ("hardware", "git_revision")}
     return found | texts | {"is_fixed": (runs / "data/study.yaml").read_bytes() == SPEC.read_bytes()}
-
-
-def as_text(found):
-    """JSON, with a line for each run."""
-    return json.dumps(found).replace("}, ", "},\n") + "\n"
 
 
 def percent(found, marks, split, least=RIGHT):
@@ -237,9 +231,9 @@ def main(argv=None):
         for name, table in spec["tables"].items():
             folders = [str(runs / f"{arm}-{seed}") for arm in table["arms"] for seed in range(table["seeds"])]
             report.main([*folders, f"--out={runs / name}.html"])
-        text = page(spec, found)
+        text, numbers = page(spec, found), json.dumps(found).replace("}, ", "},\n") + "\n"  # a line for each run
         for results, shown in ((runs / "study.json", runs / "study.md"), (RESULTS, PAGE))[:2 - args.quick]:
-            write_text(results, as_text(found))
+            write_text(results, numbers)
             write_text(shown, text)
         print(text.partition("\n## Commands")[0])
     except (ValueError, OSError) as error:
