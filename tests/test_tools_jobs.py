@@ -62,6 +62,13 @@ def test_a_job_has_one_thread_its_own_log_and_its_time_in_sittings(tmp_path):
     assert 0 < processor and 0 < clock <= 3600 * sitting["hours"] and sitting["steps"] == {}
 
 
+def test_sittings_of_one_second_are_all_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs.time, "gmtime", lambda began: time.localtime(0))
+    for name in ("a", "b"):
+        assert work(tmp_path, {name: Job(set(), 1, note(tmp_path, name))}) == 0
+    assert [set(each["spent"]) for each in read_json(tmp_path / "sittings.json").values()] == [{"a"}, {"b"}]
+
+
 def test_what_does_not_need_a_failed_job_is_done_and_the_failed_one_is_named(tmp_path, capsys):
     def fail():
         raise KeyError("missing")

@@ -144,7 +144,8 @@ def work(folder, jobs):
 
 
 def note_sitting(folder, began, before, spent):
-    file, when = folder / "sittings.json", time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(began))
+    when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(began)) + f"{began % 1:.6f}"[1:]  # one may be short
+    file = folder / "sittings.json"
     now = {name: len(rows_of(folder / name)) for name in before}
     steps = {name: [before[name], now[name]] for name in before if before[name] < now[name]}
     write_json(file, (read_json(file) if file.exists() else {}) | {

@@ -231,7 +231,7 @@ def main(argv=None):
         for name, table in spec["tables"].items():
             folders = [str(runs / f"{arm}-{seed}") for arm in table["arms"] for seed in range(table["seeds"])]
             report.main([*folders, f"--out={runs / name}.html"])
-        text, numbers = page(spec, found), json.dumps(found).replace("}, ", "},\n") + "\n"  # a line for each run
+        text, numbers = page(spec, found), json.dumps(found).replace("}, ", "},\n") + "\n"  # a line a run
         for results, shown in ((runs / "study.json", runs / "study.md"), (RESULTS, PAGE))[:2 - args.quick]:
             write_text(results, numbers)
             write_text(shown, text)
