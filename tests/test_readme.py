@@ -110,7 +110,8 @@ def test_tables_of_the_demo_are_those_of_the_measured_numbers(demo):
     arms += [[label, *(interval(demo[split][arm]) for split in splits)]
              for arm, (_, _, label) in demo_tool.ARMS.items()]
     arms.append(["**GRPO**", *(interval(demo[split]["grpo"]) for split in splits)])
-    paired = ([a - b for a, b in zip(demo[split]["grpo"], demo[split]["right"], strict=True)] for split in splits)
+    paired = ([a - b for a, b in zip(demo[split]["grpo"], demo[split]["right"], strict=True)]
+              for split in splits)
     arms.append(["GRPO - right replies, same minutes", *(interval(each, "+") for each in paired)])
     arms = [f"| {' | '.join(cells)} |" for cells in arms]
     kinds = []
