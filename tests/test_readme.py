@@ -12,6 +12,7 @@ import torch
 from data import Chat, read_jsonl
 from grpo import group_advantages, grpo_loss, pack
 from reward import score
+from tools import demo as demo_tool
 from tools import plot_demo
 from tools.ask import read_tools
 from tools.synthetic import synthetic
@@ -87,8 +88,8 @@ def test_advantages_pack_and_loss_are_those_of_the_code(section, step):
     assert f"/ {len(logp_L)} = {loss.item():+.4f}" in section
 
 
-def interval(seeds):
-    return f"{statistics.mean(seeds):.1f} ± {T_95 * statistics.stdev(seeds) / 3 ** 0.5:.1f}"
+def interval(seeds, sign=""):
+    return f"{statistics.mean(seeds):{sign}.1f} ± {T_95 * statistics.stdev(seeds) / 3 ** 0.5:.1f}"
 
 
 @pytest.fixture(scope="module")
@@ -104,15 +105,25 @@ def curves():
 
 
 def test_tables_of_the_demo_are_those_of_the_measured_numbers(demo):
-    rows = {}
+    splits = ("values", "paraphrases", "tools", "all")
+    arms = [["base", *(f"{demo[split]['base']:.1f}" for split in splits)]]
+    arms += [[label, *(interval(demo[split][arm]) for split in splits)]
+             for arm, (_, _, label) in demo_tool.ARMS.items()]
+    arms.append(["**GRPO**", *(interval(demo[split]["grpo"]) for split in splits)])
+    paired = ([a - b for a, b in zip(demo[split]["grpo"], demo[split]["right"], strict=True)]
+              for split in splits)
+    arms.append(["GRPO - right replies, same minutes", *(interval(each, "+") for each in paired)])
+    arms = [f"| {' | '.join(cells)} |" for cells in arms]
+    kinds = []
     for name, row in demo.items():
         label = name.replace("_", " ") if "/" in name else f"**{name}**"
-        cells = (label, f"{row['base']:.1f}", interval(row["control"]), interval(row["grpo"]),
+        cells = (label, f"{row['base']:.1f}", interval(row["right"]), interval(row["grpo"]),
+                 f"{row['grpo'][0]:.1f} ± {row['by frame'][0]:.1f}",
                  f"{row['pass@8']['base']:.1f}", f"{row['pass@8']['GRPO']:.1f}")
-        rows[name] = f"| {' | '.join(cells)} |"
-    assert table_of(section_of(RESULTS_PAGE, "The demo"))[2:] == list(rows.values())
-    shortened = [row for name, row in rows.items() if "/" not in name]
-    assert table_of(section_of(README, "make demo"))[2:] == shortened
+        kinds.append(f"| {' | '.join(cells)} |")
+    table = table_of(section_of(RESULTS_PAGE, "The demo"))
+    assert table[2:2 + len(arms)] == arms and table[4 + len(arms):] == kinds
+    assert table_of(section_of(README, "make demo"))[2:] == arms
 
 
 def test_console_output_of_the_demo_ends_with_the_measured_numbers_of_seed_0(demo):
@@ -160,9 +171,9 @@ def test_figure_shows_every_seed_the_last_means_and_the_control(demo, curves):
     figure = plot_demo.draw(demo, curves)
     assert curves["steps"][0] == 0 and plot_demo.y_of(100) == plot_demo.TOP
     for split, label in plot_demo.SPLITS.items():
-        assert len(curves[split]) == len(demo[split]["control"]) == 3
+        assert len(curves[split]) == len(demo[split]["right"]) == 3
         assert f"{label} {statistics.mean(seed[-1] for seed in curves[split]):.1f}</text>" in figure
-        assert f"control {statistics.mean(demo[split]['control']):.1f}</text>" in figure
+        assert f"imitation {statistics.mean(demo[split]['right']):.1f}</text>" in figure
         for seed in curves[split]:
             assert len(seed) == len(curves["steps"]) and f",{plot_demo.y_of(seed[-1])}\"" in figure
 

@@ -42,7 +42,7 @@ def test_steps_rollouts_and_tokens_are_printed(arguments, capsys, tmp_path):
     assert "parameters  {:,}, of them {:,} in the embedding; the head is tied to it".format(*numbers) in out
     assert re.search(r"examples    60 for training, prompts of at most \d+ tokens", out)
     assert "2.5 an epoch, 10 in all" in out and "192 a step, 1,920 in all" in out
-    assert f"at most 36,864 a step, {24 * (512 + 8 * 128) * 10:,} in all" in out
+    assert f"at most 30,720 a step, {24 * (512 + 8 * 96) * 10:,} in all" in out
     assert not (tmp_path / "run").exists()
 
 
