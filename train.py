@@ -352,11 +352,11 @@ def sft_updates(policy, optimizer, prompts_P, replies_P, *, updates, vocab_size,
 
 # ---- optimizer and schedule
 def make_optimizer(model, weight_decay, beta2):
-    """AdamW on the fp32 weights that are trained; weight decay on matrices only."""
+    """AdamW on the fp32 weights that are trained, in one pass; weight decay on matrices only."""
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices, vectors = [p for p in trained if p.dim() >= 2], [p for p in trained if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, betas=(0.9, beta2))
+    return torch.optim.AdamW(groups, betas=(0.9, beta2), fused=True)
 
 
 def learning_rate(step, steps, peak, schedule, warmup, time_share=0.0):

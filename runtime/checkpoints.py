@@ -156,7 +156,7 @@ def read_moments(folder, model, optimizer):
     for name, parameter in model.named_parameters() if slices else ():
         if not parameter.requires_grad:
             continue
-        state = optimizer.state[parameter] = {"step": slices[f"{name}.step"][...]}
+        state = optimizer.state[parameter] = {"step": slices[f"{name}.step"][...].to(parameter.device)}
         for key in ("exp_avg", "exp_avg_sq"):
             state[key] = torch.zeros_like(parameter)
             values, rows = own_rows(state[key])
