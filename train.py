@@ -157,8 +157,7 @@ def setup(c, run):
     """Read the data, join the other ranks, load the models: a Session. Resumes at `run.step`, 0 if new."""
     world_size = ranks.rank_variable("WORLD_SIZE", 1)
     check_fits(c, ranks=world_size)
-    if c.train.threads is not None:
-        torch.set_num_threads(c.train.threads)
+    print(sharding.set_threads(c.train.threads))
     device, bf16 = sharding.choose_device(precision_of_run(run.folder, c.model.precision, read_yaml))
     c = dataclasses.replace(c, model=dataclasses.replace(c.model, precision="bf16" if bf16 else "fp32"))
     kernel = kernel_of_run(c.model.kernel, device)

@@ -1,15 +1,18 @@
-"""Weights over ranks: device and precision, FSDP2 by rows, the full copy for a rollout, peak memory.
+"""Weights over ranks: device, precision and threads, FSDP2 by rows, the full copy for a rollout, peak memory.
 
 Knows a model only as a module with a list `layers`, a `config`, and a constructor that takes the config.
 """
 
 import contextlib
+import os
 import platform
 import re
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
+from runtime.ranks import rank_variable
 
 
 def choose_device(precision="auto"):
@@ -26,6 +29,29 @@ def cpu_has_amx():
     if hasattr(torch.cpu, "get_capabilities"):
         return bool(torch.cpu.get_capabilities().get("amx_bf16"))
     return torch.cpu._is_amx_tile_supported()  # torch 2.11
+
+
+def usable_cores(cgroup="/sys/fs/cgroup"):
+    """CPU cores that this process may use: those of its affinity, at most the whole cores of its container's
+    quota. `cgroup`: where the container sees its cgroup, version 2 or 1."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        with contextlib.suppress(OSError, ValueError):  # there is no such file, or it says "max"
+            quota, period = map(int, " ".join(Path(cgroup, name).read_text() for name in names).split())
+            cores = min(cores, max(1, quota // period)) if quota > 0 else cores
+    return cores
+
+
+def set_threads(threads=None):
+    """Set the CPU threads of this process, and return a line that says so. None: OMP_NUM_THREADS if it is set,
+    else one for each usable core, shared out over the ranks of this node, at most what torch had chosen."""
+    cores, given, key = usable_cores(), os.environ.get("OMP_NUM_THREADS"), "train.threads"
+    if threads or not given:
+        share = max(1, cores // rank_variable("LOCAL_WORLD_SIZE", 1))
+        torch.set_num_threads(threads or min(share, torch.get_num_threads()))
+    else:
+        key = "OMP_NUM_THREADS"
+    return f"CPU: {torch.get_num_threads()} threads of {cores} cores ({key})"
 
 
 def autocast(device, bf16):
