@@ -267,8 +267,7 @@ Qwen2 = Transformer  # an older name
 def sdpa(q_THE, k_SKE, v_SKE, mask_TS=None):
     """Attention of T queries over S keys, each key head shared by Q = H / K query heads: float [T, K, Q, E].
 
-    mask_TS: is added to the scores, 0 where query t sees key s, else -inf; None: causal, with T = S.
-    """
+    mask_TS: is added to the scores, 0 where query t sees key s, else -inf; None: causal, with T = S."""
     # The Q query heads are a batch with the same keys, of which nothing is copied.
     q_QKTE = q_THE.unflatten(1, (k_SKE.shape[1], -1)).permute(2, 1, 0, 3)
     k_QKSE, v_QKSE = (x.transpose(0, 1).expand(len(q_QKTE), -1, -1, -1) for x in (k_SKE, v_SKE))
@@ -289,8 +288,7 @@ def shared_prefix_attention(groups, kernel="auto"):
     causal within itself; a reply sees the whole prompt and, causally, itself, but no other reply. The result
     equals `packed_attention` on prompt + reply for every reply, with the prompt computed once.
     kernel: "reference", the definition below; "fast", FlashAttention; "auto", FlashAttention for bf16 and
-    fp16 on a GPU, else the definition. attend raises ValueError where "fast" cannot run.
-    """
+    fp16 on a GPU, else the definition. attend raises ValueError where "fast" cannot run."""
     lengths = [length for prompt, replies in groups for length in (prompt, *replies)]
     total = sum(lengths)
 
@@ -385,8 +383,7 @@ def save_hf(model, path, max_shard_bytes=5_000_000_000):
     and `load_hf`. Rank 0 writes; sharded parameters are gathered one at a time, adapters merged into them.
 
     More than `max_shard_bytes` of weights become numbered shards with an index; other weights in the folder
-    are removed. ValueError, naming the file, where one cannot be written: the folder is then as before.
-    """
+    are removed. ValueError, naming the file, where one cannot be written: the folder is then as before."""
     tensors = {hf_name(name): tensor for name, tensor in plain_weights(model).items()}
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     config = {**model.config.to_hf(), "torch_dtype": dtype}

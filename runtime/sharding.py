@@ -32,10 +32,10 @@ def cpu_has_amx():
 
 
 def usable_cores(cgroup="/sys/fs/cgroup"):
-    """CPU cores that this process may use: those of its affinity, at most the whole cores of its container's
-    quota. `cgroup`: where the container sees its cgroup, version 2 or 1."""
+    """CPU cores of this process's affinity, at most the whole ones in the quota of its container (cgroup
+    version 2 or 1)."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+    for names in ("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"):
         with contextlib.suppress(OSError, ValueError):  # there is no such file, or it says "max"
             quota, period = map(int, " ".join(Path(cgroup, name).read_text() for name in names).split())
             cores = min(cores, max(1, quota // period)) if quota > 0 else cores
@@ -43,14 +43,13 @@ def usable_cores(cgroup="/sys/fs/cgroup"):
 
 
 def set_threads(threads=None):
-    """Set the CPU threads of this process, and return a line that says so. None: OMP_NUM_THREADS if it is set,
-    else one for each usable core, shared out over the ranks of this node, at most what torch had chosen."""
-    cores, given, key = usable_cores(), os.environ.get("OMP_NUM_THREADS"), "train.threads"
-    if threads or not given:
+    """Set the CPU threads of this process; returns a line that says so. None: OMP_NUM_THREADS, or else the
+    usable cores, divided by the ranks of this node, at most what torch had chosen."""
+    cores, is_given = usable_cores(), not threads and "OMP_NUM_THREADS" in os.environ
+    if not is_given:
         share = max(1, cores // rank_variable("LOCAL_WORLD_SIZE", 1))
         torch.set_num_threads(threads or min(share, torch.get_num_threads()))
-    else:
-        key = "OMP_NUM_THREADS"
+    key = "OMP_NUM_THREADS" if is_given else "train.threads"
     return f"CPU: {torch.get_num_threads()} threads of {cores} cores ({key})"
 
 
@@ -66,8 +65,7 @@ def sharder(device, bf16, trained, on_cpu, adapt=None):
     Embedding, final norm and head are one group, because they may share a weight; trained: the group stays
     gathered from forward to backward. On a GPU with bf16 the gathered weights are bf16, while gradient sums
     and moments are fp32, and so are shards unless they are frozen. on_cpu: the shards live in host memory;
-    adapt(model): freezes the weights and adds adapters, which are trained in fp32.
-    """
+    adapt(model): freezes the weights and adds adapters, which are trained in fp32."""
     if not dist.is_initialized():
         return device, torch.float32, adapt
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
@@ -137,9 +135,8 @@ def plain_model_on(model, weights):
 
 def hardware():
     """The device that computes, in words."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"{torch.get_num_threads()} threads of {processor_name()}"
+    cpu = f"{torch.get_num_threads()} threads of {processor_name()}"
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
 
 
 def processor_name():
@@ -150,9 +147,8 @@ def processor_name():
 
 def peak_memory(phase):
     """{metric: GiB} of the most memory that tensors took since `reset_peak_memory`; empty without a GPU."""
-    if not torch.cuda.is_available():
-        return {}
-    return {f"memory/{phase}_gib": torch.cuda.max_memory_allocated() / 2**30}
+    found = {f"memory/{phase}_gib": torch.cuda.max_memory_allocated() / 2**30}
+    return found if torch.cuda.is_available() else {}
 
 
 def reset_peak_memory():
