@@ -50,7 +50,7 @@ def set_threads(threads=None):
         share = max(1, cores // rank_variable("LOCAL_WORLD_SIZE", 1))
         torch.set_num_threads(threads or min(share, torch.get_num_threads()))
     key = "OMP_NUM_THREADS" if is_given else "train.threads"
-    return f"CPU: {torch.get_num_threads()} threads of {cores} cores ({key})"
+    return f"CPU: threads {torch.get_num_threads()}, usable cores {cores} ({key})"
 
 
 def autocast(device, bf16):
@@ -147,8 +147,9 @@ def processor_name():
 
 def peak_memory(phase):
     """{metric: GiB} of the most memory that tensors took since `reset_peak_memory`; empty without a GPU."""
-    found = {f"memory/{phase}_gib": torch.cuda.max_memory_allocated() / 2**30}
-    return found if torch.cuda.is_available() else {}
+    if not torch.cuda.is_available():
+        return {}
+    return {f"memory/{phase}_gib": torch.cuda.max_memory_allocated() / 2**30}
 
 
 def reset_peak_memory():

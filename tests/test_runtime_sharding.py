@@ -329,7 +329,7 @@ def test_threads_are_those_given_or_a_share_of_the_usable_cores(threads, environ
         monkeypatch.setenv(name, value)
     line = sharding.set_threads(threads)
     assert chosen == ([] if set_to is None else [set_to])
-    assert line == f"CPU: {set_to or 12} threads of 8 cores ({key})"
+    assert line == f"CPU: threads {set_to or 12}, usable cores 8 ({key})"
 
 
 def test_hyperthreads_that_torch_left_out_get_no_thread(monkeypatch):

@@ -506,7 +506,7 @@ def test_a_run_sets_its_threads_and_prints_them_first(files, tmp_path, monkeypat
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
     for number in ("3", "null"):  # conftest.py sets OMP_NUM_THREADS, which null follows
         train.main(arguments(files, tmp_path / "run", f"--train.threads={number}", "--stage=sft"))
-        assert capsys.readouterr().out.startswith("CPU: 1 threads of ")
+        assert capsys.readouterr().out.startswith("CPU: threads 1, usable cores ")
     assert chosen == [3]
 
 
