@@ -32,7 +32,7 @@ from data import Chat, Example, read_jsonl, usable_examples
 from model import load_hf
 from reward import judge
 from runtime.kernel import KERNELS
-from runtime.sharding import choose_device
+from runtime.sharding import choose_device, set_threads
 from runtime.tensors import identity, resolve
 from sample import generate, prompt_seeds
 
@@ -92,6 +92,7 @@ def find_model(args):
 
 
 def load_model(folder):
+    set_threads()
     device, bf16 = choose_device()  # weights stay fp32 on a CPU, so that figures do not depend on AMX
     return load_hf(folder, device, torch.bfloat16 if bf16 and device == "cuda" else torch.float32)
 

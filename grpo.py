@@ -223,10 +223,12 @@ def token_logprobs_reference(hidden_LD, weight_VD, targets_L, temperature, vocab
 
     def chunk_logprobs(hidden_CD, weight_VD, targets_C):
         logits_CV = hidden_CD @ weight_VD.T
-        logits_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32)) / temperature
+        logits_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
+        logits_CV = logits_CV if temperature == 1 else logits_CV / temperature
         # log_softmax subtracts the maximum first and so cannot round to a positive log-probability.
         logp_CV = F.log_softmax(logits_CV, -1)
-        entropy_C = -(logp_CV.detach().exp() * logp_CV.detach()).sum(-1)
+        # In parts, whose probabilities stay in the processor's cache.
+        entropy_C = -torch.cat([part.exp().mul_(part).sum(-1) for part in logp_CV.detach().split(64)])
         return logp_CV.gather(1, targets_C[:, None])[:, 0], entropy_C
 
     size = max(1, CHUNK_LOGITS // len(weight_VD))

@@ -265,15 +265,14 @@ Qwen2 = Transformer  # an older name
 
 
 def sdpa(q_THE, k_SKE, v_SKE, mask_TS=None):
-    """Attention of T queries over S keys, each key head shared by H / K query heads: float [T, H, E].
+    """Attention of T queries over S keys, each key head shared by Q = H / K query heads: float [T, K, Q, E].
 
-    mask_TS: bool, True where query t sees key s; None: causal, with T = S.
-    """
-    repeats = q_THE.shape[1] // k_SKE.shape[1]
-    k_SHE, v_SHE = k_SKE.repeat_interleave(repeats, 1), v_SKE.repeat_interleave(repeats, 1)
-    q_1HTE, k_1HSE, v_1HSE = (x.transpose(0, 1)[None] for x in (q_THE, k_SHE, v_SHE))
-    o_1HTE = F.scaled_dot_product_attention(q_1HTE, k_1HSE, v_1HSE, mask_TS, is_causal=mask_TS is None)
-    return o_1HTE[0].transpose(0, 1)
+    mask_TS: is added to the scores, 0 where query t sees key s, else -inf; None: causal, with T = S."""
+    # The Q query heads are a batch with the same keys, of which nothing is copied.
+    q_QKTE = q_THE.unflatten(1, (k_SKE.shape[1], -1)).permute(2, 1, 0, 3)
+    k_QKSE, v_QKSE = (x.transpose(0, 1).expand(len(q_QKTE), -1, -1, -1) for x in (k_SKE, v_SKE))
+    o_QKTE = F.scaled_dot_product_attention(q_QKTE, k_QKSE, v_QKSE, mask_TS, is_causal=mask_TS is None)
+    return o_QKTE.permute(2, 1, 0, 3)
 
 
 def packed_attention(cu_seqlens, kernel="auto"):
@@ -289,8 +288,7 @@ def shared_prefix_attention(groups, kernel="auto"):
     causal within itself; a reply sees the whole prompt and, causally, itself, but no other reply. The result
     equals `packed_attention` on prompt + reply for every reply, with the prompt computed once.
     kernel: "reference", the definition below; "fast", FlashAttention; "auto", FlashAttention for bf16 and
-    fp16 on a GPU, else the definition. attend raises ValueError where "fast" cannot run.
-    """
+    fp16 on a GPU, else the definition. attend raises ValueError where "fast" cannot run."""
     lengths = [length for prompt, replies in groups for length in (prompt, *replies)]
     total = sum(lengths)
 
@@ -298,6 +296,10 @@ def shared_prefix_attention(groups, kernel="auto"):
     def flash_attention():
         from fast import flash_prefix
         return flash_prefix.shared_prefix_attention(groups)
+
+    @functools.cache  # all layers share it, and so do replies of one length
+    def mask_of(prompt, reply, dtype, device):
+        return torch.full((reply, prompt + reply), -math.inf, dtype=dtype, device=device).triu(prompt + 1)
 
     def attend(layer, q_THE, k_TKE, v_TKE):
         assert len(q_THE) == total, f"{len(q_THE)} tokens in a pack of {total}"
@@ -310,11 +312,10 @@ def shared_prefix_attention(groups, kernel="auto"):
             out.append(sdpa(q_prompt, k_prompt, v_prompt))
             for reply_length in reply_lengths:
                 q, k, v = next(parts)
-                shape = reply_length, prompt_length + reply_length
-                mask_TS = torch.ones(shape, dtype=torch.bool, device=q.device).tril(prompt_length)
+                mask_TS = mask_of(prompt_length, reply_length, q.dtype, q.device)
                 out.append(sdpa(q, torch.cat((k_prompt, k)), torch.cat((v_prompt, v)), mask_TS))
         # An empty pack has a graph too, down to every weight: all ranks must reduce the same gradients.
-        return torch.cat(out) if out else q_THE + k_TKE.sum() + v_TKE.sum()
+        return torch.cat(out).flatten(1, 2) if out else q_THE + k_TKE.sum() + v_TKE.sum()
 
     return attend
 
@@ -382,8 +383,7 @@ def save_hf(model, path, max_shard_bytes=5_000_000_000):
     and `load_hf`. Rank 0 writes; sharded parameters are gathered one at a time, adapters merged into them.
 
     More than `max_shard_bytes` of weights become numbered shards with an index; other weights in the folder
-    are removed. ValueError, naming the file, where one cannot be written: the folder is then as before.
-    """
+    are removed. ValueError, naming the file, where one cannot be written: the folder is then as before."""
     tensors = {hf_name(name): tensor for name, tensor in plain_weights(model).items()}
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     config = {**model.config.to_hf(), "torch_dtype": dtype}

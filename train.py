@@ -157,8 +157,7 @@ def setup(c, run):
     """Read the data, join the other ranks, load the models: a Session. Resumes at `run.step`, 0 if new."""
     world_size = ranks.rank_variable("WORLD_SIZE", 1)
     check_fits(c, ranks=world_size)
-    if c.train.threads is not None:
-        torch.set_num_threads(c.train.threads)
+    print(sharding.set_threads(c.train.threads))
     device, bf16 = sharding.choose_device(precision_of_run(run.folder, c.model.precision, read_yaml))
     c = dataclasses.replace(c, model=dataclasses.replace(c.model, precision="bf16" if bf16 else "fp32"))
     kernel = kernel_of_run(c.model.kernel, device)
@@ -352,11 +351,11 @@ def sft_updates(policy, optimizer, prompts_P, replies_P, *, updates, vocab_size,
 
 # ---- optimizer and schedule
 def make_optimizer(model, weight_decay, beta2):
-    """AdamW on the fp32 weights that are trained; weight decay on matrices only."""
+    """AdamW on the fp32 weights that are trained, in one pass; weight decay on matrices only."""
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices, vectors = [p for p in trained if p.dim() >= 2], [p for p in trained if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, betas=(0.9, beta2))
+    return torch.optim.AdamW(groups, betas=(0.9, beta2), fused=True)
 
 
 def learning_rate(step, steps, peak, schedule, warmup, time_share=0.0):

@@ -72,7 +72,7 @@ class TrainSettings:
     epochs: float = 7.0  # passes over the training set (paper); used if steps is null
     steps: int | None = None  # steps of the run; null: from epochs
     max_minutes: float | None = None  # the run ends after so many minutes of steps, earlier runs included
-    threads: int | None = None  # CPU threads of each rank; null: what torch chooses, all cores or one a rank
+    threads: int | None = None  # CPU threads of each rank; null: OMP_NUM_THREADS, else all usable cores
     timeout_minutes: float = 60.0  # longest wait for another rank before the job ends
     prompts_per_step: int = 1024  # prompts (grpo) or examples (sft) a step (paper)
     updates_per_step: int = 4  # mini-batches a step, one optimizer update each (code: 256 prompts an update)

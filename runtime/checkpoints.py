@@ -132,8 +132,7 @@ def publish(temporary, training, metrics_file, skipped, keep):
     oldest ones beyond `keep` (None: all are kept). For rank 0.
 
     metrics_file is fsynced first, so that no checkpoint counts rows which are not on the disk. `skipped`
-    folders neither count nor are deleted; one that had this checkpoint's name is moved to *.replaced.
-    """
+    folders neither count nor are deleted; one that had this checkpoint's name is moved to *.replaced."""
     final = temporary.with_suffix("")
     write_json(temporary / "training.json", training)
     seal(temporary)
@@ -153,10 +152,8 @@ def publish(temporary, training, metrics_file, skipped, keep):
 def read_moments(folder, model, optimizer):
     """Fill the optimizer's state from a checkpoint. Each rank reads its own rows."""
     slices = open_tensors(folder / "optimizer.state")
-    for name, parameter in model.named_parameters() if slices else ():
-        if not parameter.requires_grad:
-            continue
-        state = optimizer.state[parameter] = {"step": slices[f"{name}.step"][...]}
+    for name, parameter in ((n, p) for n, p in model.named_parameters() if slices and p.requires_grad):
+        state = optimizer.state[parameter] = {"step": slices[f"{name}.step"][...].to(parameter.device)}
         for key in ("exp_avg", "exp_avg_sq"):
             state[key] = torch.zeros_like(parameter)
             values, rows = own_rows(state[key])

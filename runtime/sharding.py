@@ -1,15 +1,18 @@
-"""Weights over ranks: device and precision, FSDP2 by rows, the full copy for a rollout, peak memory.
+"""Weights over ranks: device, precision and threads, FSDP2 by rows, the full copy for a rollout, peak memory.
 
 Knows a model only as a module with a list `layers`, a `config`, and a constructor that takes the config.
 """
 
 import contextlib
+import os
 import platform
 import re
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
+from runtime.ranks import rank_variable
 
 
 def choose_device(precision="auto"):
@@ -28,6 +31,28 @@ def cpu_has_amx():
     return torch.cpu._is_amx_tile_supported()  # torch 2.11
 
 
+def usable_cores(cgroup="/sys/fs/cgroup"):
+    """CPU cores of this process's affinity, at most the whole ones in the quota of its container (cgroup
+    version 2 or 1)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    for names in ("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"):
+        with contextlib.suppress(OSError, ValueError):  # there is no such file, or it says "max"
+            quota, period = map(int, " ".join(Path(cgroup, name).read_text() for name in names).split())
+            cores = min(cores, max(1, quota // period)) if quota > 0 else cores
+    return cores
+
+
+def set_threads(threads=None):
+    """Set the CPU threads of this process; returns a line that says so. None: OMP_NUM_THREADS, or else the
+    usable cores, divided by the ranks of this node, at most what torch had chosen."""
+    cores, is_given = usable_cores(), not threads and "OMP_NUM_THREADS" in os.environ
+    if not is_given:
+        share = max(1, cores // rank_variable("LOCAL_WORLD_SIZE", 1))
+        torch.set_num_threads(threads or min(share, torch.get_num_threads()))
+    key = "OMP_NUM_THREADS" if is_given else "train.threads"
+    return f"CPU: threads {torch.get_num_threads()}, usable cores {cores} ({key})"
+
+
 def autocast(device, bf16):
     """The autocast context of a CPU in bf16. On a GPU FSDP casts the parameters instead."""
     return torch.autocast("cpu", torch.bfloat16) if bf16 and device == "cpu" else contextlib.nullcontext()
@@ -40,8 +65,7 @@ def sharder(device, bf16, trained, on_cpu, adapt=None):
     Embedding, final norm and head are one group, because they may share a weight; trained: the group stays
     gathered from forward to backward. On a GPU with bf16 the gathered weights are bf16, while gradient sums
     and moments are fp32, and so are shards unless they are frozen. on_cpu: the shards live in host memory;
-    adapt(model): freezes the weights and adds adapters, which are trained in fp32.
-    """
+    adapt(model): freezes the weights and adds adapters, which are trained in fp32."""
     if not dist.is_initialized():
         return device, torch.float32, adapt
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
@@ -111,9 +135,8 @@ def plain_model_on(model, weights):
 
 def hardware():
     """The device that computes, in words."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"{torch.get_num_threads()} threads of {processor_name()}"
+    cpu = f"{torch.get_num_threads()} threads of {processor_name()}"
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
 
 
 def processor_name():

@@ -10,10 +10,10 @@ from hashlib import sha256
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
 from runtime.files import atomically, digest, fsync, read_json, writing
+from runtime.ranks import is_first_rank
 
 INDEX = "model.safetensors.index.json"
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")  # as peft names them
@@ -103,11 +103,6 @@ def open_tensors(file):
         raise ValueError(f"{file}: no readable tensors ({error}); is it all there?") from None
 
 
-def is_writer():
-    """Whether this process writes: rank 0 of a process group, or any process without one."""
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
 def write_weights(folder, tensors, texts, max_shard_bytes):
     """Collective: write {name: tensor} as model.safetensors, or as numbered shards with an index where they
     take more than `max_shard_bytes`, and then `texts`, {file name: JSON value}.
@@ -116,7 +111,7 @@ def write_weights(folder, tensors, texts, max_shard_bytes):
     the file, leaves the folder as it was. Other weights that the folder held are removed.
     """
     folder = Path(folder)
-    if not is_writer():
+    if not is_first_rank():
         write_tensors(folder, tensors)
         return
     shards, size = [{}], 0
@@ -162,7 +157,7 @@ def write_tensors(file, tensors):
         end += tensor.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the numbers start at a multiple of 8
-    with open(file if is_writer() else os.devnull, "wb") as out:
+    with open(file if is_first_rank() else os.devnull, "wb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
             gather = tensor.full_tensor if hasattr(tensor, "full_tensor") else tensor.detach

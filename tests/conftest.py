@@ -14,6 +14,7 @@ if str(ROOT) not in sys.path:
 # The toy models are so small that a second thread costs more time than it saves. And one thread adds numbers
 # in the same order on every machine.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # runs in a test keep it, in a process of their own too
 
 # Without a GPU the kernels run in Triton's interpreter. The variable must be set before triton is imported.
 if not torch.cuda.is_available():

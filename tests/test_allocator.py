@@ -369,8 +369,6 @@ class Run:
                 gradients = self.micro_batch(gradients)
             if not self.moments:
                 self.moments = self.take_all(4 * numel for numel in self.all for _ in range(2))
-            for numel in self.all:  # AdamW, one parameter at a time
-                self.pass_by(4 * numel, 4 * numel)
             self.give_all(itertools.chain(*gradients))
 
 

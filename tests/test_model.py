@@ -532,6 +532,16 @@ def test_replies_see_their_prompt_but_not_each_other_nor_other_groups():
         assert (after != before).any(-1).nonzero()[:, 0].tolist() == list(expected)
 
 
+def test_a_mask_is_made_once_for_all_layers_and_for_replies_of_one_length(monkeypatch):
+    made, full = [], torch.full
+    monkeypatch.setattr(torch, "full", lambda shape, *args, **more: made.append(shape) or full(
+        shape, *args, **more))
+    tokens, positions, groups, _, _ = tree([random_tokens(4, 3, 3, 2), random_tokens(4, 2, 5, seed=1),
+                                            random_tokens(3, 2, seed=2)])
+    random_model()(tokens, positions, shared_prefix_attention(groups))  # of two layers
+    assert made == [(3, 7), (2, 6), (5, 9), (2, 5)]
+
+
 def test_a_pack_of_another_length_than_promised_is_caught():
     tokens, = random_tokens(5)
     for attend in (packed_attention([0, 4]), shared_prefix_attention([(2, [2])])):

@@ -296,6 +296,53 @@ def test_a_cpu_computes_in_bf16_where_torch_finds_amx_or_bf16_is_asked_for(monke
     assert sharding.choose_device() == ("cpu", has_amx)
 
 
+@pytest.mark.parametrize("files, cores", [
+    ({}, 6), ({"cpu.max": "max 100000\n"}, 6), ({"cpu.max": "250000 100000\n"}, 2),
+    ({"cpu.max": "50000 100000\n"}, 1), ({"cpu.max": "1000000 100000\n"}, 6),
+    ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 6),
+    ({"cpu/cpu.cfs_quota_us": "300000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 3)])
+def test_usable_cores_are_those_of_the_affinity_within_the_quota(files, cores, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)), raising=False)
+    (tmp_path / "cpu").mkdir()
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    assert sharding.usable_cores(tmp_path) == cores
+    monkeypatch.delattr(os, "sched_getaffinity")  # macOS
+    monkeypatch.setattr(os, "cpu_count", lambda: 7)
+    assert sharding.usable_cores(tmp_path) == (7 if cores == 6 else cores)
+
+
+@pytest.mark.parametrize("threads, environment, set_to, key", [
+    (3, {}, 3, "train.threads"), (3, {"OMP_NUM_THREADS": "5", "LOCAL_WORLD_SIZE": "4"}, 3, "train.threads"),
+    (None, {}, 8, "train.threads"), (None, {"LOCAL_WORLD_SIZE": "3"}, 2, "train.threads"),
+    (None, {"LOCAL_WORLD_SIZE": "9"}, 1, "train.threads"),
+    (None, {"OMP_NUM_THREADS": "5"}, None, "OMP_NUM_THREADS")])
+def test_threads_are_those_given_or_a_share_of_the_usable_cores(threads, environment, set_to, key,
+                                                                monkeypatch):
+    chosen = []
+    monkeypatch.setattr(sharding, "usable_cores", lambda: 8)
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: chosen[-1] if chosen else 12)
+    for name in ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    line = sharding.set_threads(threads)
+    assert chosen == ([] if set_to is None else [set_to])
+    assert line == f"CPU: threads {set_to or 12}, usable cores 8 ({key})"
+
+
+def test_hyperthreads_that_torch_left_out_get_no_thread(monkeypatch):
+    """torch counts the physical cores, the affinity two threads of each."""
+    chosen = []
+    monkeypatch.setattr(sharding, "usable_cores", lambda: 16)
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    sharding.set_threads()
+    assert chosen == [8]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU does")
 def test_without_a_gpu_and_other_ranks_a_model_is_plain():
     assert sharding.sharder("cpu", True, True, False) == ("cpu", torch.float32, None)

@@ -107,7 +107,7 @@ def test_planned_time_is_near_that_of_a_step():
     prompts, n, prompt, reply = 3, 8, 200, 24
     model, ratios = Transformer(config).init_weights(0), []
     s = setup(config, prompt=prompt, reply=reply, n=n, samplings=(("rollout", prompts, n, reply),),
-              micro_batch_tokens=16384)
+              batch_size=12, micro_batch_tokens=16384)
     optimizer, threads = train.make_optimizer(model, 0.0, 0.9), torch.get_num_threads()
     torch.set_num_threads(1)
     for _ in range(4):
@@ -165,6 +165,14 @@ def test_waiting_rows_keep_the_slots_full():
     assert 1.4 < many / few < 2
     bounded = minutes.sampling_seconds(replace(s, kv_gib=0.4), H200, 16, 8, 4096, 900, 120)
     assert bounded > 1.3 * many
+
+
+def test_a_cpu_reads_a_prompt_once_a_group_unless_its_memory_is_bounded():
+    memory_only = Machine(INF, INF, INF, 1, 0, 0, 0, 0)
+    shared, paged = setup(UNTIED), setup(UNTIED, kv_gib=9)
+    for P, n, shares in ((8, 8, True), (64, 1, False)):
+        once, each = (minutes.sampling_seconds(s, memory_only, P, n, 10, 900, 10) for s in (shared, paged))
+        assert once < 0.6 * each if shares else once == each
 
 
 def on_gpu(size):

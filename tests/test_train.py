@@ -501,11 +501,12 @@ def test_evaluations_in_between_and_at_the_ends_are_chosen_apart(files, tmp_path
     assert f"run folder: {tmp_path / 'run'}" in printed
 
 
-def test_the_number_of_threads_is_set_where_it_is_given(files, tmp_path, monkeypatch):
+def test_a_run_sets_its_threads_and_prints_them_first(files, tmp_path, monkeypatch, capsys):
     chosen = []
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
-    for number in ("3", "null"):
+    for number in ("3", "null"):  # conftest.py sets OMP_NUM_THREADS, which null follows
         train.main(arguments(files, tmp_path / "run", f"--train.threads={number}", "--stage=sft"))
+        assert capsys.readouterr().out.startswith("CPU: threads 1, usable cores ")
     assert chosen == [3]
 
 

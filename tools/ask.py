@@ -11,7 +11,7 @@ from data import Chat, Example
 from model import load_hf
 from reward import parse_reply
 from runtime.files import parse_json, read_text, tolerant_output
-from runtime.sharding import choose_device
+from runtime.sharding import choose_device, set_threads
 from sample import generate, prompt_seeds
 
 
@@ -36,6 +36,7 @@ def main(argv=None):
             raise ValueError("the query holds bytes that are no text in the encoding of this terminal")
         tools = read_tools(args.tools)
         chat = Chat(args.model, args.system_prompt)
+        set_threads()
         device, bf16 = choose_device()
         dtype = torch.bfloat16 if bf16 and device == "cuda" else torch.float32
         model = load_hf(args.model, device, dtype)

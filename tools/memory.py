@@ -8,7 +8,7 @@ the meta device.
     reference             the whole reference; activations of one block, or logits; no gradients exist yet
     log-prob              gradients; all that autograd saved; logits and the gradient of the head
     backward              gradients; all that autograd saved; one block in its backward
-    step                  gradients; the reduce-scatter of embedding and head, or AdamW's temporary tensors
+    step                  gradients; the reduce-scatter of embedding and head. AdamW works in place
 
 Bytes on each rank. `parameters` is their number; matrix products have w bytes a number (2 in bf16, 4 in
 fp32):
@@ -24,8 +24,7 @@ gradients   4·parameters/ranks at every moment of an update, because they exist
             fp32 input of that block's reduce-scatter, which is held until the next block's. A reduce-scatter
             holds w + 4 bytes a number, then 4 and its output. A single CPU process holds a new gradient and
             the one that it is added to
-moments     8·parameters/ranks. AdamW steps one parameter at a time and then holds 8 more bytes a number of
-            this parameter's shard
+moments     8·parameters/ranks
 reference   as the weights, but w bytes a number on a GPU; nothing there if grpo.reference_on_cpu is set. For
             its passes, which come before the first backward of a step, every rank holds it whole, so that it
             is gathered or crosses PCIe once a step: w·parameters. The old log-probs are made between them
@@ -35,12 +34,14 @@ activations numbers a token. For each block its input, D. Inside each block (wit
             3·D: the outputs of both norms, and x after attention; on a CPU 5·D, because a norm is two steps
             4·F: the gate, its silu, up, their product
             3·H·E: the queries, and the output of attention in two orders, its own and that of the pack
-            keys and values as the queries read them, so those of a prompt once more for each reply. With
-            FlashAttention (bf16 on a GPU) they are 2·K·E, otherwise 2·H·E, and each reply has a mask of
-            reply·(prompt + reply) fp32 numbers, where prompt and reply are their tokens
+            2·K·E: keys and values as the queries read them, so those of a prompt once more for each reply.
+            Without FlashAttention (which needs bf16 on a GPU) those of the replies also as they were made,
+            and each reply has a mask of reply·(prompt + reply) numbers, where prompt and reply are their
+            tokens: once for all layers on a CPU, in fp32 and for each layer on a GPU. Replies of one length
+            share theirs, which is not counted
             The backward of an MLP holds 2·F + D more
 logits      the larger of a chunk of CHUNK_TOKENS rows in w bytes and the bf16 copy of the head's gradient; on
-            a CPU 4 fp32 copies of a chunk of CHUNK_LOGITS. Sampling: one row for each running reply, in w
+            a CPU 3 fp32 copies of a chunk of CHUNK_LOGITS. Sampling: one row for each running reply, in w
             bytes a number, on a CPU in 20 (logits, log-probs, probabilities, cumulative sums in fp64)
 keys and    pages of PAGE tokens: rollout.kv_memory_gib or, on a GPU without it, all free memory but
 values      MARGIN_GIB; never more than all rows can fill. On a CPU without it each row has room for the
@@ -172,10 +173,10 @@ def saved_by_block(s, x):
     D, F, H, K, E = (c.hidden_size, c.intermediate_size, c.num_attention_heads, c.num_key_value_heads,
                      c.head_dim)
     numbers = x.T * ((3 if is_cuda else 5) * D + 4 * F + 3 * H * E + (E if is_flash else 0))
-    numbers += 2 * x.keys * (K if is_flash else H) * E
+    numbers += 2 * (x.keys + (0 if is_flash else x.L)) * K * E
     numbers += x.T * 7 * (s.lora_rank or 0)
     in_fp32 = x.T * (H + 2)  # the log-sum-exp of each head, and the scales of two norms
-    return s.itemsize * numbers + 4 * in_fp32 + (0 if is_flash else 4 * x.mask)
+    return s.itemsize * numbers + 4 * in_fp32 + (4 * x.mask if is_cuda and not is_flash else 0)
 
 
 def update_memory(s, x):
@@ -183,7 +184,9 @@ def update_memory(s, x):
     n, c, w, is_cuda = sizes(s.model, s.ranks, s.lora_rank), s.model, s.itemsize, s.device == "cuda"
     D, F, V, layers = c.hidden_size, c.intermediate_size, c.vocab_size, c.num_hidden_layers
     between = {SHARD: shard_bytes(s, n), MOMENTS: 8 * n.shard, REFERENCE: reference_bytes(s, n)}
+    masks = {} if is_cuda else {ACTIVATIONS: w * x.mask}
     always = between | {GRADIENTS: 4 * n.shard}
+    held = always | masks
     hidden, saved = x.T * D * w, saved_by_block(s, x)
     block = hidden + (0 if s.checkpointed else saved)
 
@@ -200,7 +203,7 @@ def update_memory(s, x):
         without, logits = w * V * chunk, w * V * max(chunk, D if w == 2 else 0)
     else:
         chunk, sums = min(x.L, max(1, grpo.CHUNK_LOGITS // V)), 0
-        without, logits = 16 * V * chunk, 4 * V * max(4 * chunk, 2 * chunk + 2 * D)
+        without, logits = 12 * V * chunk, 4 * V * max(3 * chunk, chunk + 2 * D)
     if s.lora_rank:
         sums, logits = 0, without
     head = w * V * D if s.sharded and not s.lora_rank else 0
@@ -208,25 +211,23 @@ def update_memory(s, x):
     in_block = w * n.trained_block if s.sharded else w * D * F
     is_whole = s.sharded and not (s.lora_rank and s.ranks == 1)
     passes = {} if s.reference == "none" else {"reference": plus(
-        between, {REFERENCE: w * n.total if is_whole else 0, WHOLE: whole(1) if s.updates > 1 else 0},
+        between, masks, {REFERENCE: w * n.total if is_whole else 0, WHOLE: whole(1) if s.updates > 1 else 0},
         largest({ACTIVATIONS: hidden + saved}, {LOGITS: without, ACTIVATIONS: 2 * hidden + x.L * D * w}))}
     return passes | {
-        "log-prob": plus(always, {
+        "log-prob": plus(held, {
             WHOLE: whole(0), GRADIENTS: sums, LOGITS: logits,
             ACTIVATIONS: layers * block + hidden * (2 if is_cuda else 3) + x.L * D * w}),
         "backward": largest(
-            plus(always, {  # the MLP of the last block
+            plus(held, {  # the MLP of the last block
                 WHOLE: whole(1), GRADIENTS: head + w * D * F + (waiting if s.checkpointed else 0),
                 ACTIVATIONS: layers * block + (saved if s.checkpointed else 0) + x.T * (2 * F + D) * w}),
-            plus(always, {  # the end of the last block but one
+            plus(held, {  # the end of the last block but one
                 WHOLE: whole(1), GRADIENTS: head + waiting + in_block,
                 ACTIVATIONS: max(0, layers - 2) * block + 3 * hidden}),
-            plus(always, {  # the reduce-scatter of the last block's gradients
+            plus(held, {  # the reduce-scatter of the last block's gradients
                 WHOLE: whole(0), GRADIENTS: head + reduce_scatter(n.trained_block),
                 ACTIVATIONS: (layers - 1) * block + hidden})),
-        "step": largest(
-            plus(always, {GRADIENTS: reduce_scatter(n.trained_root) if s.sharded else 4 * V * D}),
-            plus(always, {MOMENTS: 8 * max(n.shards)})),
+        "step": plus(always, {GRADIENTS: reduce_scatter(n.trained_root) if s.sharded else 4 * V * D}),
     }
 
 

@@ -18,7 +18,8 @@ log-probs   of the head, forward: a product of the reply tokens; a GPU reads its
             is read and written once a chunk
 optimizer   ADAMW_BYTES a trained parameter, norm and clipping included
 FSDP        on a GPU FSDP_BYTES a parameter and micro-batch: weights are cast twice, gradients cast and added
-decoding    a step of B rows: the layers, the head, and the drawing of B tokens
+decoding    a step of B rows: the layers, the head, and the drawing of B tokens. A CPU reads a shared prompt
+            once a group (fast/aligned_cache.py)
 
 Reply lengths are unknown before a run. `reply` is their mean; the lengths are taken as evenly spread from 0
 to 2·reply, but at most to the limit. While rows wait, all slots are full; then the last B replies end one by
@@ -38,10 +39,10 @@ from typing import NamedTuple
 import torch
 
 import grpo
-from fast import logprobs
+from fast import aligned_cache, logprobs
 from tools.memory import GIB, kv_bytes, sizes
 
-ADAMW_BYTES = 100  # AdamW takes a parameter at a time: about 20 fp32 numbers are read or written, 5 to clip
+ADAMW_BYTES = 40  # AdamW reads 4 fp32 numbers and writes 3; clipping reads 2 and writes 1
 FSDP_BYTES = 46
 DRAW_BYTES = {"cpu": 40, "cuda": 16}  # a logit; the GPU's kernel is bound by instructions, not by memory
 
@@ -139,8 +140,8 @@ def layers(s, x, cached=False):
     D, F, H, K, E = (c.hidden_size, c.intermediate_size, c.num_attention_heads, c.num_key_value_heads,
                      c.head_dim)
     shapes = ((D, H * E), (D, K * E), (D, K * E), (H * E, D), (D, F), (D, F), (F, D))
-    copies = 0 if cached else 6 * x.T * H * E + 4 * x.keys * (K if is_cuda else H) * E
-    in_attention = 2 if cached or is_cuda else 12 * x.sequences
+    copies = 0 if cached else 6 * x.T * H * E + 4 * x.keys * K * E
+    in_attention = 2 if cached or is_cuda else 8 * x.sequences
     ops = [product(x.T, *shape, w) for shape in shapes]
     read = 2 * x.T * H * E + 2 * x.keys * K * E
     ops.insert(0, Op("attention", 4 * x.pairs * H * E, w * read, in_attention))
@@ -161,12 +162,12 @@ def head(s, L, trained, micro_batches=1):
     c, w, is_cuda = s.model, s.itemsize, s.device == "cuda"
     D, V = c.hidden_size, c.vocab_size
     forward, reading = product(L, D, V, w), Op("pass", 0, w * L * V, 1)
-    ops = [forward, reading.times(1 if is_cuda else 8)]
+    ops = [forward, reading.times(1 if is_cuda else 6)]
     if trained:
         chunk = logprobs.CHUNK_TOKENS if is_cuda else max(1, grpo.CHUNK_LOGITS // V)
         again = is_cuda or L / micro_batches > chunk
         gradients = 1 if s.lora_rank else 2
-        ops += [forward.times(gradients + again), reading.times(2 if is_cuda else 8)]
+        ops += [forward.times(gradients + again), reading.times(2 if is_cuda else 6)]
         if is_cuda and not s.lora_rank:
             ops.append(Op("pass", 0, 8 * V * D * L / chunk, math.ceil(L / chunk)))
     return ops
@@ -180,9 +181,10 @@ def decode_step(s, B, context, prefix=0, groups=0):
     ops = [*layers(s, Tokens(B, B * context, keys, B), cached=True),
            product(B, c.hidden_size, c.vocab_size, w),
            Op("pass", 0, DRAW_BYTES[s.device] * B * c.vocab_size, 10)]
-    if groups:  # a second launch; both write their mean in fp32, which the merge reads
+    if groups:  # a second launch; both write their mean in fp32, which the merge reads. A CPU also reorders
         partial = 2 * 2 * 4 * B * c.num_attention_heads * c.head_dim
-        ops.append(Op("attention", 0, c.num_hidden_layers * partial, c.num_hidden_layers))
+        launches = 1 if s.device == "cuda" else 12
+        ops.append(Op("attention", 0, c.num_hidden_layers * partial, c.num_hidden_layers * launches))
     return ops
 
 
@@ -195,8 +197,12 @@ def sampling_seconds(s, m, prompts, n, limit, prompt, reply):
         slots = min(slots, max(1, s.kv_gib * GIB / (kv_bytes(s) * (prompt / n + reply))))
     longest = min(limit, 2 * reply)
     seconds = seconds_of(layers(s, Tokens.trees(s, prompts, prompt - 1)), m)
+    keys = prompt * s.model.num_key_value_heads * s.model.head_dim
+    is_shared = (s.device == "cpu" and s.kv_gib is None
+                 and aligned_cache.shared_prompts(slots, prompts, rows, keys) > 0)
     for steps, B in (((rows - slots) * reply / slots, slots), (longest, slots * reply / longest)):
-        step = seconds_of(decode_step(s, B, prompt + (reply - 1) / 2), m, thin=True)
+        step = seconds_of(decode_step(s, B, prompt + (reply - 1) / 2, prompt - 1,
+                                      slots / n if is_shared else 0), m, thin=True)
         seconds += steps * (step + m.row * B)
     return seconds
 

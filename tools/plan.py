@@ -19,7 +19,7 @@ import torch
 from configs.schema import check_fits, load_config, number_of_steps
 from data import Chat, read_jsonl, split_examples
 from model import ModelConfig
-from runtime.sharding import cpu_has_amx
+from runtime.sharding import cpu_has_amx, set_threads
 from runtime.tensors import resolve
 from tools import minutes
 from tools.memory import GIB, KV, PARTS, Setup, memory, peak, sizes, total
@@ -257,8 +257,7 @@ def time_lines(c, s, gib, found):
              "  not counted: rewards, files, and what a small model waits for Python on a GPU"]
     machines = []
     if s.device == "cpu":
-        if c.train.threads is not None:
-            torch.set_num_threads(c.train.threads)
+        set_threads(c.train.threads)
         pace = minutes.measured_pace(s.model)
         machines.append(("CPU", s, minutes.cpu(pace)))
         notes.append(f"CPU: {pace / 1e9:.3g} GFLOP/s in one product, measured now, threads: "
