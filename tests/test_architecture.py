@@ -238,7 +238,7 @@ def test_every_folder_with_code_is_a_room_under_these_rules():
 def test_the_runtime_packages_are_exactly_six():
     project = pyproject()["project"]
     assert {package_name(line) for line in project["dependencies"]} == SIX_PACKAGES
-    assert sorted(project["optional-dependencies"]) == ["dev", "peers", "track"]
+    assert sorted(project["optional-dependencies"]) == ["dev", "peers", "real", "track"]
     modules = pyproject()["tool"]["setuptools"]["py-modules"]
     assert sorted(f"{name}.py" for name in modules) == TOP_LEVEL
 
@@ -249,7 +249,8 @@ def test_the_lock_pins_every_package_but_triton_and_the_cuda_libraries():
     assert [package_name(line) for line in locked if "==" not in line.split(";")[0]] == ["triton"]
     assert not [line for line in locked if package_name(line).startswith(("nvidia-", "cuda-"))]
     project = pyproject()["project"]
-    wanted = project["dependencies"] + project["optional-dependencies"]["dev"]
+    extras = project["optional-dependencies"]
+    wanted = project["dependencies"] + extras["dev"] + extras["real"]
     assert {package_name(line) for line in wanted} <= {package_name(line) for line in locked}
 
 

@@ -8,16 +8,16 @@ import contextlib
 import dataclasses
 import functools
 
+import fake_cuda
 import pytest
 import torch
+from fake_cuda import SIZES, VOCAB_SIZE, Operations
 
 from fast.flash_prefix import shared_prefix_attention
 from fast.paged_cache import PAGE, decode_attention
 from grpo import pack
 from model import MLP, packed_attention
 from sample import Prompt, prefill, sample_tokens
-from tools import fake_cuda
-from tools.fake_cuda import SIZES, VOCAB_SIZE, Operations
 from train import logprobs_of_pack
 
 sizes = pytest.mark.parametrize("size", SIZES)

@@ -22,6 +22,7 @@ from short_run import (
     shared_files,
     shared_runs,
 )
+from soak import differences, rows
 from torch.func import functional_call
 
 import train
@@ -29,7 +30,6 @@ from model import ModelConfig, Transformer, load_hf, packed_attention, save_hf
 from runtime import adapters, checkpoints, sharding
 from runtime.adapters import LoRALinear, MergedWeight
 from runtime.ranks import join_ranks, leave_ranks
-from tools.soak import differences, rows
 
 limit = pytest.fixture(autouse=True)(limit_time)
 setting = pytest.fixture(autouse=True)(make_setting)

@@ -1,6 +1,6 @@
 """runtime/checkpoints.py: exact resume, what is refused, spoiled checkpoints, interrupted saves, old folders.
 
-Children are killed with SIGKILL in chosen places; tools/soak.py chooses random ones. A save is interrupted at
+Children are killed with SIGKILL in chosen places; tests/soak.py chooses random ones. A save is interrupted at
 every write, fsync, rename and removal, by an error and by the death of the process.
 """
 
@@ -37,6 +37,7 @@ from short_run import (
     shared_files,
     shared_runs,
 )
+from soak import differences, rows
 
 import model
 import train
@@ -44,7 +45,6 @@ from data import write_jsonl
 from runtime import checkpoints
 from runtime.files import check_seal, seal
 from runtime.ranks import join_ranks, leave_ranks
-from tools.soak import differences, rows
 from tools.synthetic import synthetic
 
 limit = pytest.fixture(autouse=True)(limit_time)

@@ -34,10 +34,10 @@ from short_run import (
     wait_for,
     wait_until_it_prints,
 )
+from soak import differences, rows
 
 import train
 from runtime import checkpoints, ranks, tensors
-from tools.soak import differences, rows
 
 limit = pytest.fixture(autouse=True)(limit_time)
 setting = pytest.fixture(autouse=True)(make_setting)

@@ -31,10 +31,10 @@ from short_run import (
     wait_for,
     wait_until_it_prints,
 )
+from soak import differences, rows
 
 import train
 from data import read_jsonl
-from tools.soak import differences, rows
 
 limit = pytest.fixture(autouse=True)(limit_time)
 setting = pytest.fixture(autouse=True)(make_setting)

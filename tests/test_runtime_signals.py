@@ -20,10 +20,10 @@ from short_run import (
     shared_files,
     shared_runs,
 )
+from soak import differences
 
 import train
 from runtime import signals
-from tools.soak import differences
 
 limit = pytest.fixture(autouse=True)(limit_time)
 setting = pytest.fixture(autouse=True)(make_setting)

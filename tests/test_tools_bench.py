@@ -204,13 +204,13 @@ def test_every_expected_figure_is_of_a_row_that_the_benchmarks_write(tmp_path, w
     settings = re.search(r"^SETTINGS = .*?^}", (ROOT / "tools/bench.py").read_text(), re.M | re.S)[0]
     settings = eval(settings.removeprefix("SETTINGS = "), {"SHAPES": bench.SHAPES})
     for figure in expected.FIGURES:
-        shapes = {setting[0] for setting in settings[figure.benchmark]["cuda"]}
-        assert figure.setting.split(",")[0] in shapes, figure
-        if figure.benchmark == "decode":
-            _, rows = figure.setting.rstrip(",").split(", B ")
+        shapes = {setting[0] for setting in settings[figure["benchmark"]]["cuda"]}
+        assert figure["setting"].split(",")[0] in shapes, figure
+        if figure["benchmark"] == "decode":
+            _, rows = figure["setting"].rstrip(",").split(", B ")
             assert int(rows) in {P * G for _, P, G, *_ in settings["decode"]["cuda"]}, figure
-    names = {figure.name for figure in expected.FIGURES} - {"tflops", "extra_gib", "mfu", "peak_gib",
-                                                            "decode_share"}
+    names = {figure["name"] for figure in expected.FIGURES} - {"tflops", "extra_gib", "mfu", "peak_gib",
+                                                               "decode_share"}
     found = set().union(*(row for name in PEERS for row in measure(name, tmp_path)["rows"]))
     assert names <= found
 

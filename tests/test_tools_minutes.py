@@ -9,6 +9,7 @@ from statistics import median
 
 import pytest
 import torch
+from expected import FIGURES
 from test_tools_memory import DEEP, QWEN_05B, QWEN_7B, QWEN_15B, ROOT, ids, setup
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -18,7 +19,6 @@ from fast import paged_cache
 from model import ModelConfig, Transformer
 from sample import generate
 from tools import minutes
-from tools.expected import FIGURES
 from tools.minutes import H200, Machine, Op, decode_step, product, seconds_of, step_seconds
 
 INF = math.inf
@@ -123,13 +123,14 @@ def test_planned_time_is_near_that_of_a_step():
 @pytest.mark.parametrize("B", [64, 256])
 @pytest.mark.parametrize("size", SIZES)
 def test_a_decode_step_of_a_gpu_is_as_expected(size, B):
-    """Both are estimates: the share of the roofline in tools/expected.py, which was counted by hand."""
+    """Both are estimates: the share of the roofline in tests/expected.py, which was counted by hand."""
     s = on_gpu(size)
     c, context = s.model, 1024
     weights = minutes.sizes(c, 1).total - (0 if c.tie_word_embeddings else c.vocab_size * c.hidden_size)
     roofline = max(2 * weights / 4.3e12, 2 * weights * B / 790e12)
     roofline += B * context * minutes.kv_bytes(s) / 4.3e12
-    expected, = (f.expected for f in FIGURES if f.name == "decode_share" and f.setting == f"{size}, B {B}")
+    expected, = (figure["expected"] for figure in FIGURES
+                 if (figure["name"], figure["setting"]) == ("decode_share", f"{size}, B {B}"))
     seconds = seconds_of(decode_step(s, B, context), H200, thin=True)
     assert roofline / seconds == pytest.approx(expected, abs=0.03)
 
@@ -137,7 +138,8 @@ def test_a_decode_step_of_a_gpu_is_as_expected(size, B):
 @pytest.mark.parametrize("size", SIZES)
 def test_log_probs_of_a_gpu_are_as_expected(size):
     s, L = on_gpu(size), 32768
-    expected, = (f.expected for f in FIGURES if f.name == "tflops" and f.setting == f"{size},")
+    expected, = (figure["expected"] for figure in FIGURES
+                 if (figure["name"], figure["setting"]) == ("tflops", f"{size},"))
     seconds = seconds_of(minutes.head(s, L, trained=True), H200)
     tflops = 8 * L * s.model.hidden_size * s.model.vocab_size / seconds / 1e12
     assert tflops == pytest.approx(expected, rel=0.12)

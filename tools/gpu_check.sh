@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The first 15 minutes on a GPU, in one call: the tests marked `gpu`, then the benchmarks, whole steps of training
-# among them, then every figure beside the one that is expected (tools/expected.py).
+# among them, then every figure beside the one that is expected (tests/expected.py).
 #
 #     OUT=folder PYTHON=python3 tools/gpu_check.sh
 #
@@ -68,7 +68,7 @@ part sampling 30 "$python" tools/bench.py sampling --rounds=3 --out="$out"
 {
     "$python" tools/bench.py --show --out="$out"
     echo
-    "$python" tools/expected.py "$out"
+    "$python" tests/expected.py "$out"
     echo
     printf '%s\n' "${parts[@]}"
 } 2>&1 | tee "$out/table.txt"

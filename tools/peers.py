@@ -41,10 +41,8 @@ def hf_generate(model, prompts, n, max_new_tokens):
 
 def liger_loss():
     """Liger's GRPO loss with the signature of `token_logprobs`. L is a multiple of 1,024, or less than 1,024.
-
     It returns no log-probs: its first value is a scalar, and the second is None. The gradient of the scalar
-    is that of the sum of the log-probs, since all advantages are 1 and the old log-probs equal the new ones.
-    """
+    is that of the sum of the log-probs, as all advantages are 1 and old log-probs equal the new ones."""
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
     def function(hidden_LD, weight_VD, targets_L, temperature):
@@ -60,12 +58,9 @@ def liger_loss():
 
 
 def trl_step(model, prompts, n, max_new_tokens, precision, reward_of, at_once, clock):
-    """A function that makes one step with TRL's GRPOTrainer and returns its seconds by clock().
-
-    The seconds run from the beginning of the step to the end of the optimizer's step, rollouts included. The
-    trainer's setup, once at each call, does not count. at_once: replies of a micro-batch; reward_of(ids) ->
-    number; id 0 ends a reply.
-    """
+    """A function that makes one step with TRL's GRPOTrainer and returns its seconds by clock(), from the
+    beginning of the step to the end of the optimizer's, rollouts included; the trainer's setup, once at each
+    call, does not count. at_once: replies of a micro-batch; reward_of(ids) -> number; id 0 ends a reply."""
     from datasets import Dataset
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, TrainerCallback

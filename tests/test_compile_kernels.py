@@ -1,4 +1,4 @@
-"""tools/compile_kernels.py: every kernel compiles for a GPU that is not there, and what must fail does.
+"""tests/compile_kernels.py: every kernel compiles for a GPU that is not there, and what must fail does.
 
 Each test runs the tool in a separate process, because it compiles kernels that this one interprets.
 """
@@ -17,7 +17,7 @@ def run_python(*arguments):
 
 
 def test_a_case_of_every_kernel_compiles_for_a_hopper_gpu_and_loads_16_bytes_at_once():
-    finished = run_python("tools/compile_kernels.py", "--quick", "--arch", "90")
+    finished = run_python("tests/compile_kernels.py", "--quick", "--arch", "90")
     assert finished.returncode == 0 and not finished.stderr, finished.stdout + finished.stderr
     head, columns, *lines = finished.stdout.strip().splitlines()
     assert head.startswith("sm_90, ") and head.endswith(": 5 compiled")
@@ -37,7 +37,8 @@ def test_a_case_of_every_kernel_compiles_for_a_hopper_gpu_and_loads_16_bytes_at_
 def test_a_spill_a_kernel_that_does_not_fit_a_case_that_fails_and_a_kernel_without_a_case_are_named():
     finished = run_python("-c", """
 import sys
-from tools import compile_kernels as tool
+sys.path.insert(0, "tests")
+import compile_kernels as tool
 
 def spilling(*arguments):
     tool.paged_cache.FP32_BLOCK = (64, 4, 2)

@@ -1,4 +1,4 @@
-"""tools/fake_cuda.py: its mode counts operations and catches each wait and each tensor of the host.
+"""tests/fake_cuda.py: its mode counts operations and catches each wait and each tensor of the host.
 
 The device is PyTorch's meta, whose tensors have no memory, as fake ones have none. What the script
 prints needs a CUDA build of torch and is not tested here.
@@ -6,11 +6,10 @@ prints needs a CUDA build of torch and is not tested here.
 
 import contextlib
 
+import fake_cuda
 import pytest
 import torch
-
-from tools import fake_cuda
-from tools.fake_cuda import Operations, faults
+from fake_cuda import Operations, faults
 
 
 def watched(function, *shape, dtype=torch.float32):

@@ -1,6 +1,6 @@
 """Compile every Triton kernel of fast/ for GPUs that this machine need not have, and print what came out.
 
-    python tools/compile_kernels.py [--arch 80 90 100] [--quick]
+    python tests/compile_kernels.py [--arch 80 90 100] [--quick]
 
 A kernel is launched by the function of fast/ that uses it, on tensors without memory (PyTorch's device meta).
 So dtypes, constants, alignments, warps and pipeline stages are those of a real launch. The launch is stopped

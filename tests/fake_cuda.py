@@ -1,4 +1,4 @@
-"""What a GPU is asked to do, counted on a machine without one: `python tools/fake_cuda.py`.
+"""What a GPU is asked to do, counted on a machine without one: `python tests/fake_cuda.py`.
 
 In:  a CUDA build of torch (`pip install torch` on x86 Linux). Out: for Qwen2.5 1.5B and 7B in bf16, the
 operations of each pass, those with the host, and waits. Tensors are fake: they have shapes, dtypes and the

@@ -1,6 +1,6 @@
 """Kill a short run many times, with kill -9 at random times, and compare it with an undisturbed run.
 
-    python tools/soak.py [--kills 100] [--ranks 2] [--stage grpo] [--steps 40] [--seed 0] [--out FOLDER]
+    python tests/soak.py [--kills 100] [--ranks 2] [--stage grpo] [--steps 40] [--seed 0] [--out FOLDER]
 
 Both runs have the same settings. After each kill the run is started again and resumes from the newest valid
 checkpoint. A kill hits all ranks or, after the setup, possibly a single rank; then the other ranks must exit

@@ -1,0 +1,282 @@
+"""A pretrained model learns real tool calling: data, runs, evaluations and the table of `make real`.
+
+In:  a model folder, files of examples, BFCL's data. Out: a folder of runs, resumed when given again.
+
+    python tools/real.py prepare OUT --model M FILE[=WEIGHT] ...              (tools/real_data.py)
+    python tools/real.py run RUNS --model M --data OUT [--bfcl DIR] [--train.key=value ...]
+
+run prints how long its jobs (tools/jobs.py) will take, then does them:
+
+    imitation       configs/real_sft.yaml on imitation.jsonl
+    trial-RATE      a few steps of GRPO from its weights
+    grpo-SEED       configs/real_grpo.yaml on further.jsonl from the weights of imitation, at the best rate
+    control-SEED    imitation from the same weights on the same file, for the processor time of grpo-SEED
+    eval-NAME       held-out examples, samples and BFCL; of the base also with an example in its prompt
+
+Differences are paired: the mean d over entries of the difference of right (0 or 1, a mean over seeds), ± 1.96
+s / √n, stratified where a score is a mean of categories. The variance between seeds is not in it, but each
+seed has its own row.
+"""
+
+import argparse
+import itertools
+import math
+import sys
+from collections import Counter
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import mean, variance
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import eval as evaluation  # noqa: E402
+import train  # noqa: E402
+from benchmarks import bfcl, tables  # noqa: E402
+from runtime.files import read_json, write_json, write_text  # noqa: E402
+from runtime.ranks import RankError  # noqa: E402
+from tools import report  # noqa: E402
+from tools.demo import newest_checkpoint  # noqa: E402
+from tools.jobs import Job, minutes_together, pace_of, rows_of, work  # noqa: E402
+from tools.real_data import SIZES, prepare  # noqa: E402
+
+# ---- the plan
+SEEDS, TRIALS, TRIAL_STEPS, CONTROL_LR = (1, 2), (2e-5, 4e-5, 8e-5), 12, 2e-4
+IMITATION_MINUTES, CHECKPOINT_MINUTES = 60, 10
+GRPO_STEPS = (100, 200)  # as many as the hours allow, within these bounds
+DRAWN = 2.4  # batches of prompts that a step draws, where half of the groups have spread and refill is 2
+BFCL_EVERY, BFCL_TOKENS = 4, 256
+NONLIVE_AST = {"simple": 1 / 12, "java": 1 / 12, "javascript": 1 / 12, "multiple": 1 / 4, "parallel": 1 / 4,
+               "parallel_multiple": 1 / 4}  # the weights of the leaderboard's mean
+
+
+def measure(plan):
+    """Seconds here of a step of imitation ("sft"), of one of GRPO and of a greedy reply, from short runs. The
+    base does not end its replies, so they are cut at the length of many right ones; they earn nothing, so a
+    KL penalty, which real steps lack, makes an update of them."""
+    short = ["--train.steps=2", "--rollout.refill=0", "--grpo.kl_coef=1e-3", "--eval.examples=16",
+             "--rollout.max_new_tokens=64", "--eval.max_new_tokens=64"]
+    sft, grpo = (pace_of(config_of(plan, f"real_{stage}", f"pace-{stage}", plan["model"], *short))
+                 for stage in ("sft", "grpo"))
+    return {"sft": sft["time/step_s"], "grpo": DRAWN * grpo["time/rollout_s"] + grpo["time/update_s"],
+            "reply": grpo["time/eval_s"] / 16}
+
+
+def plan_steps(plan, hours):
+    """Add steps and minutes of the jobs to a plan with "pace", and print them. ValueError if the least number
+    of steps takes more than `hours` of two cores."""
+    pace = plan["pace"]
+    plan["every"] = {stage: max(1, round(60 * CHECKPOINT_MINUTES / pace[stage])) for stage in ("sft", "grpo")}
+    imitation = max(1, round(60 * IMITATION_MINUTES / pace["sft"]))
+    replies = SIZES["heldout"] + 9 * SIZES["sampled"] + 700  # BFCL's 354 are longer
+    for steps in range(GRPO_STEPS[1], GRPO_STEPS[0] - 1, -1):
+        plan["steps"] = {"imitation": imitation, "trial": TRIAL_STEPS, "grpo": steps}
+        seconds = {"imitation": imitation * pace["sft"], "eval": replies * pace["reply"],
+                   "trial": TRIAL_STEPS * pace["grpo"], "grpo": steps * pace["grpo"]}
+        plan["minutes"] = {kind: round(each / 60, 1) for kind, each in seconds.items()}
+        if (total := minutes_together(jobs_of(plan)) / 60) <= hours:
+            break
+    print(f"seconds here: {pace}\nsteps: {plan['steps']}\nminutes of a job: {plan['minutes']}\n"
+          f"in all {total:.1f} hours of two cores, at most {hours:g}", flush=True)
+    if total > hours:
+        raise ValueError(f"{steps} steps of GRPO take {total:.1f} hours in all; allow them with --hours")
+
+
+def jobs_of(plan):
+    """{name: Job} of a plan, in the order in which they start."""
+    jobs, trials = {}, [f"trial-{lr:g}" for lr in TRIALS]
+
+    def add(name, *needs):
+        kind = name.partition("-")[0].replace("control", "grpo")  # as long
+        do = eval_job if kind == "eval" else train_job
+        jobs[name] = Job({*needs}, plan["minutes"][kind], lambda: do(plan, name))
+
+    for name in ("imitation", "eval-base", "eval-base_example"):
+        add(name)
+    for name in trials:
+        add(name, "imitation")
+    for kind, seed in itertools.product(("grpo", "control"), SEEDS):
+        add(f"{kind}-{seed}", *(trials if kind == "grpo" else [f"grpo-{seed}"]))
+    for name in [name for name in jobs if name.startswith(("imitation", "grpo", "control"))]:
+        add(f"eval-{name}", name)
+    return jobs
+
+
+# ---- jobs
+def config_of(plan, preset, name, model, *settings):
+    """The Config of a run: a preset, the paths of the plan, further settings."""
+    data = Path(plan["data"])
+    return train.load_config([
+        f"configs/{preset}.yaml", f"--out={Path(plan['runs']) / name}", f"--model.path={model}",
+        f"--data.train={data / 'further.jsonl'}", f"--data.heldout={data / 'heldout.jsonl'}",
+        f"--data.system_prompt={plan['prompt']}", *settings, *plan["extra"]])
+
+
+def processor_s(runs, name):
+    """Processor seconds of the steps of a run: their time by the clock, times the share of it in which its
+    processes had a core."""
+    sittings = [sitting["spent"] for sitting in read_json(runs / "sittings.json").values()]
+    cpu, clock = map(sum, zip(*(spent[name] for spent in sittings if name in spent), strict=True))
+    return cpu / clock * sum(row["time/step_s"] for row in rows_of(runs / name))
+
+
+def best_rate(runs):
+    """The rate of TRIALS whose trial earned most over its last half, of which a collapsed one lacks steps."""
+    return max(TRIALS, key=lambda lr: sum(
+        row["reward/mean"] for row in rows_of(runs / f"trial-{lr:g}")[TRIAL_STEPS // 2:]))
+
+
+def train_job(plan, name):
+    """A run of train.py. The steps of a control follow from the processor time of its GRPO."""
+    runs, (kind, _, which), steps = Path(plan["runs"]), name.partition("-"), plan["steps"]
+    stage = "grpo" if kind in ("trial", "grpo") else "sft"
+    if kind == "control":
+        share = processor_s(runs, f"grpo-{which}") / processor_s(runs, "imitation")
+        steps = {kind: max(1, round(steps["imitation"] * share))}
+    more = {"imitation": lambda: [f"--data.train={Path(plan['data']) / 'imitation.jsonl'}"],
+            "trial": lambda: [f"--train.lr={which}", "--eval.ends=false", "--eval.every=null"],
+            "grpo": lambda: [f"--train.lr={best_rate(runs)}", f"--seed={which}"],
+            "control": lambda: [f"--train.lr={CONTROL_LR}", f"--seed={which}"]}[kind]()
+    start = plan["model"] if kind == "imitation" else newest_checkpoint(runs / "imitation")
+    try:
+        return train.train(config_of(plan, f"real_{stage}", name, start, f"--train.steps={steps[kind]}",
+                                     f"--checkpoint.every={plan['every'][stage]}", *more))
+    except RankError as error:  # a rate at which the policy collapses is a result of a trial
+        print(f"error: {error}")
+        return 0 if kind == "trial" else error.status
+
+
+def eval_job(plan, name):
+    """Held-out examples, greedy and sampled, and BFCL. What is finished is not repeated."""
+    runs, data, name = Path(plan["runs"]), Path(plan["data"]), name.removeprefix("eval-")
+    model = plan["model"] if name.startswith("base") else str(newest_checkpoint(runs / name))
+    prompt = str(data / "prompt_with_example.txt") if name == "base_example" else plan["prompt"]
+    tokens, out = config_of(plan, "real_grpo", name, model).eval.max_new_tokens, runs / "eval" / name
+    for part, more in (("heldout", ["--batch_size=64"]), ("sampled", ["--batch_size=64", "--samples=8"])):
+        if not (out / part / "scores.json").exists():
+            evaluation.main([model, "--bench=heldout", f"--data={data / part}.jsonl", f"--out={out / part}",
+                             f"--system_prompt={prompt}", f"--max_new_tokens={tokens}", *more])
+    counts = bfcl.categories(plan["bfcl"])
+    chosen, live = list(counts)[:7], list(counts)[7:]
+    known = bfcl.load(plan["bfcl"], chosen)
+    entries = [e for name in chosen for e in [e for e in known if e.category == name][::BFCL_EVERY]]
+    args = argparse.Namespace(model=model, data=plan["bfcl"], system_prompt=prompt, bench="bfcl",
+                              paper_prompt=False, max_new_tokens=BFCL_TOKENS, batch_size=64, kernel="auto",
+                              export_official=None)
+    calls = evaluation.bench_calls(args, bfcl, known, entries, live, out / "bfcl")
+    lines = tables.report("bfcl", entries, calls, counts, chosen, name)[2]
+    write_json(out / "bfcl/scores.json", {"replies": [  # under the names of v3
+        {"id": line["id"], "category": list(bfcl.V3)[chosen.index(line["category"])],
+         "right": line["official"][0], "error": line["official"][1]} for line in lines]})
+
+
+# ---- results
+KINDS = (("is absent, expected", "an argument left out"), ("expected absent", "an argument too many"),
+         ("the reply calls", "other tools"), (", expected ", "another value"))
+BARS = (("imitation", "held out", 8), ("imitation", "BFCL AST", 5), ("control, mean", "held out", 0),
+        ("control, mean", "BFCL AST", 0))  # by how many points GRPO must be above it
+# What is scored: the evaluation, the weights of its categories (None: all entries), the value of a reply.
+SCORES = {"held out": ("heldout", {None: 1}, lambda reply: reply["right"]),
+          "mean of 8": ("sampled", {None: 1}, lambda reply: reply["samples_right"] / 8),
+          "pass@8": ("sampled", {None: 1}, lambda reply: reply["samples_right"] > 0),
+          "BFCL AST": ("bfcl", NONLIVE_AST, lambda reply: reply["right"]),
+          "irrelevance": ("bfcl", {"irrelevance": 1}, lambda reply: reply["right"])}
+
+
+def estimate(strata):
+    """(mean, half a 95 % interval) in points, of [(weight, [value of each entry])] whose weights sum to 1."""
+    spread = sum(w * w * variance(values) / len(values) for w, values in strata if len(values) > 1)
+    return 100 * sum(w * mean(values) for w, values in strata), 196 * math.sqrt(spread)
+
+
+def results(plan):
+    """Write results.json and results.md from the evaluations. Returns the text of the table."""
+    runs = Path(plan["runs"])
+    found = {folder.name: {part.name: read_json(part / "scores.json")["replies"] for part in folder.iterdir()}
+             for folder in sorted((runs / "eval").iterdir())}
+
+    def score(label, names, others=()):
+        """The mean over `names`, less that over `others`, paired by entry."""
+        (part, weights, value), each = SCORES[label], (*names, *others)
+        shares = [1 / len(names) for _ in names] + [-1 / len(others) for _ in others]
+        columns = list(zip(*(found[name][part] for name in each), strict=True))
+        assert all(len({reply["id"] for reply in column}) == 1 for column in columns), "not the same entries"
+        return estimate([(weight, [sum(map(lambda s, reply: s * value(reply), shares, column))
+                                   for column in columns if category in (None, column[0]["category"])])
+                         for category, weight in weights.items()])
+
+    seeds = {kind: [f"{kind}-{seed}" for seed in SEEDS] for kind in ("control", "grpo")}
+    rows = {name: [[name]] for name in ("base", "base_example", "imitation", *sum(seeds.values(), []))}
+    rows |= {f"{kind}, mean": [names] for kind, names in seeds.items()}
+    rows |= {f"grpo, mean, less {row}": [seeds["grpo"], *rows[row]] for row in ("imitation", "control, mean")}
+    scores = {row: {label: score(label, *names) for label in SCORES} for row, names in rows.items()}
+    text = [f"| percent ± half a 95 % interval | {' | '.join(SCORES)} |", "|---" * (len(SCORES) + 1) + "|",
+            *(f"| {row} | {' | '.join(f'{x:.1f} ± {half:.1f}' for x, half in cells.values())} |"
+              for row, cells in scores.items()), ""]
+    for row, label, bar in BARS:
+        gain = scores[f"grpo, mean, less {row}"][label][0]
+        text.append(f"{'reached' if gain > 0 and gain >= bar else 'MISSED'}: GRPO {gain:+.1f} points above "
+                    f"{row} on {label}, asked for {bar or 'more than 0'}")
+    mistakes = {name: Counter(next((kind for mark, kind in KINDS if mark in reply["error"]), "the format")
+                              for reply in parts["heldout"] if not reply["right"])
+                for name, parts in found.items()}
+    names = [name for name in jobs_of(plan) if rows_of(runs / name)]
+    report.main([*(str(runs / name) for name in names), f"--out={runs / 'report.html'}"])
+    both = zip(found["imitation"]["heldout"], found[seeds["grpo"][0]]["heldout"], strict=True)
+    write_json(runs / "results.json", {
+        "scores": scores, "mistakes": mistakes, "rate": best_rate(runs), "plan": plan,
+        "processor_hours": {name: processor_s(runs, name) / 3600 for name in names},
+        "changed": [{"query": x["query"], "answer": x["answer"], "imitation": x["reply"], "grpo": y["reply"],
+                     "right": [x["right"], y["right"]]} for x, y in both if x["right"] != y["right"]]})
+    write_text(runs / "results.md", "\n".join([*text, ""]))
+    return "\n".join(text)
+
+
+# ---- command line
+def run(args, extra):
+    """Plan, do the jobs, print the table. Returns the exit status."""
+    package, file, pace = find_spec("bfcl_eval"), args.runs / "plan.json", args.runs / "pace.json"
+    packaged = package and str(Path(package.submodule_search_locations[0]) / "data")
+    plan = {"runs": str(args.runs), "model": args.model, "data": str(args.data), "extra": extra,
+            "bfcl": args.bfcl or packaged, "prompt": str(args.data / "prompt.txt")}
+    if not plan["bfcl"]:
+        raise ValueError("no data of BFCL: give --bfcl DIR, or pip install --no-deps bfcl-eval")
+    earlier = read_json(file) if file.exists() else {}
+    if changed := [key for key in plan if earlier and earlier[key] != plan[key]]:
+        raise ValueError(f"{args.runs} was planned with another {', '.join(changed)}; choose another")
+    plan |= earlier
+    if not earlier:
+        # In another process, because its memory ends with it.
+        if status := work(args.runs, {"pace": Job(set(), 5, lambda: write_json(pace, measure(plan)))}):
+            return status
+        plan["pace"] = read_json(pace)
+        plan_steps(plan, args.hours)
+        write_json(file, plan)
+    if not (status := work(args.runs, jobs_of(plan))):
+        print(results(plan))
+    return status
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    making, running = commands.add_parser("prepare"), commands.add_parser("run")
+    making.add_argument("out", type=Path)
+    making.add_argument("files", nargs="+", metavar="FILE[=WEIGHT]")
+    running.add_argument("runs", type=Path)
+    running.add_argument("--data", type=Path, required=True, help="the folder that prepare made")
+    running.add_argument("--bfcl", help="folder of BFCL's data (default: that of the package bfcl-eval)")
+    running.add_argument("--hours", type=float, default=9.0, help="of two cores, at most (default: 9)")
+    for command in (making, running):
+        command.add_argument("--model", required=True, help="a folder, as tools/smollm2.py makes one")
+    args, extra = parser.parse_known_args(argv)
+    try:
+        if args.command == "run":
+            sys.exit(run(args, extra))
+        prepare(args.out, args.model, args.files)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
