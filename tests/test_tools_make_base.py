@@ -1,6 +1,7 @@
 """tools/make_base.py: what its lessons teach, their loss, and a run that was killed."""
 
 import itertools
+import json
 import random
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from data import Chat
 from grpo import token_logprobs
-from model import ModelConfig, Qwen2, packed_attention
+from model import ModelConfig, Transformer, packed_attention
 from reward import CALL, score
 from tools import make_base
 
@@ -19,23 +20,30 @@ def chat():
 
 
 def model_of(chat):
-    return Qwen2(ModelConfig(vocab_size=1280, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
-                             num_attention_heads=2, num_key_value_heads=1, head_dim=16, rope_theta=10000.0,
-                             tie_word_embeddings=True, max_position_embeddings=2048)).init_weights(0)
+    config = ModelConfig(vocab_size=1280, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+                         num_attention_heads=2, num_key_value_heads=1, head_dim=16, rope_theta=10000.0,
+                         tie_word_embeddings=True, max_position_embeddings=2048)
+    return Transformer(config).init_weights(0)
 
 
-def test_lessons_share_the_tools_and_half_of_their_texts_teach_the_calls_alone(chat):
-    n = make_base.LESSON
+def test_lessons_share_the_tools_and_teach_whole_replies_or_the_calls_or_the_parameters_alone(chat):
+    first, last = make_base.IMITATED, make_base.IMITATED + make_base.BOUND
     for lesson in make_base.query_lessons(chat, 5, 0, random.Random(0)):
-        assert "<tools>" in chat.decode(lesson.prefix) and len(lesson.texts) == len(lesson.learnt) == 2 * n
+        prefix = chat.decode(lesson.prefix)
+        assert "<tools>" in prefix and len(lesson.texts) == len(lesson.learnt) == last + make_base.READ
         learnt = [chat.decode(text[-size:]) for text, size in zip(lesson.texts, lesson.learnt, strict=True)]
-        assert all(text.startswith("<think>") for text in learnt[:n])
-        assert all(text.startswith(CALL) for text in learnt[n:])
-        assert all(text.endswith("<|im_end|>") for text in learnt)
-        for text in lesson.texts:
+        assert all(text.startswith("<think>") for text in learnt[:first])
+        assert all(text.startswith(CALL) for text in learnt[first:last])
+        assert all(text.endswith("<|im_end|>") for text in learnt[:last])
+        for text in lesson.texts[:last]:
             whole = chat.decode(lesson.prefix + text)
             reply = whole.split("<|im_start|>assistant\n")[1].removesuffix("<|im_end|>")
             assert whole.count("<|im_start|>") == 3 and score(reply, []).format_ok
+        schemas = {tool["function"]["name"]: tool["function"]["parameters"]["properties"] for tool in map(
+            json.loads, prefix.split("<tools>\n")[-1].split("\n</tools>")[0].splitlines())}
+        for text, said in zip(lesson.texts[last:], learnt[last:], strict=True):
+            name = chat.decode(lesson.prefix + text).split("<|im_start|>user\n")[1].split("<|im_end|>")[0]
+            assert said == f" {', '.join(schemas[name])}.</think>"
 
 
 def test_loss_of_lessons_is_the_mean_over_what_is_learnt_of_every_text_by_itself(chat):

@@ -6,8 +6,9 @@ In:  examples from tools/synthetic.py. Out: a Hugging Face folder of a few MB.
                     query, in a tool's name and in JSON, so that copying needs no translation.
     2. copying      supervised, from phrases that each say a value to the JSON of the values: a minute on
                     the ability that forms last
-    3. imitation    supervised, half on the replies of a lazy teacher, half on binding: a reply's right plan
-                    is given, and the calls with every value in its place are learnt
+    3. imitation    supervised, on the replies of a lazy teacher; on binding, where a reply's right plan is
+                    given, and the calls with every value in its place are learnt; and on reading, where the
+                    name of a tool is given, and the list of its parameters is learnt
 
 The teacher is lazy on purpose, at the rates below: it omits arguments and calls, and invents calls where no
 tool fits. A base that imitates it can give the right reply but does not always do so. A verifiable reward can
@@ -52,7 +53,7 @@ DROPS_ARGUMENT = {1: 0.0, 2: 0.3, 3: 0.6}  # omits the last argument of a call, 
 DROPS_CALL = 0.5  # omits the second call of two
 INVENTS_CALL = 0.5  # calls the first tool where no tool fits
 
-LESSON = 4  # queries of imitation, and as many of binding, that share the tools of a lesson
+IMITATED, BOUND, READ = 4, 3, 2  # queries of imitation and of binding, and tools that are read, of a lesson
 SAVED_EVERY = 100  # steps
 TWO_CALLS = 60  # percent of the queries of binding that ask for two calls, where values are mixed up most
 
@@ -199,17 +200,24 @@ def phrase_lessons(chat, n, seed, least, most):
 
 
 def query_lessons(chat, n, seed, rng):
-    """n lessons of `LESSON` queries with the teacher's reply and as many with the right one. Of the latter
-    only the calls carry loss: the plan that precedes them is given."""
-    mixes = [(50, 20, 30)] * LESSON + [(100 - TWO_CALLS, TWO_CALLS, 0)] * LESSON
+    """n lessons, each on the tools of one prompt: queries with the teacher's reply; queries with the right
+    reply, of which only the calls carry loss, because the plan that precedes them is given; and names of
+    tools, of which the plan's list of parameters carries loss."""
+    mixes = [(50, 20, 30)] * IMITATED + [(100 - TWO_CALLS, TWO_CALLS, 0)] * BOUND
     for group in synthetic_groups(n, seed, mixes):
-        taught = [lazy(example, rng) for example in group[:LESSON]] + group[LESSON:]
-        prompts = [chat.encode_prompt(example) for example in taught]
+        taught = [lazy(example, rng) for example in group[:IMITATED]] + group[IMITATED:]
         replies = [chat.encode_reply(example) for example in taught]
-        shared = len(os.path.commonprefix(prompts))
         call = chat.encode(CALL)[0]
-        learnt = [len(reply) if i < LESSON else len(reply) - reply.index(call)
+        learnt = [len(reply) if i < IMITATED else len(reply) - reply.index(call)
                   for i, reply in enumerate(replies)]
+        for tool in rng.choices(group[0].tools, k=READ):
+            name = tool["name"]
+            taught.append(dataclasses.replace(group[0], messages=[{"role": "user", "content": name}]))
+            plan = synthetic_reasoning([{"name": name, "arguments": tool["parameters"]["properties"]}])
+            replies.append(chat.encode(f"<think>{plan}</think>"))
+            learnt.append(len(replies[-1]) - len(chat.encode(f"<think>{name} with")))
+        prompts = [chat.encode_prompt(example) for example in taught]
+        shared = len(os.path.commonprefix(prompts))
         texts = [prompt[shared:] + reply for prompt, reply in zip(prompts, replies, strict=True)]
         yield Lesson(prompts[0][:shared], texts, learnt)
 
@@ -262,7 +270,7 @@ def learn(model, lessons, size, steps, peak, vocab_size, name, saved):
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Make the base model of the demo from nothing.")
     parser.add_argument("--out", type=Path, default=Path("assets/tiny"))
-    parser.add_argument("--copy_steps", type=int, default=400, help="batches of 32")
+    parser.add_argument("--copy_steps", type=int, default=800, help="batches of 32")
     parser.add_argument("--steps", type=int, default=2000, help="batches of 5 lessons")
     args = parser.parse_args(argv)
     began, prompt_file = time.perf_counter(), "configs/demo_prompt.txt"
@@ -278,7 +286,7 @@ def main(argv=None):
         make_tokenizer([plain_text(example, system_prompt) for example in examples], Path(folder))
         chat, model = Chat(folder, prompt_file), Transformer(CONFIG).init_weights(0)
         model.embed_tokens.weight.data *= 5  # copying forms in half the steps if embeddings start far apart
-        lessons = phrase_lessons(chat, 32 * args.copy_steps, 0, 1, 2)
+        lessons = phrase_lessons(chat, 32 * args.copy_steps, 0, 1, 3)
         learn(model, lessons, 32, args.copy_steps, 3e-3, chat.vocab_size, "copying", saved)
         lessons = query_lessons(chat, 5 * args.steps, 0, rng)
         learn(model, lessons, 5, args.steps, 2e-3, chat.vocab_size, "imitation", saved)
