@@ -94,9 +94,7 @@ def control(run, arms, extra):
         spent = minutes(run)[0] / (2 if amount == "half" else 1)
         timed = ["--train.schedule=cosine_time", f"--train.max_minutes={spent}"]
         length = timed if amount != "queries" else [f"--train.steps={config['train']['steps']}"]
-        out = folder_of(run, arm)
-        if amount == "half":
-            out = folder_of(run, f"{arm}-first")
+        out = folder_of(run, f"{arm}-first" if amount == "half" else arm)
         common = [f"--seed={config['seed']}", f"--data.heldout={config['data']['heldout']}", *extra]
         data = write_replies(config["data"]["train"], shown)
         start(["configs/demo_control.yaml", f"--out={out}", f"--model.path={config['model']['path']}",

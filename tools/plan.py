@@ -29,9 +29,6 @@ TYPICAL_PROMPT, TYPICAL_REPLY = 900, 120  # tokens, if there are no examples or 
 WITHOUT_WEIGHTS = ("config.json", "generation_config.json", "tokenizer*", "vocab.json", "merges.txt",
                    "*.jinja")
 
-# What to change.
-
-
 def changes(s, capacity, least_micro_batch, most_ranks):
     """(setting and value, Setup with it) of each change that may save memory, the cheapest first."""
     for numerator in range(63, 0, -1):
@@ -79,9 +76,6 @@ def advice(s, capacity, least_micro_batch, most_ranks):
     return chosen
 
 
-# The command line.
-
-
 def main(argv):
     """`train.py --plan`: print the plan. On an error print one line on stderr and exit with status 2."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
@@ -113,8 +107,7 @@ def plan(c, gpus, gib):
     found = read_lengths(c, folder)
     s = setup_of(c, config, gpus, bf16, found.longest or c.data.max_prompt_tokens,
                  found.heldout or c.eval.examples)
-    if gib is None:
-        gib = memory_of(device)
+    gib = memory_of(device) if gib is None else gib
     where = f"{gpus} GPU{'s' if gpus > 1 else ''}" if gpus else "the CPU"
     precision = "bf16" if bf16 else "fp32"
     return [f"{c.stage} of {c.model.path} in {precision} on {where} of {gib:.4g} GiB", "",
