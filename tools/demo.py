@@ -40,8 +40,8 @@ from runtime.run_folder import read_evaluations  # noqa: E402
 from tools.make_base import lazy  # noqa: E402
 
 RESULTS = "tools/results/demo.json"
-GAINS = {"values": 25, "paraphrases": 15, "tools": 15}  # points that each split must gain
-LEAST = 50  # percent that every kind of query must reach on new values
+GAINS = {"values": 25, "paraphrases": 15, "tools": 25}  # points that each split must gain
+LEAST = 65  # percent that every kind of query must reach on new values
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306)  # Student's t at 95 %, 1 to 8 degrees
 
 # What each arm is shown: replies of the lazy teacher, right replies (the answers that the reward checks, with
