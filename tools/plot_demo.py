@@ -21,7 +21,7 @@ RESULTS, FIGURE = ROOT / "tools" / "results" / "demo.json", ROOT / "assets" / "d
 
 WIDTH, HEIGHT = 720, 372  # pixels
 LEFT, RIGHT, TOP, BOTTOM = 52, 560, 82, 322  # of the plot; BOTTOM is LOWEST %, TOP is 100 %
-LOWEST = 20
+LOWEST = 40
 LABEL_GAP = 15  # least pixels between two labels on the right
 
 SPLITS = {"tools": "new tools", "values": "new values", "paraphrases": "new paraphrases"}
