@@ -188,13 +188,13 @@ def test_lazy_teacher_errs_as_often_as_it_says_and_never_writes_a_false_format()
 
 
 def test_six_steps_of_grpo_gain_on_all_three_heldout_splits(tmp_path):
-    """Measured gains in points on values, paraphrases, tools and all: 43, 20, 45 and 36 with seed 0, which is
-    used here; at least 36, 10, 38 and 28 with seeds 0 to 3. No right reply has more than 80 tokens."""
+    """Measured gains in points on values, paraphrases, tools and all: 32, 20, 28 and 27 with seed 0, which is
+    used here; at least 30, 18, 27 and 26 with seeds 0 to 3. No right reply has more than 82 tokens."""
     write_jsonl(tmp_path / "train.jsonl", synthetic(400, 0, "train"))
     write_jsonl(tmp_path / "heldout.jsonl", synthetic(180, 0, "heldout"))
     train.main(["configs/demo.yaml", f"--out={tmp_path / 'run'}", f"--data.train={tmp_path / 'train.jsonl'}",
                 f"--data.heldout={tmp_path / 'heldout.jsonl'}", "--train.steps=6", "--eval.every=6",
-                "--train.prompts_per_step=12", "--rollout.max_new_tokens=80", "--eval.max_new_tokens=80"])
+                "--train.prompts_per_step=12", "--rollout.max_new_tokens=82", "--eval.max_new_tokens=82"])
     before, after = demo.evaluations(tmp_path / "run")
     gains = {"values": 15, "paraphrases": 10, "tools": 15}
     for asked, found, passes in demo.judge(before, after, gains, 0)[:3]:
