@@ -51,6 +51,18 @@ def test_two_jobs_are_at_work_at_once_and_a_third_waits_for_what_it_needs(tmp_pa
     assert work(tmp_path, waiting) == 0 and order.read_text().split() == lines, "what is done is not repeated"
 
 
+def test_the_pace_is_measured_in_as_many_jobs_as_run_at_once(tmp_path):
+    def measure(i):
+        (tmp_path / f"began-{i}").touch()
+        deadline = time.monotonic() + 60
+        while not all((tmp_path / f"began-{k}").exists() for k in range(jobs.AT_ONCE)):
+            assert time.monotonic() < deadline, "alone"
+        return {"i": i}
+
+    assert work(tmp_path, jobs.pace_jobs(tmp_path, 1, measure)) == 0
+    assert [read_json(tmp_path / f"pace-{i}.json")["i"] for i in range(jobs.AT_ONCE)] == [0, 1]
+
+
 def test_a_job_has_one_thread_its_own_log_and_its_time_in_sittings(tmp_path):
     def run():
         print(torch.get_num_threads(), "thread")

@@ -46,7 +46,7 @@ def small(monkeypatch):
     for module, settings in (
             (mixing, {"SIZES": sizes, "MAX_PROMPT": 900, "MAX_REPLY": 400}),
             (real, {"SIZES": sizes, "GRPO_STEPS": (2, 3), "TRIAL_STEPS": 2, "BFCL_EVERY": 50,
-                    "BFCL_TOKENS": 3, "measure": lambda plan: PACE}),
+                    "BFCL_TOKENS": 3, "measure": lambda plan, i: PACE}),
             (jobs_module, {"WATCH_S": 0.1})):
         for name, value in settings.items():
             monkeypatch.setattr(module, name, value)
@@ -155,7 +155,7 @@ def test_the_pace_of_every_kind_of_step_is_measured(files, tmp_path, small):
     command(files, tmp_path)
     plan = {"runs": str(tmp_path), "model": str(files / "base"), "data": str(tmp_path / "data"),
             "prompt": str(tmp_path / "data/prompt.txt"), "extra": [*TOY, "--model.precision=fp32"]}
-    pace = MEASURE(plan)
+    pace = MEASURE(plan, 0)
     assert pace.keys() == {"sft", "grpo", "reply"}
     assert min(pace.values()) > 0
 

@@ -9,8 +9,6 @@ is: the median over the rounds, with the lowest and the highest. The bar is the 
 Seconds are wall-clock time on a GPU. On a CPU one thread computes, and seconds are processor time. A peer
 that is not installed or that fails has a row that says so. The extra `peers` installs the peers of peers.py.
 
-A benchmark is a function (rounds, *setting) -> rows; its docstring says what it measures.
-
 Axes: P prompts, G rollouts a prompt, N = P·G, T packed tokens, L reply tokens, B sequences being decoded,
 D width, F width inside the MLP, H query heads, K key/value heads, E head size, V vocabulary rows,
 C a chunk of L.

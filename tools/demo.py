@@ -59,8 +59,7 @@ def evaluations(run):
     """The evaluations of a run in order, each {category: percent}. ValueError if there are fewer than two."""
     reports = read_evaluations(run)
     if len(reports) < 2:
-        raise ValueError(f"{run}: {len(reports)} evaluations, not a first and a last; is this a finished "
-                         "run?")
+        raise ValueError(f"{run}: {len(reports)} evaluations, not a first and a last; has the run finished?")
     return [{row["category"]: 100 * row["accuracy"] for row in report["rows"]} for report in reports]
 
 
@@ -197,13 +196,11 @@ def arms_table(rows):
     """The arms by split as Markdown, and by how much GRPO differs from the arm "right", seed by seed."""
     splits = (*GAINS, "all")
     lines = [f"| | {' | '.join(splits)} |", "|---" * (len(splits) + 1) + "|"]
-    names = ["base", *(label for *_, label in ARMS.values()), "**GRPO**",
-             "GRPO - right replies, same minutes"]
+    names = "base", *(label for *_, label in ARMS.values()), "**GRPO**", "GRPO - right replies, same minutes"
     columns = [[f"{rows[split]['base']:.1f}" for split in splits]]
     columns += [[interval(rows[split][arm]) for split in splits] for arm in (*ARMS, "grpo")]
-    differences = [[a - b for a, b in zip(rows[split]["grpo"], rows[split]["right"], strict=True)]
-                   for split in splits]
-    columns.append([interval(each, "+") for each in differences])
+    pairs = [zip(rows[split]["grpo"], rows[split]["right"], strict=True) for split in splits]
+    columns.append([interval([a - b for a, b in each], "+") for each in pairs])
     for name, cells in zip(names, columns, strict=True):
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -57,6 +57,12 @@ def pace_of(c):
     return {name: round(value, 3) for name, value in rows.items() if name.startswith("time/")}
 
 
+def pace_jobs(folder, minutes, measure):
+    """Jobs that write measure(i) to pace-i.json: as many as run at once, because runs slow each other."""
+    return {f"pace-{i}": Job(set(), minutes, lambda i=i: write_json(folder / f"pace-{i}.json", measure(i)))
+            for i in range(AT_ONCE)}
+
+
 def progress(folder, name):
     """A bar of a run's steps, and what train.py printed last of them."""
     text = (folder / f"logs/{name}.txt").read_text(encoding="utf-8", errors="replace")

@@ -36,7 +36,7 @@ from runtime.files import read_json, write_json, write_text  # noqa: E402
 from runtime.ranks import RankError  # noqa: E402
 from tools import report  # noqa: E402
 from tools.demo import newest_checkpoint  # noqa: E402
-from tools.jobs import Job, minutes_together, pace_of, rows_of, work  # noqa: E402
+from tools.jobs import Job, minutes_together, pace_jobs, pace_of, rows_of, work  # noqa: E402
 from tools.real_data import SIZES, prepare  # noqa: E402
 
 # ---- the plan
@@ -49,13 +49,13 @@ NONLIVE_AST = {"simple": 1 / 12, "java": 1 / 12, "javascript": 1 / 12, "multiple
                "parallel_multiple": 1 / 4}  # the weights of the leaderboard's mean
 
 
-def measure(plan):
+def measure(plan, i):
     """Seconds here of a step of imitation ("sft"), of one of GRPO and of a greedy reply, from short runs. The
     base does not end its replies, so they are cut at the length of many right ones; they earn nothing, so a
     KL penalty, which real steps lack, makes an update of them."""
     short = ["--train.steps=2", "--rollout.refill=0", "--grpo.kl_coef=1e-3", "--eval.examples=16",
              "--rollout.max_new_tokens=64", "--eval.max_new_tokens=64"]
-    sft, grpo = (pace_of(config_of(plan, f"real_{stage}", f"pace-{stage}", plan["model"], *short))
+    sft, grpo = (pace_of(config_of(plan, f"real_{stage}", f"pace-{i}-{stage}", plan["model"], *short))
                  for stage in ("sft", "grpo"))
     return {"sft": sft["time/step_s"], "grpo": DRAWN * grpo["time/rollout_s"] + grpo["time/update_s"],
             "reply": grpo["time/eval_s"] / 16}
@@ -234,7 +234,7 @@ def results(plan):
 # ---- command line
 def run(args, extra):
     """Plan, do the jobs, print the table. Returns the exit status."""
-    package, file, pace = find_spec("bfcl_eval"), args.runs / "plan.json", args.runs / "pace.json"
+    package, file = find_spec("bfcl_eval"), args.runs / "plan.json"
     packaged = package and str(Path(package.submodule_search_locations[0]) / "data")
     plan = {"runs": str(args.runs), "model": args.model, "data": str(args.data), "extra": extra,
             "bfcl": args.bfcl or packaged, "prompt": str(args.data / "prompt.txt")}
@@ -245,10 +245,10 @@ def run(args, extra):
         raise ValueError(f"{args.runs} was planned with another {', '.join(changed)}; choose another")
     plan |= earlier
     if not earlier:
-        # In another process, because its memory ends with it.
-        if status := work(args.runs, {"pace": Job(set(), 5, lambda: write_json(pace, measure(plan)))}):
+        # In other processes, because their memory ends with them.
+        if status := work(args.runs, pace_jobs(args.runs, 5, lambda i: measure(plan, i))):
             return status
-        plan["pace"] = read_json(pace)
+        plan["pace"] = read_json(args.runs / "pace-0.json")
         plan_steps(plan, args.hours)
         write_json(file, plan)
     if not (status := work(args.runs, jobs_of(plan))):

@@ -32,11 +32,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train  # noqa: E402
 from data import mask_names, write_jsonl  # noqa: E402
 from reward import score  # noqa: E402
-from runtime.files import read_json, write_json, write_text  # noqa: E402
+from runtime.files import read_json, write_text  # noqa: E402
 from runtime.run_folder import read_evaluations  # noqa: E402
 from tools import report  # noqa: E402
 from tools.demo import interval, minutes, t_95  # noqa: E402
-from tools.jobs import Job, pace_of, work  # noqa: E402
+from tools.jobs import Job, pace_jobs, pace_of, work  # noqa: E402
 from tools.make_base import lazy  # noqa: E402
 from tools.synthetic import HELDOUT, synthetic  # noqa: E402
 
@@ -91,9 +91,9 @@ def words(spec, arm, seed, runs):
                                     for key, value in settings.items())]
 
 
-def measure(spec, runs):
+def measure(spec, runs, i):
     """{stage: seconds of a step and of an evaluation} here, of the second of two steps."""
-    return {stage: pace_of(train.load_config([*words(spec, arm, 0, runs), f"--out={runs}/pace-{stage}",
+    return {stage: pace_of(train.load_config([*words(spec, arm, 0, runs), f"--out={runs}/pace-{i}-{stage}",
                                               "--train.steps=2"]))
             for arm, stage in (("rl", "grpo"), ("right", "sft"))}
 
@@ -223,9 +223,8 @@ def main(argv=None):
         runs = args.runs / "quick" if args.quick else args.runs
         if not (runs / "data/heldout.jsonl").exists():
             write_data(spec, runs / "data")
-        pace = runs / "pace.json"
-        if status := work(runs, {"pace": Job(set(), 2, lambda: write_json(pace, measure(spec, runs)))}) or (
-                work(runs, jobs_of(spec, runs, read_json(pace)))):
+        if status := work(runs, pace_jobs(runs, 2, lambda i: measure(spec, runs, i))) or (
+                work(runs, jobs_of(spec, runs, read_json(runs / "pace-0.json")))):
             sys.exit(status)
         found = collect(spec, runs)
         for name, table in spec["tables"].items():
