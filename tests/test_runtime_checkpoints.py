@@ -708,8 +708,6 @@ def test_a_run_folder_of_an_earlier_version_resumes_to_the_same_end(
     """tests/old_run was written before runtime/ existed: a checkpoint of step 2, and logs and weights of all
     four steps. Machines differ in the last bit."""
     old = shutil.copytree("tests/old_run", tmp_path / "old")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(f"assets/tiny/{name}", old / "base")
     expected = rows(old / "run")
     replies = {file.name: file.read_bytes() for file in (old / "run/rollouts").iterdir()}
     monkeypatch.chdir(old)

@@ -254,8 +254,8 @@ def test_synthetic_command_writes_what_the_function_makes(tmp_path):
 @pytest.mark.parametrize(
     ("split", "digest"),
     [
-        ("train", "fdf2a6d008baffb54561b4f40ce48501e994bed6016988d18399151793bac02d"),
-        ("heldout", "0f245246e909da185f527fad27d13bed57559932c510b8d2cd79404c1907a169"),
+        ("train", "01017fa36786fe5f532fdeeb133b0c370a1c9193b1ddea0e329cce20b06e6b08"),
+        ("heldout", "5fbe072882769e6ecb364d3c4568796c47788b43ba95fd166b4e0ce1d77f340e"),
     ],
 )
 def test_a_file_has_the_same_bytes_as_ever(tmp_path, split, digest):
