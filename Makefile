@@ -1,7 +1,7 @@
 # make demo      GRPO from assets/tiny on two CPU cores, then held-out accuracy before and after; fails if the
 #                gain is too small. It ends with a page that shows the run, report.html in the run's folder.
 #                Each run has a new folder (ARGS="--seed=1 --train.steps=20" goes to train.py)
-# make demo-control   as many minutes of imitation instead of RL, compared with the newest run of make demo
+# make demo-control   as many minutes of imitation of right replies instead of RL, compared with the newest run of make demo
 # make base      how assets/tiny is made: tokenizer, synthetic data, SFT from random weights
 # make test      the tests (PYTEST_ARGS="-k grpo -x" goes to pytest)
 # make check     ruff, then the tests

@@ -112,7 +112,7 @@ def test_tables_of_the_demo_are_those_of_the_measured_numbers(demo):
     arms.append(["**GRPO**", *(interval(demo[split]["grpo"]) for split in splits)])
     paired = ([a - b for a, b in zip(demo[split]["grpo"], demo[split]["right"], strict=True)]
               for split in splits)
-    arms.append(["GRPO - right replies, same minutes", *(interval(each, "+") for each in paired)])
+    arms.append(["GRPO minus right replies, same minutes", *(interval(each, "+") for each in paired)])
     arms = [f"| {' | '.join(cells)} |" for cells in arms]
     kinds = []
     for name, row in demo.items():

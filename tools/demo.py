@@ -196,12 +196,12 @@ def arms_table(rows):
     """The arms by split as Markdown, and by how much GRPO differs from the arm "right", seed by seed."""
     splits = (*GAINS, "all")
     lines = [f"| | {' | '.join(splits)} |", "|---" * (len(splits) + 1) + "|"]
-    names = "base", *(label for *_, label in ARMS.values()), "**GRPO**", "GRPO - right replies, same minutes"
+    names = *(arm[2] for arm in ARMS.values()), "**GRPO**", "GRPO minus right replies, same minutes"
     columns = [[f"{rows[split]['base']:.1f}" for split in splits]]
     columns += [[interval(rows[split][arm]) for split in splits] for arm in (*ARMS, "grpo")]
     pairs = [zip(rows[split]["grpo"], rows[split]["right"], strict=True) for split in splits]
     columns.append([interval([a - b for a, b in each], "+") for each in pairs])
-    for name, cells in zip(names, columns, strict=True):
+    for name, cells in zip(("base", *names), columns, strict=True):
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -53,7 +53,7 @@ DROPS_ARGUMENT = {1: 0.0, 2: 0.3, 3: 0.6}  # omits the last argument of a call, 
 DROPS_CALL = 0.5  # omits the second call of two
 INVENTS_CALL = 0.5  # calls the first tool where no tool fits
 
-IMITATED, BOUND, READ = 4, 3, 2  # queries of imitation and of binding, and tools that are read, of a lesson
+IMITATED, BOUND, READ = 4, 3, 2  # in a lesson: the teacher's replies, given plans, tools that are read
 SAVED_EVERY = 100  # steps
 TWO_CALLS = 60  # percent of the queries of binding that ask for two calls, where values are mixed up most
 
