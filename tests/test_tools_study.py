@@ -15,6 +15,8 @@ import train
 from data import read_jsonl
 from reward import format_reply
 from runtime.files import read_json
+from runtime.ranks import RankError
+from runtime.run_folder import RunFolder
 from tools import jobs, study
 from tools.study import collect, difference, page, read_spec, words
 
@@ -108,6 +110,23 @@ def test_a_study_killed_between_and_inside_runs_ends_with_the_results_of_an_undi
     assert (runs / "then-1/config.yaml").read_text().count("killed/right-1/checkpoints/step_000002") == 1
 
 
+def test_a_run_that_stops_by_itself_ends_with_the_evaluation_of_its_newest_checkpoint(
+        toy, monkeypatch, capsys):
+    log_step = RunFolder.log_step
+
+    def stop_early(run, step, *rest):
+        log_step(run, step, *rest)
+        if run.folder.name == "rl-0" and step == 3:
+            raise RankError("stopped at step 3: all replies are the same")
+
+    monkeypatch.setattr(RunFolder, "log_step", stop_early)
+    study.main([str(toy / "runs")])
+    found = read_json(toy / "results.json")["runs"]
+    assert {name: run["steps"] for name, run in found.items()} == {
+        "rl-0": 2, "rl-1": 4, "right-0": 2, "right-1": 2, "then-0": 2, "then-1": 2}
+    assert "| RL (stopped at step 2) |" in capsys.readouterr().out
+
+
 def test_a_quick_study_leaves_the_results_of_the_whole_one(toy, capsys):
     study.main([str(toy / "runs"), "--quick"])
     assert not (toy / "results.json").exists() and not (toy / "page.md").exists()
@@ -190,7 +209,7 @@ def test_the_interval_of_a_difference_has_seeds_and_frames():
 def made_up(ours, theirs):
     """Results of the toy study in which rl and right have these verdicts in both seeds."""
     queries = [f"{split}/single {frame}" for split in study.HELDOUT for frame in "abcdefgh"]
-    run = {"minutes": 30.0, "sampled_format": [50, 90.0], "sampled_right": [40, 40.0]}
+    run = {"minutes": 30.0, "steps": 4, "sampled_format": [50, 90.0], "sampled_right": [40, 40.0]}
     return {"queries": queries, "base": "0" * 24, "hardware": "a machine", "git_revision": "1234567890abcdef",
             "is_fixed": True,
             "runs": {f"{arm}-{seed}": run | {"right": marks} for seed in range(2)
@@ -235,7 +254,8 @@ def test_runs_on_other_queries_are_not_compared(toy):
         for step in (0, 4):
             replies = [{"category": "values/single", "id": f"{i}/one", "reply": "", "answer": []}
                        for i in range(count)]
-            (toy / run / f"evals/step_{step:06d}.json").write_text(json.dumps({"replies": replies}))
+            (toy / run / f"evals/step_{step:06d}.json").write_text(
+                json.dumps({"step": step, "replies": replies}))
         (toy / run / "metrics.jsonl").write_text('{"time/step_s": 60}\n')
     with pytest.raises(ValueError, match="evaluated on other queries"):
         collect(spec, toy)

@@ -99,23 +99,15 @@ def invent(tool, query, rng):
 
 def make_tokenizer(texts, folder):
     """Train the tokenizer on `texts` and write its files to `folder`."""
-    from tokenizers import (
-        AddedToken,
-        Regex,
-        Tokenizer,
-        decoders,
-        models,
-        normalizers,
-        pre_tokenizers,
-        trainers,
-    )
+    import tokenizers
+    from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-    tokenizer = Tokenizer(models.BPE())
+    tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
         # A digit, a word, or a run of other characters, so that no piece joins a word with its neighbours and
         # a new number has the pieces of the known ones.
-        pre_tokenizers.Split(Regex(r"\d|[A-Za-z]+|[^A-Za-z\d]+"), "isolated"),
+        pre_tokenizers.Split(tokenizers.Regex(r"\d|[A-Za-z]+|[^A-Za-z\d]+"), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ])
     tokenizer.decoder = decoders.ByteLevel()
@@ -126,7 +118,7 @@ def make_tokenizer(texts, folder):
                                   show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_special_tokens(SPECIAL)
-    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in PLAIN])
+    tokenizer.add_tokens([tokenizers.AddedToken(token, special=False, normalized=False) for token in PLAIN])
     print(f"tokenizer: {tokenizer.get_vocab_size()} tokens")
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))

@@ -109,8 +109,7 @@ def plan(c, gpus, gib):
                  found.heldout or c.eval.examples)
     gib = memory_of(device) if gib is None else gib
     where = f"{gpus} GPU{'s' if gpus > 1 else ''}" if gpus else "the CPU"
-    precision = "bf16" if bf16 else "fp32"
-    return [f"{c.stage} of {c.model.path} in {precision} on {where} of {gib:.4g} GiB", "",
+    return [f"{c.stage} of {c.model.path} in {'bf16' if bf16 else 'fp32'} on {where} of {gib:.4g} GiB", "",
             *length_lines(c, config, found.examples, found.note), "",
             *memory_lines(s, gib, c.data.max_prompt_tokens + c.rollout.max_new_tokens, updating), "",
             *time_lines(c, s, gib, found)]
@@ -202,8 +201,7 @@ def length_lines(c, config, examples, note):
         lines.append(f"rollouts    {N:,} a step" + (f", {N * steps:,} in all" if steps else ""))
     else:
         most = P * c.train.micro_batch_tokens
-    in_all = f", {most * steps:,} in all" if steps else ""
-    lines.append(f"tokens      at most {most:,} a step{in_all}")
+    lines.append(f"tokens      at most {most:,} a step" + (f", {most * steps:,} in all" if steps else ""))
     return lines
 
 
@@ -218,8 +216,7 @@ def memory_lines(s, gib, least_micro_batch, most_ranks):
         cells = [f"{value / GIB:12.2f}" if value else f"{'-':>12}" for value in row]
         if set(cells) != {f"{'-':>12}"}:
             lines.append(f"{name:20}" + "".join(cells))
-    most = max(moments, key=lambda name: total(moments[name]))
-    highest = total(moments[most])
+    most, highest = max(((name, total(parts)) for name, parts in moments.items()), key=lambda pair: pair[1])
     fits = "fits" if highest <= capacity else "does not fit"
     lines += ["", f"{fits}: {highest / GIB:.1f} of {gib:.4g} GiB ({most})"]
     chosen = advice(s, capacity, least_micro_batch, most_ranks)
@@ -282,8 +279,7 @@ def time_lines(c, s, gib, found):
 def with_sums(c, found, seconds):
     """{phase: seconds} with those of a step and, if the number of steps is known, of the run."""
     step = sum(value for phase, value in seconds.items() if phase != "evaluation")
-    steps = number_of_steps(c, found.examples or 0)
-    if not steps:
+    if not (steps := number_of_steps(c, found.examples or 0)):
         return seconds | {"step": step}
     if c.train.max_minutes:
         steps = min(steps, math.ceil(60 * c.train.max_minutes / step))

@@ -41,23 +41,19 @@ STYLE = """\
   .mean { stroke-width: 2.5 }
   .seed { stroke-width: 1; opacity: 0.55 }
   .control { stroke-width: 1.5; stroke-dasharray: 5 4 }
-  .values { stroke: #0969da }
-  .paraphrases { stroke: #bc4c00 }
-  .tools { stroke: #1a7f37 }
-  text.values { fill: #0969da; stroke: none }
-  text.paraphrases { fill: #bc4c00; stroke: none }
-  text.tools { fill: #1a7f37; stroke: none }
+  .values { color: #0969da }
+  .paraphrases { color: #bc4c00 }
+  .tools { color: #1a7f37 }
+  .values, .paraphrases, .tools { stroke: currentColor }
+  text.values, text.paraphrases, text.tools { fill: currentColor; stroke: none }
   @media (prefers-color-scheme: dark) {
     text { fill: #e6edf3 }
     .card { fill: #0d1117; stroke: #30363d }
     .grid { stroke: #30363d }
     .key { stroke: #e6edf3 }
-    .values { stroke: #58a6ff }
-    .paraphrases { stroke: #f0883e }
-    .tools { stroke: #3fb950 }
-    text.values { fill: #58a6ff }
-    text.paraphrases { fill: #f0883e }
-    text.tools { fill: #3fb950 }
+    .values { color: #58a6ff }
+    .paraphrases { color: #f0883e }
+    .tools { color: #3fb950 }
   }
 </style>"""
 

@@ -33,6 +33,7 @@ import train  # noqa: E402
 from data import mask_names, write_jsonl  # noqa: E402
 from reward import score  # noqa: E402
 from runtime.files import read_json, write_text  # noqa: E402
+from runtime.ranks import RankError  # noqa: E402
 from runtime.run_folder import read_evaluations  # noqa: E402
 from tools import report  # noqa: E402
 from tools.demo import interval, minutes, t_95  # noqa: E402
@@ -98,13 +99,25 @@ def measure(spec, runs, i):
             for arm, stage in (("rl", "grpo"), ("right", "sft"))}
 
 
+def run_arm(given):
+    """Train as a command line says. A run that stops because its replies teach nothing any more is a result:
+    its newest checkpoint is evaluated. Returns the exit status."""
+    c = train.load_config(given)
+    try:
+        return train.train(c)
+    except RankError as stopped:
+        print(stopped)
+        return train.train(train.load_config([*given, "--train.max_minutes=1e-6"]))  # over as soon as resumed
+
+
 def jobs_of(spec, runs, pace):
     """{name: Job} of all runs. All arms of GRPO have as many replies a step."""
     jobs = {}
     for run, (arm, seed) in spec["runs"].items():
-        c, start = train.load_config(words(spec, arm, seed, runs)), spec["arms"][arm].get("from")
-        seconds = c.train.steps * pace[c.stage]["time/step_s"] + 2 * pace[c.stage]["time/eval_s"]
-        jobs[run] = Job({f"{start}-{seed}"} if start else set(), seconds / 60, lambda c=c: train.train(c))
+        it, given = spec["arms"][arm], words(spec, arm, seed, runs)
+        seconds = it["steps"] * pace[it["stage"]]["time/step_s"] + 2 * pace[it["stage"]]["time/eval_s"]
+        needs = {f"{it['from']}-{seed}"} if "from" in it else set()
+        jobs[run] = Job(needs, seconds / 60, lambda given=given: run_arm(given))
     return jobs
 
 
@@ -131,7 +144,8 @@ def collect(spec, runs):
         sampled = [[score(line["reply"], line["answer"]) for line in map(json.loads, file.open())]
                    for file in sorted(run.glob("rollouts/step_*.jsonl"))]
         found["runs"][name] = {
-            "right": "".join(map(verdict, last["replies"])), "minutes": round(minutes(run)[1], 2),
+            "right": "".join(map(verdict, last["replies"])), "steps": last["step"],
+            "minutes": round(minutes(run)[1], 2),
             "sampled_format": [round(100 * mean(v.format_ok for v in step), 1) for step in sampled],
             "sampled_right": [round(100 * mean(v.reward == 1 for v in step), 1) for step in sampled]}
     texts = {name: (run / f"{name}.txt").read_text().strip() for name in ("hardware", "git_revision")}
@@ -170,7 +184,9 @@ def table_lines(spec, found, table):
         cells = [interval([percent(found, each, *column) for each in by_seed]) for column in columns]
         cells.append("" if arm in ("base", reference) else
                      "{:+.1f} ± {:.1f}".format(*difference(found, by_seed, marks[reference])))
-        yield f"| {says.get(arm, arm)} | {table['paper'].get(arm, '')} | {' | '.join(cells)} |"
+        short = [str(run["steps"]) for run in runs.get(arm, ()) if run["steps"] < spec["arms"][arm]["steps"]]
+        note = f" (stopped at step {', '.join(short)})" if short else ""
+        yield f"| {says.get(arm, arm)}{note} | {table['paper'].get(arm, '')} | {' | '.join(cells)} |"
     yield ""
     for arm, other, claim in table["findings"]:
         d, half = difference(found, marks[arm], marks[other])
