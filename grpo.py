@@ -30,6 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from runtime.kernel import choose_kernel
 
 CHUNK_LOGITS = 2**25  # logits that exist at once in the reference, 128 MiB in fp32
+CHUNK_TOKENS = 256  # tokens computed at once: with a small vocabulary, their logits stay in a CPU's cache
 MAX_LOG_RATIO = 20.0  # exp(20) = 4.9e8: no sound update has such a ratio, and exp overflows fp32 at 88
 
 
@@ -217,7 +218,7 @@ def token_logprobs(hidden_LD, weight_VD, targets_L, temperature, vocab_size=None
 def token_logprobs_reference(hidden_LD, weight_VD, targets_L, temperature, vocab_size=None):
     """The definition of `token_logprobs`, in plain PyTorch: same arguments, shapes and results.
 
-    It works in chunks of tokens, which backward computes again: the [L, V] logits never exist at once.
+    It works in chunks of tokens, which backward computes again if all [L, V] logits are too many at once.
     """
     weight_VD = weight_VD[:vocab_size]
 
@@ -227,15 +228,17 @@ def token_logprobs_reference(hidden_LD, weight_VD, targets_L, temperature, vocab
         logits_CV = logits_CV if temperature == 1 else logits_CV / temperature
         # log_softmax subtracts the maximum first and so cannot round to a positive log-probability.
         logp_CV = F.log_softmax(logits_CV, -1)
-        # In parts, whose probabilities stay in the processor's cache.
-        entropy_C = -torch.cat([part.exp().mul_(part).sum(-1) for part in logp_CV.detach().split(64)])
+        entropy_C = -logp_CV.detach().exp().mul_(logp_CV.detach()).sum(-1)
         return logp_CV.gather(1, targets_C[:, None])[:, 0], entropy_C
 
-    size = max(1, CHUNK_LOGITS // len(weight_VD))
-    if len(targets_L) <= size:
-        return chunk_logprobs(hidden_LD, weight_VD, targets_L)
-    chunks = [checkpoint(chunk_logprobs, hidden_CD, weight_VD, targets_C, use_reentrant=False)
-              for hidden_CD, targets_C in zip(hidden_LD.split(size), targets_L.split(size), strict=True)]
+    most = max(1, CHUNK_LOGITS // len(weight_VD))
+    size = min(most, CHUNK_TOKENS)
+    parts = zip(hidden_LD.split(size), targets_L.split(size), strict=True)
+    if len(targets_L) <= most:
+        chunks = [chunk_logprobs(hidden_CD, weight_VD, targets_C) for hidden_CD, targets_C in parts]
+    else:
+        chunks = [checkpoint(chunk_logprobs, hidden_CD, weight_VD, targets_C, use_reentrant=False)
+                  for hidden_CD, targets_C in parts]
     return tuple(torch.cat(parts) for parts in zip(*chunks, strict=True))
 
 
