@@ -46,13 +46,11 @@ def group_advantages(rewards_PG, normalize="std"):
     if normalize not in ("std", "none"):
         raise ValueError(f"normalize is {normalize!r}; choose 'std' or 'none'")
     rewards_PG = rewards_PG if rewards_PG.is_floating_point() else rewards_PG.float()
-    # eq. 4
-    adv_PG = rewards_PG - rewards_PG.mean(1, keepdim=True)
+    adv_PG = rewards_PG - rewards_PG.mean(1, keepdim=True)  # eq. 4
     if normalize == "std":
         adv_PG = adv_PG / (rewards_PG.std(1, keepdim=True) + 1e-6)
     # The mean of equal rewards can differ from them by rounding, which division by 1e-6 would amplify.
-    spread_P = has_spread(rewards_PG)
-    return torch.where(spread_P[:, None], adv_PG, 0.0)
+    return torch.where(has_spread(rewards_PG)[:, None], adv_PG, 0.0)
 
 
 def has_spread(rewards_PG):
@@ -104,7 +102,6 @@ def pack(prompts_P, replies_P_G, first_reply=0):
     by one. `reply_L` counts from `first_reply`.
     """
     tokens, positions, groups, predictor, targets, reply_of = [], [], [], [], [], []
-    reply_index = first_reply
     for prompt, replies in zip(prompts_P, replies_P_G, strict=True):
         assert len(prompt) > 0 and all(len(reply) > 0 for reply in replies), "an empty prompt or reply"
         tokens += prompt
@@ -113,10 +110,10 @@ def pack(prompts_P, replies_P_G, first_reply=0):
         for reply in replies:
             predictor += [last_of_prompt, *range(len(tokens), len(tokens) + len(reply) - 1)]
             targets += reply
-            reply_of += [reply_index] * len(reply)
+            reply_of += [first_reply] * len(reply)
             tokens += reply
             positions += range(len(prompt), len(prompt) + len(reply))
-            reply_index += 1
+            first_reply += 1
         groups.append((len(prompt), [len(reply) for reply in replies]))
 
     def int64(numbers):
@@ -207,9 +204,8 @@ def token_logprobs(hidden_LD, weight_VD, targets_L, temperature, vocab_size=None
     entropy_L >= 0 has none. kernel: "reference", the definition; "fast", its twin in fast/; "auto", the twin
     on a GPU, else the definition, printed once. ValueError where "fast" cannot run.
     """
-    chosen = choose_kernel(kernel, hidden_LD.device.type, "token log-probs")
     assert temperature > 0, "the tempered distribution of greedy decoding is not defined"
-    if chosen == "gpu":
+    if choose_kernel(kernel, hidden_LD.device.type, "token log-probs") == "gpu":
         from fast import logprobs
         return logprobs.token_logprobs(hidden_LD, weight_VD, targets_L, temperature, vocab_size)
     return token_logprobs_reference(hidden_LD, weight_VD, targets_L, temperature, vocab_size)
@@ -281,19 +277,16 @@ def grpo_loss(logp_L, old_logp_L, ref_logp_L, adv_L, *, clip_low, clip_high, kl_
     # Broadcasting would silently accept one number for all tokens.
     given = [x for x in (old_logp_L, ref_logp_L, adv_L, reply_L, weight_L) if x is not None]
     assert all(x.shape == logp_L.shape for x in given), "one number for each reply token"
-    old_logp_L = old_logp_L.detach()
-    log_ratio_L = logp_L - old_logp_L
+    log_ratio_L = logp_L - old_logp_L.detach()
     if ratio == "sequence":
-        # eq. 7 of GSPO
-        log_ratio_L = mean_over_reply(log_ratio_L, reply_L)
+        log_ratio_L = mean_over_reply(log_ratio_L, reply_L)  # eq. 7 of GSPO
     ratio_L = log_ratio_L.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     plain_L, clipped_L = ratio_L * adv_L, ratio_L.clamp(1 - clip_low, 1 + clip_high) * adv_L
     if clip == "ppo":
         # eq. 3: the lower of the plain and the clipped objective
         loss_L, clipped_off_L = -torch.minimum(plain_L, clipped_L), clipped_L < plain_L
     else:
-        # eq. 4 of CISPO
-        loss_L, clipped_off_L = -clipped_L.detach() * logp_L, clipped_L != plain_L
+        loss_L, clipped_off_L = -clipped_L.detach() * logp_L, clipped_L != plain_L  # eq. 4 of CISPO
     kl_L = torch.zeros_like(logp_L)
     if ref_logp_L is not None:
         d_L = (ref_logp_L.detach() - logp_L).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
