@@ -117,7 +117,7 @@ class Cache:
             keys_BKES[..., last], values_BKSE[:, :, last] = k_BKE, v_BKE
             # The query heads of a key/value head are rows of one product: keys and values are read once.
             q_JQE, keys_JES = (q_BHE * E**-0.5).view(B * K, H // K, E), keys_BKES.flatten(0, 1)[..., visible]
-            scores_JQS = q_JQE @ keys_JES if mask_J1S is None else torch.baddbmm(mask_J1S, q_JQE, keys_JES)
+            scores_JQS = q_JQE.bmm(keys_JES) if mask_J1S is None else torch.baddbmm(mask_J1S, q_JQE, keys_JES)
             if parts is not None:
                 q_PKRE = q_BHE.reshape(B * H, E)[to].view(len(self.prompts), -1, K, E).transpose(1, 2)
                 o_lse = zip(*(prompt_attention(q_PKRE[places], *kv[layer], attn_mask=mask_P11T)
