@@ -30,6 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from runtime.kernel import choose_kernel
 
 CHUNK_LOGITS = 2**25  # logits that exist at once in the reference, 128 MiB in fp32
+CHUNK_TOKENS = 256  # tokens computed at once: with a small vocabulary, their logits stay in a CPU's cache
 MAX_LOG_RATIO = 20.0  # exp(20) = 4.9e8: no sound update has such a ratio, and exp overflows fp32 at 88
 
 
@@ -45,13 +46,11 @@ def group_advantages(rewards_PG, normalize="std"):
     if normalize not in ("std", "none"):
         raise ValueError(f"normalize is {normalize!r}; choose 'std' or 'none'")
     rewards_PG = rewards_PG if rewards_PG.is_floating_point() else rewards_PG.float()
-    # eq. 4
-    adv_PG = rewards_PG - rewards_PG.mean(1, keepdim=True)
+    adv_PG = rewards_PG - rewards_PG.mean(1, keepdim=True)  # eq. 4
     if normalize == "std":
         adv_PG = adv_PG / (rewards_PG.std(1, keepdim=True) + 1e-6)
     # The mean of equal rewards can differ from them by rounding, which division by 1e-6 would amplify.
-    spread_P = has_spread(rewards_PG)
-    return torch.where(spread_P[:, None], adv_PG, 0.0)
+    return torch.where(has_spread(rewards_PG)[:, None], adv_PG, 0.0)
 
 
 def has_spread(rewards_PG):
@@ -103,7 +102,6 @@ def pack(prompts_P, replies_P_G, first_reply=0):
     by one. `reply_L` counts from `first_reply`.
     """
     tokens, positions, groups, predictor, targets, reply_of = [], [], [], [], [], []
-    reply_index = first_reply
     for prompt, replies in zip(prompts_P, replies_P_G, strict=True):
         assert len(prompt) > 0 and all(len(reply) > 0 for reply in replies), "an empty prompt or reply"
         tokens += prompt
@@ -112,10 +110,10 @@ def pack(prompts_P, replies_P_G, first_reply=0):
         for reply in replies:
             predictor += [last_of_prompt, *range(len(tokens), len(tokens) + len(reply) - 1)]
             targets += reply
-            reply_of += [reply_index] * len(reply)
+            reply_of += [first_reply] * len(reply)
             tokens += reply
             positions += range(len(prompt), len(prompt) + len(reply))
-            reply_index += 1
+            first_reply += 1
         groups.append((len(prompt), [len(reply) for reply in replies]))
 
     def int64(numbers):
@@ -206,9 +204,8 @@ def token_logprobs(hidden_LD, weight_VD, targets_L, temperature, vocab_size=None
     entropy_L >= 0 has none. kernel: "reference", the definition; "fast", its twin in fast/; "auto", the twin
     on a GPU, else the definition, printed once. ValueError where "fast" cannot run.
     """
-    chosen = choose_kernel(kernel, hidden_LD.device.type, "token log-probs")
     assert temperature > 0, "the tempered distribution of greedy decoding is not defined"
-    if chosen == "gpu":
+    if choose_kernel(kernel, hidden_LD.device.type, "token log-probs") == "gpu":
         from fast import logprobs
         return logprobs.token_logprobs(hidden_LD, weight_VD, targets_L, temperature, vocab_size)
     return token_logprobs_reference(hidden_LD, weight_VD, targets_L, temperature, vocab_size)
@@ -217,7 +214,7 @@ def token_logprobs(hidden_LD, weight_VD, targets_L, temperature, vocab_size=None
 def token_logprobs_reference(hidden_LD, weight_VD, targets_L, temperature, vocab_size=None):
     """The definition of `token_logprobs`, in plain PyTorch: same arguments, shapes and results.
 
-    It works in chunks of tokens, which backward computes again: the [L, V] logits never exist at once.
+    It works in chunks of tokens, which backward computes again if all [L, V] logits are too many at once.
     """
     weight_VD = weight_VD[:vocab_size]
 
@@ -227,15 +224,17 @@ def token_logprobs_reference(hidden_LD, weight_VD, targets_L, temperature, vocab
         logits_CV = logits_CV if temperature == 1 else logits_CV / temperature
         # log_softmax subtracts the maximum first and so cannot round to a positive log-probability.
         logp_CV = F.log_softmax(logits_CV, -1)
-        # In parts, whose probabilities stay in the processor's cache.
-        entropy_C = -torch.cat([part.exp().mul_(part).sum(-1) for part in logp_CV.detach().split(64)])
+        entropy_C = -logp_CV.detach().exp().mul_(logp_CV.detach()).sum(-1)
         return logp_CV.gather(1, targets_C[:, None])[:, 0], entropy_C
 
-    size = max(1, CHUNK_LOGITS // len(weight_VD))
-    if len(targets_L) <= size:
-        return chunk_logprobs(hidden_LD, weight_VD, targets_L)
-    chunks = [checkpoint(chunk_logprobs, hidden_CD, weight_VD, targets_C, use_reentrant=False)
-              for hidden_CD, targets_C in zip(hidden_LD.split(size), targets_L.split(size), strict=True)]
+    most = max(1, CHUNK_LOGITS // len(weight_VD))
+    size = min(most, CHUNK_TOKENS)
+    parts = zip(hidden_LD.split(size), targets_L.split(size), strict=True)
+    if len(targets_L) <= most:
+        chunks = [chunk_logprobs(hidden_CD, weight_VD, targets_C) for hidden_CD, targets_C in parts]
+    else:
+        chunks = [checkpoint(chunk_logprobs, hidden_CD, weight_VD, targets_C, use_reentrant=False)
+                  for hidden_CD, targets_C in parts]
     return tuple(torch.cat(parts) for parts in zip(*chunks, strict=True))
 
 
@@ -278,19 +277,16 @@ def grpo_loss(logp_L, old_logp_L, ref_logp_L, adv_L, *, clip_low, clip_high, kl_
     # Broadcasting would silently accept one number for all tokens.
     given = [x for x in (old_logp_L, ref_logp_L, adv_L, reply_L, weight_L) if x is not None]
     assert all(x.shape == logp_L.shape for x in given), "one number for each reply token"
-    old_logp_L = old_logp_L.detach()
-    log_ratio_L = logp_L - old_logp_L
+    log_ratio_L = logp_L - old_logp_L.detach()
     if ratio == "sequence":
-        # eq. 7 of GSPO
-        log_ratio_L = mean_over_reply(log_ratio_L, reply_L)
+        log_ratio_L = mean_over_reply(log_ratio_L, reply_L)  # eq. 7 of GSPO
     ratio_L = log_ratio_L.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     plain_L, clipped_L = ratio_L * adv_L, ratio_L.clamp(1 - clip_low, 1 + clip_high) * adv_L
     if clip == "ppo":
         # eq. 3: the lower of the plain and the clipped objective
         loss_L, clipped_off_L = -torch.minimum(plain_L, clipped_L), clipped_L < plain_L
     else:
-        # eq. 4 of CISPO
-        loss_L, clipped_off_L = -clipped_L.detach() * logp_L, clipped_L != plain_L
+        loss_L, clipped_off_L = -clipped_L.detach() * logp_L, clipped_L != plain_L  # eq. 4 of CISPO
     kl_L = torch.zeros_like(logp_L)
     if ref_logp_L is not None:
         d_L = (ref_logp_L.detach() - logp_L).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)

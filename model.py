@@ -305,6 +305,9 @@ def shared_prefix_attention(groups, kernel="auto"):
         assert len(q_THE) == total, f"{len(q_THE)} tokens in a pack of {total}"
         if total and flash_attention_runs(kernel, q_THE):
             return flash_attention()(layer, q_THE, k_TKE, v_TKE)
+        if q_THE.dtype == torch.bfloat16 and q_THE.device.type == "cpu":  # whose SDPA in bf16 is slow
+            with torch.autocast("cpu", enabled=False):
+                return attend(layer, q_THE.float(), k_TKE.float(), v_TKE.float()).to(q_THE.dtype)
         parts = zip(q_THE.split(lengths), k_TKE.split(lengths), v_TKE.split(lengths), strict=True)
         out = []
         for prompt_length, reply_lengths in groups:

@@ -38,6 +38,7 @@ class Cache:
     def __init__(self, config, dtype, device, slots, rows, limit, steps, memory_gib, kernel):
         assert memory_gib is None, "a bound on memory needs pages"
         layers, K, E = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
+        dtype = torch.promote_types(dtype, torch.float32)  # batched products of few rows are slower in bf16
         prompts, longest = len({row.prompt for row in rows}), len(rows[-1].prompt.ids)
         room = min(limit + 1 - longest, FIRST_ROOM)
         self.slots, self.heads, self.prompts, self.users = slots, config.num_attention_heads, [], Counter()
@@ -109,25 +110,25 @@ class Cache:
             mask_BS = (torch.arange(visible.start, visible.stop) < start_B[:, None]) * HIDDEN
             mask_J1S = mask_BS.to(self.keys.dtype).repeat_interleave(self.keys.shape[2], 0)[:, None]
 
+        @torch.autocast("cpu", enabled=False)
         def attend(layer, q_BHE, k_BKE, v_BKE):
-            (H, E), K = q_BHE.shape[1:], k_BKE.shape[1]
+            (H, E), K, q_BHE = q_BHE.shape[1:], k_BKE.shape[1], q_BHE.to(self.keys.dtype)
             keys_BKES, values_BKSE = self.keys[layer, :B], self.values[layer, :B]
             keys_BKES[..., last], values_BKSE[:, :, last] = k_BKE, v_BKE
             # The query heads of a key/value head are rows of one product: keys and values are read once.
             q_JQE, keys_JES = (q_BHE * E**-0.5).view(B * K, H // K, E), keys_BKES.flatten(0, 1)[..., visible]
-            scores_JQS = (torch.bmm(q_JQE, keys_JES) if mask_J1S is None else
-                          torch.baddbmm(mask_J1S, q_JQE, keys_JES)).float()
+            scores_JQS = q_JQE.bmm(keys_JES) if mask_J1S is None else torch.baddbmm(mask_J1S, q_JQE, keys_JES)
             if parts is not None:
                 q_PKRE = q_BHE.reshape(B * H, E)[to].view(len(self.prompts), -1, K, E).transpose(1, 2)
                 o_lse = zip(*(prompt_attention(q_PKRE[places], *kv[layer], attn_mask=mask_P11T)
                               for places, kv, mask_P11T in parts), strict=True)
                 o_PRKE, lse_PRK = (torch.cat([x.transpose(1, 2) for x in each]) for each in o_lse)
                 scores_JQS[..., -1] = lse_PRK.flatten()[back].view(B * K, H // K)
-            weights_JQS = scores_JQS.softmax(-1).to(values_BKSE.dtype)
+            weights_JQS = scores_JQS.softmax(-1)
             o_BHE = torch.bmm(weights_JQS, values_BKSE.flatten(0, 1)[:, visible]).view(B, H, E)
             if parts is not None:
                 o_BHE.addcmul_(weights_JQS[..., -1].reshape(B, H, 1), o_PRKE.view(-1, E)[back].view(B, H, E))
-            return o_BHE
+            return o_BHE.to(k_BKE.dtype)
 
         return attend
 

@@ -41,8 +41,8 @@ activations numbers a token. For each block its input, D. Inside each block (wit
             share theirs, which is not counted
             The backward of an MLP holds 2·F + D more
 logits      the larger of a chunk of CHUNK_TOKENS rows in w bytes and the bf16 copy of the head's gradient; on
-            a CPU 3 fp32 copies of a chunk of CHUNK_LOGITS. Sampling: one row for each running reply, in w
-            bytes a number, on a CPU in 20 (logits, log-probs, probabilities, cumulative sums in fp64)
+            a CPU, in fp32, log-probs kept for backward and 2 copies of a chunk. Sampling: one row a reply, in
+            w bytes a number, on a CPU in 20 (logits, log-probs, probabilities, cumulative sums in fp64)
 keys and    pages of PAGE tokens: rollout.kv_memory_gib or, on a GPU without it, all free memory but
 values      MARGIN_GIB; never more than all rows can fill. On a CPU without it each row has room for the
             longest row, and this room grows by half
@@ -184,10 +184,10 @@ def update_memory(s, x):
     n, c, w, is_cuda = sizes(s.model, s.ranks, s.lora_rank), s.model, s.itemsize, s.device == "cuda"
     D, F, V, layers = c.hidden_size, c.intermediate_size, c.vocab_size, c.num_hidden_layers
     between = {SHARD: shard_bytes(s, n), MOMENTS: 8 * n.shard, REFERENCE: reference_bytes(s, n)}
-    masks = {} if is_cuda else {ACTIVATIONS: w * x.mask}
+    masks = {} if is_cuda else {ACTIVATIONS: 4 * x.mask}
     always = between | {GRADIENTS: 4 * n.shard}
     held = always | masks
-    hidden, saved = x.T * D * w, saved_by_block(s, x)
+    hidden, saved, trained_D = x.T * D * w, saved_by_block(s, x), 0 if s.lora_rank else D
     block = hidden + (0 if s.checkpointed else saved)
 
     def whole(blocks):
@@ -199,13 +199,14 @@ def update_memory(s, x):
         return numbers * max(w + 4, 4 + 4 / s.ranks) if s.sharded else 0
 
     if is_cuda:
-        chunk, sums = min(logprobs.CHUNK_TOKENS, x.L), 4 * V * D
-        without, logits = w * V * chunk, w * V * max(chunk, D if w == 2 else 0)
+        chunk, sums = min(logprobs.CHUNK_TOKENS, x.L), 4 * V * trained_D
+        without, logits = w * V * chunk, w * V * max(chunk, trained_D if w == 2 else 0)
     else:
-        chunk, sums = min(x.L, max(1, grpo.CHUNK_LOGITS // V)), 0
-        without, logits = 12 * V * chunk, 4 * V * max(3 * chunk, chunk + 2 * D)
-    if s.lora_rank:
-        sums, logits = 0, without
+        most, sums = max(1, grpo.CHUNK_LOGITS // V), 0
+        chunk = min(x.L, most, grpo.CHUNK_TOKENS)
+        without, kept, last = 12 * V * chunk, x.L if x.L <= most else chunk, (x.L - 1) % max(1, chunk) + 1
+        others = kept - last + trained_D + 2 * max(chunk, trained_D) if x.L > chunk else 0
+        logits = 4 * V * max(kept + 2 * max(last, trained_D), others)
     head = w * V * D if s.sharded and not s.lora_rank else 0
     waiting = 4 * n.trained_block if s.sharded else 0
     in_block = w * n.trained_block if s.sharded else w * D * F
@@ -267,15 +268,14 @@ def sampling_memory(s, prompts, n, reply, free=math.inf):
         first = most = page * max(pages + 1, min(slots * pages + 1, given // page))
     at_once = min(math.ceil(slots / n) * (s.prompt - 1), max(sample.PREFILL_TOKENS, s.prompt - 1))
     mlp = (3 * (c.intermediate_size + c.hidden_size) + 2 * c.head_dim) * w
-    logits = slots * c.vocab_size * (w if s.device == "cuda" else 20)
     return largest(plus(parts, {KV: first, ACTIVATIONS: at_once * (token + max(token, mlp))}),
-                   plus(parts, {KV: most, LOGITS: logits}))
+                   plus(parts, {KV: most, LOGITS: slots * c.vocab_size * (w if s.device == "cuda" else 20)}))
 
 
 def kv_bytes(s):
     """Bytes of the keys and values of one token."""
-    c = s.model
-    return 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * s.itemsize
+    c, w = s.model, 4 if s.device == "cpu" and s.kv_gib is None else s.itemsize
+    return 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * w
 
 
 def grown_cache(prompt, extra, reply, steps):
