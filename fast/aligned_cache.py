@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 FIRST_ROOM = 256  # tokens of a reply that fit before the cache has to grow
-WORTH_SHARING = 2**13  # keys, in numbers a row and layer, that take as long to read as sharing does
+WORTH_SHARING = 2**13  # numbers of keys a row and layer; sharing that saves fewer costs more than it saves
 PART = 8  # prompts, in the order in which they started, the shorter ones first, that are padded together
 HIDDEN = torch.tensor(-1e30)  # is added to a score, whose weight is then zero
 # SDPA's kernel on a CPU; SDPA itself does not return the log-sum-exp.
