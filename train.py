@@ -279,8 +279,7 @@ def grpo_updates(policy, reference, optimizer, rollouts_N, adv_PG, *, temperatur
     Each loss is divided by the denominator of its whole mini-batch, so neither micro-batches nor ranks change
     the gradient. Every rank gets the whole batch. average, limit: see token_weights; clipping: see grpo_loss.
     poll(mid_update) is called before every pass, True after the first update, by all ranks; it may raise.
-    keep((rollout_L, old_logp_L, entropy_L)) is called after every training pass.
-    """
+    keep((rollout_L, old_logp_L, entropy_L)) is called after every training pass."""
     (P, G), device = adv_PG.shape, policy.embed_tokens.weight.device
     batches_U, denominator_U = [], []  # the micro-batches of each update, the denominator of its loss
     for prompts in mini_batches(P, updates):

@@ -36,12 +36,15 @@ class Diverged(RankError):
     status = 3
 
 
+class Stuck(RankError):
+    """MAX_DEAD steps in a row had nothing to learn from."""
+
+
 class RunFolder(contextlib.AbstractContextManager):
     """Files and console output of one run, a context manager.
 
     step: completed steps; rows: lines of metrics.jsonl; evaluated: whether `step` has been; trained_s:
-    seconds of steps; shown: indices of the two printed replies; saved: step of the newest checkpoint.
-    """
+    seconds of steps; shown: indices of the two printed replies; saved: step of the newest checkpoint."""
 
     # The state of a step boundary besides weights and moments, as training.json holds it.
     STATE = {"step": 0, "rows": 0, "evaluated": False, "trained_s": 0.0, "skipped_in_a_row": 0,
@@ -172,10 +175,8 @@ class RunFolder(contextlib.AbstractContextManager):
     def log_step(self, step, steps, metrics, max_minutes=None):
         """Collective: complete a step: its row, its line on the console, and the new state.
 
-        max_minutes: of steps, after which the run ends (None: no limit).
-        Diverged after too many skipped updates in a row; RankError after too many steps without anything to
-        learn. Clocks differ between ranks, so rank 0's metrics count: all ranks must end at the same step.
-        """
+        max_minutes: of steps, after which the run ends (None: no limit). Raises Diverged, Stuck. Clocks
+        differ between ranks, so rank 0's metrics count: all ranks must end at the same step."""
         seconds = time.perf_counter() - self.step_began
         metrics |= self.measured | {"time/step_s": seconds, "tokens_per_s": metrics["tokens"] / seconds}
         metrics, self.measured = all_gather(metrics)[0], {}
@@ -198,7 +199,7 @@ class RunFolder(contextlib.AbstractContextManager):
         finding = diagnose(metrics)
         self.dead_in_a_row = self.dead_in_a_row + 1 if finding else 0
         if self.dead_in_a_row >= MAX_DEAD:
-            raise RankError(f"stopped at step {step}: for {MAX_DEAD} steps in a row {finding}")
+            raise Stuck(f"stopped at step {step}: for {MAX_DEAD} steps in a row {finding}")
 
     def is_evaluation_due(self, is_last, every, ends):
         """every: steps in between, None for none; ends: whether step 0 and the last step are evaluated."""

@@ -486,9 +486,9 @@ def negate_weights(model):
     (lambda model, prompt, *_: [edit(prompt, "{tools} well", "well {tools}"), negate_weights(model)],
      "other bytes of weights, system_prompt_text;"),
     (lambda model, prompt, data, _: edit(data / "BFCL_v3_live_parallel.json", "Beep as", "Hoot as"),
-     "2 of 4 replies, live_parallel_"),
+     "2 of 4 replies, live_parallel_0 the first, are to other prompts"),
     (lambda model, prompt, data, _: edit(data / f"BFCL_v3_{[*SMALL][1]}.json", '"times"', '"often"'),
-     "2 of 4 replies, live_parallel_multiple_"),
+     "2 of 4 replies, live_parallel_multiple_12 the first, are to other prompts"),
     (lambda model, prompt, data, patch: patch.setattr(bfcl, "hinted", lambda tool, _: tool),
      "4 of 4 replies")])
 def test_replies_of_other_bytes_are_refused_and_kept(answered, small, capsys, monkeypatch, change, named):
@@ -498,7 +498,6 @@ def test_replies_of_other_bytes_are_refused_and_kept(answered, small, capsys, mo
     change(model, prompt, small, monkeypatch)
     error = refusal(capsys, *words)
     assert str(out / "replies.jsonl") in error and named in error and "choose another --out" in error
-    assert "replies, " not in named or " the first, are to other prompts" in error
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before
 
 

@@ -202,7 +202,7 @@ def test_a_run_with_adapters_learns_and_keeps_its_base(files, finished):
     out = finished("grpo", *LORA)
     steps = [row for row in rows(out) if "loss" in row]
     assert len(steps) == STEPS and all(row["grad_norm"] > 0 for row in steps)
-    assert 10 * steps[0]["kl"] < steps[-1]["kl"]  # against the base, from which the first update starts
+    assert steps[0]["kl"] < 1e-4 < 5e-4 < steps[-1]["kl"]  # against the base
     # Merged weights sample what the adapters are trained on.
     assert all(row["sampling/logp_diff_max"] < 1e-3 and row["lora/lost"] < 1e-3 for row in steps)
     base, last = load_file(files / "base/model.safetensors"), load_hf(newest_folder(out)).state_dict()

@@ -16,7 +16,7 @@ from data import read_jsonl
 from reward import format_reply
 from runtime.files import read_json
 from runtime.ranks import RankError
-from runtime.run_folder import RunFolder
+from runtime.run_folder import RunFolder, Stuck
 from tools import jobs, study
 from tools.study import collect, difference, page, read_spec, words
 
@@ -117,7 +117,7 @@ def test_a_run_that_stops_by_itself_ends_with_the_evaluation_of_its_newest_check
     def stop_early(run, step, *rest):
         log_step(run, step, *rest)
         if run.folder.name == "rl-0" and step == 3:
-            raise RankError("stopped at step 3: all replies are the same")
+            raise Stuck("stopped at step 3: all replies are the same")
 
     monkeypatch.setattr(RunFolder, "log_step", stop_early)
     study.main([str(toy / "runs")])
@@ -125,6 +125,21 @@ def test_a_run_that_stops_by_itself_ends_with_the_evaluation_of_its_newest_check
     assert {name: run["steps"] for name, run in found.items()} == {
         "rl-0": 2, "rl-1": 4, "right-0": 2, "right-1": 2, "then-0": 2, "then-1": 2}
     assert "| RL (stopped at step 2) |" in capsys.readouterr().out
+
+
+def test_a_run_that_cannot_be_saved_fails_and_is_no_result(toy, monkeypatch, capsys):
+    save = RunFolder.save_checkpoint
+
+    def fail_late(run):
+        if run.folder.name == "rl-0" and run.step == 3:
+            raise RankError("no space left")
+        save(run)
+
+    monkeypatch.setattr(RunFolder, "save_checkpoint", fail_late)
+    with pytest.raises(SystemExit) as stopped:
+        study.main([str(toy / "runs")])
+    assert stopped.value.code == 1 and "failed: rl-0" in capsys.readouterr().err
+    assert not (toy / "runs/done/rl-0").exists() and not (toy / "results.json").exists()
 
 
 def test_a_quick_study_leaves_the_results_of_the_whole_one(toy, capsys):

@@ -33,7 +33,7 @@ import eval as evaluation  # noqa: E402
 import train  # noqa: E402
 from benchmarks import bfcl, tables  # noqa: E402
 from runtime.files import read_json, write_json, write_text  # noqa: E402
-from runtime.ranks import RankError  # noqa: E402
+from runtime.run_folder import Diverged, Stuck  # noqa: E402
 from tools import report  # noqa: E402
 from tools.demo import newest_checkpoint  # noqa: E402
 from tools.jobs import Job, minutes_together, pace_jobs, pace_of, rows_of, work  # noqa: E402
@@ -140,7 +140,7 @@ def train_job(plan, name):
     try:
         return train.train(config_of(plan, f"real_{stage}", name, start, f"--train.steps={steps[kind]}",
                                      f"--checkpoint.every={plan['every'][stage]}", *more))
-    except RankError as error:  # a rate at which the policy collapses is a result of a trial
+    except (Diverged, Stuck) as error:  # a rate at which the policy collapses is a result of a trial
         print(f"error: {error}")
         return 0 if kind == "trial" else error.status
 

@@ -33,8 +33,7 @@ import train  # noqa: E402
 from data import mask_names, write_jsonl  # noqa: E402
 from reward import score  # noqa: E402
 from runtime.files import read_json, write_text  # noqa: E402
-from runtime.ranks import RankError  # noqa: E402
-from runtime.run_folder import read_evaluations  # noqa: E402
+from runtime.run_folder import Diverged, Stuck, read_evaluations  # noqa: E402
 from tools import report  # noqa: E402
 from tools.demo import interval, minutes, t_95  # noqa: E402
 from tools.jobs import Job, pace_jobs, pace_of, work  # noqa: E402
@@ -100,12 +99,12 @@ def measure(spec, runs, i):
 
 
 def run_arm(given):
-    """Train as a command line says. A run that stops because its replies teach nothing any more is a result:
-    its newest checkpoint is evaluated. Returns the exit status."""
+    """Train as a command line says. A run that stops because it cannot learn any more is a result: its newest
+    checkpoint is evaluated. Returns the exit status."""
     c = train.load_config(given)
     try:
         return train.train(c)
-    except RankError as stopped:
+    except (Diverged, Stuck) as stopped:
         print(stopped)
         return train.train(train.load_config([*given, "--train.max_minutes=1e-6"]))  # over as soon as resumed
 
