@@ -135,7 +135,7 @@ def plain_model_on(model, weights):
 
 def hardware():
     """The device that computes, in words."""
-    cpu = f"{torch.get_num_threads()} threads of {processor_name()}"
+    cpu = f"{processor_name()}, CPU threads: {torch.get_num_threads()}"
     return torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
 
 

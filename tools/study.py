@@ -122,9 +122,8 @@ def jobs_of(spec, runs, pace):
 
 # ---- results
 def verdict(line):
-    schemes = {RIGHT: "binary", CALLS_RIGHT: "binary_no_reasoning"}
-    return next((mark for mark, scheme in schemes.items()
-                 if score(line["reply"], line["answer"], scheme).reward == 1), WRONG)
+    found = score(line["reply"], line["answer"])
+    return RIGHT if found.reward == 1 else CALLS_RIGHT if found.calls_ok else WRONG
 
 
 def collect(spec, runs):
@@ -185,7 +184,8 @@ def table_lines(spec, found, table):
                      "{:+.1f} ± {:.1f}".format(*difference(found, by_seed, marks[reference])))
         short = [str(run["steps"]) for run in runs.get(arm, ()) if run["steps"] < spec["arms"][arm]["steps"]]
         note = f" (stopped at step {', '.join(short)})" if short else ""
-        yield f"| {says.get(arm, arm)}{note} | {table['paper'].get(arm, '')} | {' | '.join(cells)} |"
+        paper = f"{table['paper'][arm]:.2f}" if arm in table["paper"] else ""
+        yield f"| {says.get(arm, arm)}{note} | {paper} | {' | '.join(cells)} |"
     yield ""
     for arm, other, claim in table["findings"]:
         d, half = difference(found, marks[arm], marks[other])
@@ -215,7 +215,8 @@ def page(spec, found):
     else:
         lines.append("**It has not been run yet.** These are the comparisons that it will make.")
     for table in spec["tables"].values():
-        lines += ["", f"## {table['title']}", "", f"{table['seeds']} seeds, {spec['heldout']} held-out "
+        seeds = f"{table['seeds']} seed{'s' * (table['seeds'] > 1)}"
+        lines += ["", f"## {table['title']}", "", f"{seeds}, {spec['heldout']} held-out "
                   "queries. Percent right, ± half a 95 % interval over seeds; paper: average on BFCL.", ""]
         lines += table_lines(spec, found, table) if found else [
             f"- {claim}" for _, _, claim in table["findings"]]
