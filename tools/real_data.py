@@ -1,8 +1,8 @@
 """The training and held-out files of `tools/real.py prepare`, mixed from any jsonl of examples.
 
 Prompts have two to four tools and at most MAX_PROMPT tokens. A share of the examples loses its right tools;
-their answer is no call. The reasoning is one line: the tools and the names of their arguments. Whole
-conversations are held out.
+their answer is no call. Another share holds the requests of two or three records. The reasoning is one line:
+the tools and the names of their arguments. Whole conversations are held out.
 """
 
 import json
@@ -23,10 +23,10 @@ from runtime.records import read_records
 
 PROMPT = Path(__file__).parent.parent / "configs/real_prompt.txt"
 WEIGHTS = {"sgd": 5, "dria_pythonic": 3, "xlam": 3, "toolace": 2, "toolbench": 2, "star": 1.5,
-           "home_assistant": 0.8, "snips": 0.8}  # by the name of a file; 1 where it is not listed
+           "home_assistant": 0.4, "snips": 0.4}  # by the name of a file; 1 where it is not listed
 # Ids of one dialogue of these sets begin alike. Other records are one conversation if their texts are.
 DIALOGUE = re.compile(r"(sgd-[a-z]+_\d+_\d+|dria-\d+|star-\d+)-")
-IRRELEVANT, MAX_PROMPT, MAX_REPLY = 0.12, 300, 104
+IRRELEVANT, JOINED, MAX_PROMPT, MAX_REPLY = 0.12, 0.2, 300, 136
 SIZES = {"imitation": 6000, "further": 4000, "heldout": 400, "sampled": 100}
 COPIES = 3  # how often a small source is used in training, each time with other tools beside the right ones
 
@@ -82,6 +82,37 @@ def shown(example, strangers, is_irrelevant, chat, rng):
     return example if fits and len(chat.encode_prompt(example)) <= MAX_PROMPT else None
 
 
+def joined(examples, chat, rng):
+    """The examples in a new order. JOINED of them hold the requests of two or three examples with one call
+    each, in their place: in turn of tools that share no word, and of one tool."""
+    single = [e for e in examples if len(e.answer) == len(e.messages) == 1]
+    rng.shuffle(single)
+    tool = {e.id: next(t for t in e.tools if t["name"] == e.answer[0]["name"]) for e in single}
+    used, made = set(), []
+    for first in single:
+        if len(made) >= JOINED * (len(examples) - len(used) + len(made)):
+            break
+        parts, size, is_one_tool = [first], rng.choice((2, 2, 3)), len(made) % 2
+        others = [e for e in single if tool[e.id] == tool[first.id]] if is_one_tool else (
+            rng.sample(single, min(24, len(single))))
+        for other in others if first.id not in used else ():
+            if len(parts) < size and other.id not in used and all(
+                    e.answer != other.answer and (is_one_tool or not words(e.tools) & words(other.tools))
+                    for e in parts):
+                parts.append(other)
+        text = rng.choice((" Also: ", " And then: ", " ", "\n")).join(e.messages[0]["content"] for e in parts)
+        whole = len(parts) > 1 and shown(replace(
+            first, id="+".join(e.id for e in parts), source=f"joined/{first.source}",
+            tools=list({t["name"]: t for e in parts for t in (*e.tools, tool[e.id])}.values()),
+            messages=[{"role": "user", "content": text}], answer=[call for e in parts for call in e.answer],
+        ), [], False, chat, rng)
+        if whole:
+            used |= {e.id for e in parts}
+            made.append(whole)
+    made += [e for e in examples if e.id not in used]
+    return rng.sample(made, len(made))
+
+
 def prepare(out, model, given, seed=0):
     """Write the files of SIZES and two system prompts into the folder `out`. given: texts FILE[=WEIGHT].
     Sources that are too small for their share leave it to the others. ValueError for unreadable files, and
@@ -98,8 +129,9 @@ def prepare(out, model, given, seed=0):
     prompt = PROMPT.read_text(encoding="utf-8")
     write_text(out / "prompt.txt", prompt)
     chat, rng, made = Chat(model, out / "prompt.txt"), random.Random(seed), []
-    sources, total = {file: read_source(file) for file in given}, sum(SIZES.values()) - SIZES["sampled"]
-    began = time.monotonic()
+    sources, wanted = {file: read_source(file) for file in given}, sum(SIZES.values()) - SIZES["sampled"]
+    total = round(wanted * (1 + JOINED * 4 / 3))  # a joined one is made of 7/3
+    began, share = time.monotonic(), IRRELEVANT * wanted / total
     order = sorted(given, key=lambda file: len(sources[file]) / given[file])  # scarce ones first
     for place, file in enumerate(order):
         quota = round((total - len(made)) * given[file] / sum(given[other] for other in order[place:]))
@@ -109,7 +141,7 @@ def prepare(out, model, given, seed=0):
         full, kept, empty = len(made) + quota, 0, 0
         for copy in range(1, COPIES + 1):
             for example in sources[file] if len(made) < full else ():
-                if example := shown(example, strangers, empty < IRRELEVANT * (kept + 1), chat, rng):
+                if example := shown(example, strangers, empty < share * (kept + 1), chat, rng):
                     made.append(replace(example, id=f"{example.id}/{copy}"))
                     kept, empty = kept + 1, empty + (not example.answer)
                     if len(made) == 100:
@@ -125,11 +157,11 @@ def prepare(out, model, given, seed=0):
     rng.shuffle(groups)
     for group in groups:
         name = next(name for name in parts if name == "imitation"
-                    or len(parts[name]) < SIZES[name] * len(made) / total)
+                    or len(parts[name]) < SIZES[name] * len(made) / wanted)
         parts[name] += [i for i in group if name != "heldout" or made[i].id.endswith("/1")]
     # Dialogues of two groups may begin with the same text; those in the held-out file are for it alone.
     held, counts = {texts[i] for i in parts["heldout"]}, {}
-    files = {name: [made[i] for i in indices if name == "heldout" or texts[i] not in held]
+    files = {name: joined([made[i] for i in indices if name == "heldout" or texts[i] not in held], chat, rng)
              for name, indices in parts.items()}
     files["heldout"] = files["heldout"][:SIZES["heldout"]]
     files["sampled"] = evenly_spaced(files["heldout"], SIZES["sampled"])
