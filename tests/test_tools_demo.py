@@ -91,18 +91,16 @@ def write_run(folder, rights, steps=60, seconds=3.0):
     (folder / "metrics.jsonl").write_text(json.dumps({"time/step_s": seconds * steps}) + "\n")
 
 
-def test_interval_by_frame_takes_a_frame_for_one_observation(tmp_path):
+def test_interval_by_frame_takes_a_frame_for_one_observation():
     """Where all queries of a frame are answered alike, n queries of F frames say as much as F queries."""
-    wholly = [(f"one-{frame}", frame % 2 == 0) for frame in range(10) for _ in range(30)]
-    write_run(tmp_path / "wholly", wholly)
+    frames = [frame for frame in range(10) for _ in range(30)]
     spread = statistics.stdev(frame % 2 for frame in range(10))
-    expected = 100 * demo.t_95(9) * spread / math.sqrt(10)
-    assert demo.by_frame(tmp_path / "wholly")["values"] == pytest.approx(expected)
+    expected = demo.t_95(9) * spread / math.sqrt(10)
+    assert demo.by_frame(frames, [frame % 2 == 0 for frame in frames]) == pytest.approx(expected)
 
     rng = random.Random(0)
-    write_run(tmp_path / "apart", [(frame, rng.random() < 0.5) for frame, _ in wholly])
-    alone = 100 * 1.96 * math.sqrt(0.25 / 300)  # of 300 independent queries
-    assert 0.5 * alone < demo.by_frame(tmp_path / "apart")["values"] < 2 * alone < expected
+    alone = 1.96 * math.sqrt(0.25 / 300)  # of 300 independent queries
+    assert 0.5 * alone < demo.by_frame(frames, [rng.random() < 0.5 for _ in frames]) < 2 * alone < expected
 
 
 def test_table_of_arms_has_the_paired_difference_between_grpo_and_right_replies():

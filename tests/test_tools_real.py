@@ -3,8 +3,10 @@
 import json
 import os
 import random
+import re
 import signal
 import time
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -112,6 +114,25 @@ def test_a_tool_of_another_file_is_shown_only_where_it_shares_no_word_with_the_r
     assert made[0].reasoning == "book_table with city."
     assert mixing.shown(example, [near], False, chat, random.Random(0)) is None, "there are not two tools"
     assert mixing.shown(example, [far], True, chat, random.Random(0)) is None, "one is left of the two"
+
+
+def test_a_fifth_of_the_examples_hold_two_or_three_requests_in_their_place(files, small):
+    """In turn of tools that share no word, and of one tool; one example is in one place only."""
+    pairs = (tool("book_table", time=1), tool("lamp")), (tool("set_alarm", time=1), tool("radio"))
+    every = [Example(f"{i}/1", "s", list(pairs[i % 2]), [{"role": "user", "content": f"request {i}"}],
+                     [{"name": pairs[i % 2][0]["name"], "arguments": {"time": str(i)}}]) for i in range(60)]
+    every.append(replace(every[0], id="none", answer=[]))
+    mixed = mixing.joined(every, Chat(files / "base", "configs/real_prompt.txt"), random.Random(0))
+    assert sorted(id for e in mixed for id in e.id.split("+")) == sorted(e.id for e in every)
+    joined, names = [example for example in mixed if example.source == "joined/s"], []
+    assert len(joined) == pytest.approx(mixing.JOINED * len(mixed), abs=1)
+    for example in joined:
+        numbers = [call["arguments"]["time"] for call in example.answer]
+        assert len(set(numbers)) == len(numbers) in (2, 3)
+        assert re.findall("request ([0-9]+)", example.messages[0]["content"]) == numbers
+        names.append({call["name"] for call in example.answer})
+        assert names[-1] <= {tool["name"] for tool in example.tools}
+    assert abs(sum(len(each) == 1 for each in names) - sum(len(each) == 2 for each in names)) <= 1
 
 
 def test_the_dialogues_of_the_known_sets_are_recognised_by_their_ids():

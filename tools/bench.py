@@ -63,7 +63,7 @@ SETTINGS = {  # the arguments of each benchmark after `rounds`
                 "cuda": [("1.5B", 32768), ("7B", 32768), ("0.5B", 32768)]},
     "decode": {"cpu": [("tiny", 8, 8, 128, 128)],  # shape, P, G, tokens of a prompt, tokens of a reply
                "cuda": [(shape, P, 8, 960, 128) for shape in ("1.5B", "0.5B", "7B") for P in (8, 32)]},
-    "decode_prompt": {"cpu": [("tiny", 8, 8, 900, 120)], "cuda": []},  # on a GPU, decode has such prompts
+    "decode_prompt": {"cpu": [("tiny", 8, 8, 900, 120)], "cuda": []},  # long prompts, as decode on a GPU
     "sampling": {"cpu": [(64, 2048)], "cuda": [(64, 151936), (256, 151936)]},  # B, V
     "step": {"cpu": [("tiny", 8, 8, 64, 64)],  # as in decode
              "cuda": [("0.5B", 8, 8, 896, 128), ("1.5B", 8, 8, 896, 128)]},
@@ -275,11 +275,6 @@ def decode(rounds, shape, P, G, prompt_tokens, reply_tokens):
                 "tokens/s", {"transformers": bar}, {"ours": notes})
 
 
-def decode_prompt(*arguments):
-    """`decode` with long prompts and short replies, as in GRPO for tools."""
-    return decode(*arguments)
-
-
 def sampling(rounds, B, V):
     """One token a row and its log-prob from logits [B, V]: ours, `multinomial`, and sorting as for top-p."""
     logits_BV = torch.randn(B, V, device=DEVICE, dtype=DTYPE)
@@ -430,7 +425,8 @@ def run(rounds, shape, P, tools, reply_tokens):
         yield row | ({"peak_gib": peak} if peak else {})
 
 
-BENCHMARKS = {f.__name__: f for f in (logprob, decode, decode_prompt, sampling, step, prefix, run)}
+BENCHMARKS = {f.__name__: f for f in (logprob, decode, sampling, step, prefix, run)}
+BENCHMARKS["decode_prompt"] = decode
 
 
 def machine():

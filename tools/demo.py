@@ -159,18 +159,13 @@ def interval(values, sign=""):
     return f"{mean(values):{sign}.1f} ± {half:.1f}"
 
 
-def by_frame(run):
-    """{category: half the 95 % interval in points} of the last evaluation of a run, clustered by frame."""
-    halves = {}
-    for category, replies in by_category(read_evaluations(run)[-1]["replies"]):
-        p, sums = mean(reply["right"] for reply in replies), {}
-        for reply in replies:
-            frame = reply["id"].rsplit("/", 1)[1]
-            sums[frame] = sums.get(frame, 0) + reply["right"] - p
-        F = len(sums)
-        error = math.sqrt(F / (F - 1) * sum(each * each for each in sums.values())) / len(replies)
-        halves[category] = 100 * t_95(F - 1) * error
-    return halves
+def by_frame(frames, values):
+    """Half the 95 % interval of the mean of values, of which those of one frame resemble each other."""
+    p, sums = mean(values), {}
+    for frame, value in zip(frames, values, strict=True):
+        sums[frame] = sums.get(frame, 0) + value - p
+    F = len(sums)
+    return t_95(F - 1) * math.sqrt(F / (F - 1) * sum(each * each for each in sums.values())) / len(values)
 
 
 def compare(runs):
@@ -183,7 +178,9 @@ def compare(runs):
         passes[name] = pass_at(load_hf(folder), chat, examples, 8)
     folders = {arm: [folder_of(run, arm) for run in runs] for arm in ARMS} | {"grpo": runs}
     ends = {arm: [evaluations(folder)[-1] for folder in each] for arm, each in folders.items()}
-    frames = [by_frame(run) for run in runs]
+    frames = [{category: 100 * by_frame([reply["id"].rsplit("/", 1)[1] for reply in replies],
+                                        [reply["right"] for reply in replies])
+               for category, replies in by_category(read_evaluations(run)[-1]["replies"])} for run in runs]
     rows = {name: {"base": base} | {arm: [end[name] for end in each] for arm, each in ends.items()}
             | {"pass@8": {who: passes[who][name] for who in passes},
                "by frame": [frame[name] for frame in frames]}

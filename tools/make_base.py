@@ -30,7 +30,6 @@ from statistics import mean
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -153,20 +152,6 @@ class MuonAndAdamW:
     def param_groups(self):
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
-    def tensors(self):
-        """{name: tensor} of all moments."""
-        return {f"{i}.{k}.{key}": tensor for i, optimizer in enumerate(self.optimizers)
-                for k, state in optimizer.state_dict()["state"].items() for key, tensor in state.items()}
-
-    def load_tensors(self, tensors):
-        for i, optimizer in enumerate(self.optimizers):
-            state = optimizer.state_dict()
-            for name, tensor in tensors.items():
-                if name.startswith(f"{i}."):
-                    _, k, key = name.split(".")
-                    state["state"].setdefault(int(k), {})[key] = tensor
-            optimizer.load_state_dict(state)
-
     def step(self):
         for optimizer in self.optimizers:
             optimizer.step()
@@ -232,14 +217,11 @@ def learn(model, lessons, size, steps, peak, vocab_size, name, saved):
     `SAVED_EVERY` steps and after the last, the state is written to `saved`, which a later call reads."""
     optimizer, began, recent, done = MuonAndAdamW(model), time.perf_counter(), [], {}
     if saved.exists():
-        parts = {"steps": {}, "model": {}, "moments": {}}
-        for key, tensor in load_file(saved).items():
-            part, _, key = key.partition(".")
-            parts[part][key] = tensor
-        done = {phase: int(n) for phase, n in parts["steps"].items()}
+        done, weights, *states = torch.load(saved)
         if name in done:
-            model.load_state_dict(parts["model"])
-            optimizer.load_tensors(parts["moments"])
+            model.load_state_dict(weights)
+            for part, state in zip(optimizer.optimizers, states, strict=True):
+                part.load_state_dict(state)
             lessons = itertools.islice(lessons, size * done[name], None)
             print(f"{name} resumes at step {done[name]} from {saved}")
     for step in range(done.get(name, 0), steps):
@@ -252,11 +234,9 @@ def learn(model, lessons, size, steps, peak, vocab_size, name, saved):
             seconds = time.perf_counter() - began
             print(f"{name} step {step + 1}/{steps}  loss {mean(recent):.3f}  {seconds:.0f} s", flush=True)
             recent = []
-            parts = {"steps": {phase: torch.tensor(n) for phase, n in (done | {name: step + 1}).items()},
-                     "model": model.state_dict(), "moments": optimizer.tensors()}
+            states = [part.state_dict() for part in optimizer.optimizers]
             with atomically(saved) as file:
-                save_file({f"{part}.{key}": tensor for part, tensors in parts.items()
-                           for key, tensor in tensors.items()}, file)
+                torch.save((done | {name: step + 1}, model.state_dict(), *states), file)
 
 
 def main(argv=None):
@@ -266,7 +246,7 @@ def main(argv=None):
     parser.add_argument("--steps", type=int, default=2000, help="batches of 5 lessons")
     args = parser.parse_args(argv)
     began, prompt_file = time.perf_counter(), "configs/demo_prompt.txt"
-    saved = Path(f"runs/{args.out.name}-{args.copy_steps}-{args.steps}.safetensors")
+    saved = Path(f"runs/{args.out.name}-{args.copy_steps}-{args.steps}.pt")
     saved.parent.mkdir(exist_ok=True)
 
     examples = synthetic(16000, 1, "train")

@@ -21,7 +21,6 @@ import json
 import math
 import random
 import sys
-from itertools import groupby
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -35,7 +34,7 @@ from reward import score  # noqa: E402
 from runtime.files import read_json, write_text  # noqa: E402
 from runtime.run_folder import Diverged, Stuck, read_evaluations  # noqa: E402
 from tools import report  # noqa: E402
-from tools.demo import interval, minutes, t_95  # noqa: E402
+from tools.demo import by_frame, interval, minutes, t_95  # noqa: E402
 from tools.jobs import Job, pace_jobs, pace_of, work  # noqa: E402
 from tools.make_base import lazy  # noqa: E402
 from tools.synthetic import HELDOUT, synthetic  # noqa: E402
@@ -162,11 +161,7 @@ def difference(found, ours, theirs):
     seeds, queries = list(map(mean, rows)), list(map(mean, zip(*rows, strict=True)))
     d, S = mean(seeds), len(seeds)
     over_seeds = t_95(S - 1) * stdev(seeds) / math.sqrt(S) if S > 1 else 0.0
-    order = sorted((query.split()[-1], x - d) for query, x in zip(found["queries"], queries, strict=True))
-    sums = [sum(x for _, x in frame) for _, frame in groupby(order, key=lambda pair: pair[0])]
-    F = len(sums)
-    over_queries = t_95(F - 1) * math.sqrt(F / (F - 1) * sum(x * x for x in sums)) / len(queries)
-    return d, math.hypot(over_seeds, over_queries)
+    return d, math.hypot(over_seeds, by_frame([query.split()[-1] for query in found["queries"]], queries))
 
 
 def table_lines(spec, found, table):
