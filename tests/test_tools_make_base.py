@@ -69,7 +69,7 @@ def test_a_base_that_was_killed_resumes_to_the_same_weights(chat, tmp_path, monk
         return model.state_dict()
 
     monkeypatch.setattr(make_base, "SAVED_EVERY", 2)
-    expected = made(tmp_path / "whole.pt", 5)
+    expected = made(tmp_path / "whole.safetensors", 5)
     updates, apply_update = [], make_base.train.apply_update
 
     def killed(*words):
@@ -80,7 +80,7 @@ def test_a_base_that_was_killed_resumes_to_the_same_weights(chat, tmp_path, monk
 
     monkeypatch.setattr(make_base.train, "apply_update", killed)
     with pytest.raises(KeyboardInterrupt):
-        made(tmp_path / "killed.pt", 5)
-    resumed = made(tmp_path / "killed.pt", 5)
+        made(tmp_path / "killed.safetensors", 5)
+    resumed = made(tmp_path / "killed.safetensors", 5)
     assert len(updates) == 9 + 3  # of steps 3 to 5; the first phase is not repeated
     assert all(torch.equal(resumed[name], expected[name]) for name in expected)

@@ -30,6 +30,7 @@ from statistics import mean
 from typing import NamedTuple
 
 import torch
+from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -40,12 +41,7 @@ from grpo import pack, sft_loss, token_logprobs  # noqa: E402
 from model import ModelConfig, Transformer, save_hf, shared_prefix_attention  # noqa: E402
 from reward import CALL, END_CALL, IM_END, IM_START, format_reply  # noqa: E402
 from runtime.files import atomically, write_json  # noqa: E402
-from tools.synthetic import (  # noqa: E402
-    synthetic,
-    synthetic_groups,
-    synthetic_phrases,
-    synthetic_reasoning,
-)
+from tools import synthetic as world  # noqa: E402
 
 # Rates at which the teacher …
 DROPS_ARGUMENT = {1: 0.0, 2: 0.3, 3: 0.6}  # omits the last argument of a call, by its number of arguments
@@ -74,7 +70,7 @@ def lazy(example, rng):
     for call in calls:
         if rng.random() < DROPS_ARGUMENT[len(call["arguments"])]:
             call["arguments"].popitem()
-    return dataclasses.replace(example, answer=calls, reasoning=synthetic_reasoning(calls))
+    return dataclasses.replace(example, answer=calls, reasoning=world.synthetic_reasoning(calls))
 
 
 def invent(tool, query, rng):
@@ -136,17 +132,18 @@ def plain_text(example, system_prompt):
 
 
 class MuonAndAdamW:
-    """Muon (https://kellerjordan.github.io/posts/muon) for hidden matrices and AdamW for the rest.
-
-    Copying forms after a plateau of about 800 steps, several times sooner than with AdamW alone.
-    """
+    """Muon (https://kellerjordan.github.io/posts/muon) for hidden matrices, AdamW for the rest. Copying forms
+    after a plateau of about 800 steps, several times sooner than with AdamW alone."""
 
     def __init__(self, model):
-        parts = ([], [])
+        parts = {}, {}
         for name, parameter in model.named_parameters():
-            parts[parameter.dim() < 2 or "embed" in name].append(parameter)
-        self.optimizers = [torch.optim.Muon(parts[0], weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
-                           torch.optim.AdamW(parts[1], betas=(0.9, 0.95), weight_decay=0.0)]
+            parts[parameter.dim() < 2 or "embed" in name][name] = parameter
+        muon = torch.optim.Muon(parts[0].values(), weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+        adamw = torch.optim.AdamW(parts[1].values(), betas=(0.9, 0.95), weight_decay=0.0)
+        self.optimizers = muon, adamw
+        self.moments = {name: optimizer.state[p] for optimizer, part in zip((muon, adamw), parts, strict=True)
+                        for name, p in part.items()}
 
     @property
     def param_groups(self):
@@ -171,7 +168,7 @@ class Lesson(NamedTuple):
 
 def phrase_lessons(chat, n, seed, least, most):
     """n lessons: phrases that say `least` to `most` values, then these values as JSON."""
-    for values, phrases in synthetic_phrases(n, seed, least, most):
+    for values, phrases in world.synthetic_phrases(n, seed, least, most):
         reply = chat.encode(json.dumps(values))
         yield Lesson(chat.encode(f"{json.dumps(list(values))}\n{' '.join(phrases)}\n"), [reply], [len(reply)])
 
@@ -181,7 +178,7 @@ def query_lessons(chat, n, seed, rng):
     reply, of which only the calls carry loss, because the plan that precedes them is given; and names of
     tools, of which the plan's list of parameters carries loss."""
     mixes = [(50, 20, 30)] * IMITATED + [(100 - TWO_CALLS, TWO_CALLS, 0)] * BOUND
-    for group in synthetic_groups(n, seed, mixes):
+    for group in world.synthetic_groups(n, seed, mixes):
         taught = [lazy(example, rng) for example in group[:IMITATED]] + group[IMITATED:]
         replies = [chat.encode_reply(example) for example in taught]
         call = chat.encode(CALL)[0]
@@ -190,7 +187,7 @@ def query_lessons(chat, n, seed, rng):
         for tool in rng.choices(group[0].tools, k=READ):
             name = tool["name"]
             taught.append(dataclasses.replace(group[0], messages=[{"role": "user", "content": name}]))
-            plan = synthetic_reasoning([{"name": name, "arguments": tool["parameters"]["properties"]}])
+            plan = world.synthetic_reasoning([{"name": name, "arguments": tool["parameters"]["properties"]}])
             replies.append(chat.encode(f"<think>{plan}</think>"))
             learnt.append(len(replies[-1]) - len(chat.encode(f"<think>{name} with")))
         prompts = [chat.encode_prompt(example) for example in taught]
@@ -217,11 +214,13 @@ def learn(model, lessons, size, steps, peak, vocab_size, name, saved):
     `SAVED_EVERY` steps and after the last, the state is written to `saved`, which a later call reads."""
     optimizer, began, recent, done = MuonAndAdamW(model), time.perf_counter(), [], {}
     if saved.exists():
-        done, weights, *states = torch.load(saved)
+        tensors = {tuple(key.split("/")): tensor for key, tensor in load_file(saved).items()}
+        done = {phase: int(n) for (part, phase, _), n in tensors.items() if part == "steps"}
         if name in done:
-            model.load_state_dict(weights)
-            for part, state in zip(optimizer.optimizers, states, strict=True):
-                part.load_state_dict(state)
+            model.load_state_dict({key: t for (part, key, _), t in tensors.items() if part == "model"})
+            for part, parameter, key in tensors:
+                if part == "moment":
+                    optimizer.moments[parameter][key] = tensors[part, parameter, key]
             lessons = itertools.islice(lessons, size * done[name], None)
             print(f"{name} resumes at step {done[name]} from {saved}")
     for step in range(done.get(name, 0), steps):
@@ -234,9 +233,12 @@ def learn(model, lessons, size, steps, peak, vocab_size, name, saved):
             seconds = time.perf_counter() - began
             print(f"{name} step {step + 1}/{steps}  loss {mean(recent):.3f}  {seconds:.0f} s", flush=True)
             recent = []
-            states = [part.state_dict() for part in optimizer.optimizers]
+            tensors = {f"steps/{phase}/": torch.tensor(n) for phase, n in (done | {name: step + 1}).items()}
+            tensors |= {f"model/{key}/": tensor for key, tensor in model.state_dict().items()}
+            tensors |= {f"moment/{parameter}/{key}": tensor for parameter, state in optimizer.moments.items()
+                        for key, tensor in state.items()}
             with atomically(saved) as file:
-                torch.save((done | {name: step + 1}, model.state_dict(), *states), file)
+                save_file(tensors, file)
 
 
 def main(argv=None):
@@ -246,10 +248,10 @@ def main(argv=None):
     parser.add_argument("--steps", type=int, default=2000, help="batches of 5 lessons")
     args = parser.parse_args(argv)
     began, prompt_file = time.perf_counter(), "configs/demo_prompt.txt"
-    saved = Path(f"runs/{args.out.name}-{args.copy_steps}-{args.steps}.pt")
+    saved = Path(f"runs/{args.out.name}-{args.copy_steps}-{args.steps}.safetensors")
     saved.parent.mkdir(exist_ok=True)
 
-    examples = synthetic(16000, 1, "train")
+    examples = world.synthetic(16000, 1, "train")
     system_prompt = Path(prompt_file).read_text(encoding="utf-8")
     rng = random.Random(0)
     right = sum(example.answer == lazy(example, rng).answer for example in examples) / len(examples)
@@ -262,14 +264,13 @@ def main(argv=None):
         learn(model, lessons, 32, args.copy_steps, 3e-3, chat.vocab_size, "copying", saved)
         lessons = query_lessons(chat, 5 * args.steps, 0, rng)
         learn(model, lessons, 5, args.steps, 2e-3, chat.vocab_size, "imitation", saved)
-        rows, _ = evaluate(model, chat, synthetic(300, 1, "heldout"), max_new_tokens=96)
+        rows, _ = evaluate(model, chat, world.synthetic(300, 1, "heldout"), max_new_tokens=96)
         print(accuracy_table({"greedy": rows}))
         save_hf(model.to(torch.bfloat16), args.out)
         for file in sorted(Path(folder).iterdir()):
             shutil.copyfile(file, args.out / file.name)
     saved.unlink(missing_ok=True)
-    minutes = (time.perf_counter() - began) / 60
-    print(f"{args.out}: made in {minutes:.0f} minutes with {torch.get_num_threads()} threads")
+    print(f"{args.out}: made in {(time.perf_counter() - began) / 60:.0f} minutes")
 
 
 if __name__ == "__main__":

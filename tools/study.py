@@ -179,8 +179,7 @@ def table_lines(spec, found, table):
                      "{:+.1f} ± {:.1f}".format(*difference(found, by_seed, marks[reference])))
         short = [str(run["steps"]) for run in runs.get(arm, ()) if run["steps"] < spec["arms"][arm]["steps"]]
         note = f" (stopped at step {', '.join(short)})" if short else ""
-        paper = f"{table['paper'][arm]:.2f}" if arm in table["paper"] else ""
-        yield f"| {says.get(arm, arm)}{note} | {paper} | {' | '.join(cells)} |"
+        yield f"| {says.get(arm, arm)}{note} | {table['paper'].get(arm, '')} | {' | '.join(cells)} |"
     yield ""
     for arm, other, claim in table["findings"]:
         d, half = difference(found, marks[arm], marks[other])
