@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -12,7 +13,7 @@ import short_run
 import yaml
 
 import train
-from data import read_jsonl
+from data import Chat, read_jsonl
 from reward import format_reply
 from runtime.files import read_json
 from runtime.ranks import RankError
@@ -21,7 +22,7 @@ from tools import jobs, study
 from tools.study import collect, difference, page, read_spec, words
 
 SPEC = read_spec()
-TOY = {"steps": 4, "examples": 16, "heldout": 6,
+TOY = {"about": ["Text."], "steps": 4, "examples": 16, "heldout": 6,
        "settings": {"train.threads": 1, "train.prompts_per_step": 4, "train.lr": 0.01, "rollout.n": 3,
                     "rollout.max_new_tokens": 9, "eval.max_new_tokens": 9, "checkpoint.every": 1,
                     "checkpoint.keep": 1, "log.rollouts_every": 2},
@@ -31,8 +32,9 @@ TOY = {"steps": 4, "examples": 16, "heldout": 6,
        "quick": {"tables": ["recipes"], "seeds": 1, "steps": 2, "examples": 8, "heldout": 3},
        "tables": {"recipes": {"title": "Recipes", "seeds": 2, "arms": ["rl", "right", "then"],
                               "paper": {"rl": 83.24}, "findings": [["rl", "right", "RL is above SFT"]]},
-                  "sampled": {"title": "Sampled", "seeds": 1, "arms": ["rl", "then"], "samples": "Percent",
-                              "paper": {}, "findings": [["rl", "then", "RL is above both"]]}}}
+                  "sampled": {"title": "Sampled", "seeds": 2, "arms": ["rl", "then"], "samples": "Percent",
+                              "paper": {}, "findings": [["rl", "then", "RL is above both"]],
+                              "notes": ["What was different."]}}}
 
 
 @pytest.fixture
@@ -104,8 +106,9 @@ def test_a_study_killed_between_and_inside_runs_ends_with_the_results_of_an_undi
     study.main([str(runs)])
     assert without_minutes(toy / "results.json") == undisturbed == without_minutes(runs / "study.json")
     changing = ("6 runs, ", "code ")
-    assert [line for line in (toy / "page.md").read_text().split("\n") if not line.startswith(changing)] == [
-        line for line in text.split("\n") if not line.startswith(changing)]
+    ours, theirs = ([re.sub(r" \d+\.\d+ \|$", "", line) for line in it.split("\n")  # less the minutes
+                     if not line.startswith(changing)] for it in ((toy / "page.md").read_text(), text))
+    assert ours == theirs
     assert (runs / "recipes.html").exists() and len(undisturbed["runs"]) == 6
     assert (runs / "then-1/config.yaml").read_text().count("killed/right-1/checkpoints/step_000002") == 1
 
@@ -124,6 +127,7 @@ def test_a_run_that_stops_by_itself_ends_with_the_evaluation_of_its_newest_check
     found = read_json(toy / "results.json")["runs"]
     assert {name: run["steps"] for name, run in found.items()} == {
         "rl-0": 2, "rl-1": 4, "right-0": 2, "right-1": 2, "then-0": 2, "then-1": 2}
+    assert found["rl-0"]["sampled"].keys() < found["rl-1"]["sampled"].keys()
     assert "| RL (stopped at step 2) |" in capsys.readouterr().out
 
 
@@ -147,7 +151,7 @@ def test_a_quick_study_leaves_the_results_of_the_whole_one(toy, capsys):
     assert not (toy / "results.json").exists() and not (toy / "page.md").exists()
     found = read_json(toy / "runs/quick/study.json")
     assert set(found["runs"]) == {"rl-0", "right-0", "then-0"} and len(found["queries"]) == 3
-    assert "RL is above SFT: **not seen here**" in capsys.readouterr().out
+    assert "RL is above SFT: **no difference seen here**" in capsys.readouterr().out
 
 
 # ---- the arms
@@ -165,7 +169,7 @@ def test_arms_see_the_same_examples_and_halves_are_apart(tmp_path):
     assert [e.answer for e in files["lazy"]] != [e.answer for e in files["right"]]
     assert {e.source for name in ("single", "single_masked") for e in files[name]} == {"train/single"}
     assert {e.source for e in files["single_none"]} == {"train/single", "train/no_tool"}
-    assert sum(id.endswith("/masked") for id in ids["masked"]) == 27
+    assert sum(id.endswith("/masked") for id in ids["single_masked"]) == 27
     assert SPEC["steps"] * 24 == SPEC["examples"], "an epoch of the demo's batches"
 
 
@@ -178,6 +182,15 @@ def test_every_arm_is_a_command_of_train_py(arm):
     start = SPEC["arms"][arm].get("from")
     steps = start and train.load_config(words(SPEC, start, 3, "runs")).train.steps
     assert c.model.path == (f"runs/{start}-3/checkpoints/step_{steps:06d}" if start else "assets/tiny")
+
+
+@pytest.mark.parametrize("arm", ["rl", "single_masked"])
+def test_no_example_is_dropped_and_no_right_reply_is_cut(arm, tmp_path):
+    study.write_data(SPEC, tmp_path)
+    c, chat = train.load_config(words(SPEC, arm, 0, "runs")), Chat("assets/tiny", "configs/demo_prompt.txt")
+    examples = read_jsonl(tmp_path / f"{SPEC['arms'][arm]['data']}.jsonl")
+    assert max(len(chat.encode_prompt(e)) for e in examples) <= c.data.max_prompt_tokens
+    assert max(len(chat.encode_reply(e)) for e in examples) <= c.rollout.max_new_tokens
 
 
 def test_findings_are_of_arms_of_their_table_and_the_first_arm_of_a_chain_has_its_seeds():
@@ -223,38 +236,60 @@ def test_the_interval_of_a_difference_has_seeds_and_frames():
 
 def made_up(ours, theirs):
     """Results of the toy study in which rl and right have these verdicts in both seeds."""
-    queries = [f"{split}/single {frame}" for split in study.HELDOUT for frame in "abcdefgh"]
-    run = {"minutes": 30.0, "steps": 4, "sampled_format": [50, 90.0], "sampled_right": [40, 40.0]}
-    return {"queries": queries, "base": "0" * 24, "hardware": "a machine", "git_revision": "1234567890abcdef",
-            "is_fixed": True,
+    queries = [f"{split}/{'no_tool' if frame == 'h' else 'single'} {frame}" for split in study.HELDOUT
+               for frame in "abcdefgh"]
+    run = {"minutes": 30.0, "steps": 4, "examples": 16, "spread": 50.5,
+           "sampled": {"000001": [50, 40.0], "000004": [90.0, 40.0]}}
+    return {"queries": queries, "base": "0" * 24, "spec": read_spec()["digest"], "hardware": ["a machine"],
+            "git_revision": ["12345", "67890"],
             "runs": {f"{arm}-{seed}": run | {"right": marks} for seed in range(2)
                      for arm, marks in (("rl", ours), ("right", theirs), ("then", theirs))}}
 
 
 @pytest.mark.parametrize(("ours", "theirs", "said"), [
-    ("2" * 24, "0" * 24, "**seen here**, +100.0 ± 0.0 points"),
-    ("0" * 24, "1" * 23 + "2", "**not seen here**, -4.2 ± "),
+    ("2" * 24, "0" * 24, "**seen here**, +100.0 ± 0.0 points (values +100.0, paraphrases +100.0, "),
+    ("0" * 24, "1" * 23 + "2", "**no difference seen here**, -4.2 ± "),
     ("0" * 24, "2" * 24, "**the opposite is seen here**, -100.0 ± 0.0 points"),
+    ("2" * 8 + "0" * 16, "0" * 24, " points (values +100.0, paraphrases +0.0, tools +0.0)."),
 ])
 def test_the_sentence_on_a_finding_follows_from_its_interval(toy, ours, theirs, said):
-    assert f"- RL is above SFT: {said}" in page(read_spec(), made_up(ours, theirs))
+    sentence, = [line for line in page(read_spec(), made_up(ours, theirs)).split("\n")
+                 if line.startswith("- RL is above SFT: ")]
+    assert said in sentence
 
 
-def test_a_page_has_paper_arms_splits_and_what_only_raised_the_format(toy):
-    text = page(read_spec(), made_up("2" * 8 + "1" * 8 + "0" * 8, "0" * 24))
-    assert "| RL | 83.24 | 100.0 ± 0.0 | 0.0 ± 0.0 | 0.0 ± 0.0 | 33.3 ± 0.0 | 66.7 ± 0.0 |  |" in text
-    assert "6 runs, 3.0 hours of one thread; a machine; code 1234567890ab. " in text
+def test_a_page_has_paper_arms_parts_seeds_and_what_only_raised_the_format(toy):
+    found = made_up("2" * 8 + "1" * 8 + "0" * 8, "0" * 24)
+    found["runs"]["rl-1"] |= {"right": "2" * 24, "spread": 60.5}
+    text = page(read_spec(), found)
+    assert "| | paper | values | paraphrases | tools | no tool | single | all | all, by calls | less" in text
+    assert "6 runs, 3.0 hours of one thread; a machine; code 12345, 67890. " in text
+    assert "| RL | 33.3, 100.0 | 16 | 56 | 30.0 |" in text
+    found["runs"]["rl-1"]["right"] = found["runs"]["rl-0"]["right"]
+    assert "| RL | 83.24 | 100.0 ± 0.0 | 0.0 ± 0.0 | 0.0 ± 0.0 | 33.3 ± 0.0 | 33.3 ± 0.0 | 33.3 ± 0.0 | " \
+           "66.7 ± 0.0 |  |" in page(read_spec(), found)
     assert "- RL: format 50, 90; right 40, 40; **only the format rose**" in text
+    assert "\nText.\n" in text and "\n- What was different.\n" in text
     assert "python train.py configs/demo.yaml --out=RUNS/then-SEED --seed=SEED" in text
 
 
-def test_the_page_says_when_the_arms_were_changed_after_the_first_run(toy, capsys):
-    study.main([str(toy / "runs"), "--quick"])
-    assert "seeds were fixed before the first run" in (toy / "runs/quick/study.md").read_text()
-    with open(study.SPEC, "a") as file:
-        print("# another thought", file=file)
-    study.main([str(toy / "runs"), "--quick"])
-    assert "seeds were **changed after the first run**" in (toy / "runs/quick/study.md").read_text()
+@pytest.mark.parametrize(("ends", "said"), [
+    ([(50, 40), (52, 40)], True), ([(50, 40), (21, 41)], False),  # the second: the format's interval has 0
+    ([(50, 60), (52, 62)], False), ([(50, 40)], False)])
+def test_the_format_alone_rose_where_intervals_over_seeds_say_so(ends, said):
+    assert study.only_format_rose([{1: [20, 40], 36: list(end)} for end in ends]) is said
+
+
+def test_the_page_says_when_arms_but_not_when_notes_were_changed_after_the_first_run(toy, capsys):
+    fixed, text = "seeds were fixed before the first run", study.SPEC.read_text()
+    study.main([str(toy / "runs")])
+    assert fixed in study.PAGE.read_text()
+    for old, new, still in (("Text.", "More.", True), ("What was", "All", True), ("RL is", "R is", False)):
+        study.SPEC.write_text(text.replace(old, new))
+        assert study.SPEC.read_text() != text
+        study.main([])
+        assert (fixed in study.PAGE.read_text()) is still
+        assert ("seeds were **changed after** the first run" in study.PAGE.read_text()) is not still
 
 
 def test_the_page_is_computed_from_the_results():
@@ -264,6 +299,8 @@ def test_the_page_is_computed_from_the_results():
 
 def test_runs_on_other_queries_are_not_compared(toy):
     spec = read_spec()
+    (toy / "data").mkdir()
+    (toy / "data/study.yaml").write_text(study.SPEC.read_text())
     for run, count in zip(spec["runs"], (2, 3), strict=False):
         (toy / run / "evals").mkdir(parents=True)
         for step in (0, 4):
@@ -271,6 +308,8 @@ def test_runs_on_other_queries_are_not_compared(toy):
                        for i in range(count)]
             (toy / run / f"evals/step_{step:06d}.json").write_text(
                 json.dumps({"step": step, "replies": replies}))
-        (toy / run / "metrics.jsonl").write_text('{"time/step_s": 60}\n')
+        (toy / run / "metrics.jsonl").write_text('{"time/step_s": 60, "epoch": 1}\n')
+        for name in ("hardware", "git_revision"):
+            (toy / run / f"{name}.txt").write_text("text")
     with pytest.raises(ValueError, match="evaluated on other queries"):
         collect(spec, toy)

@@ -10,50 +10,8 @@ the meta device.
     backward              gradients; all that autograd saved; one block in its backward
     step                  gradients; the reduce-scatter of embedding and head. AdamW works in place
 
-Bytes on each rank. `parameters` is their number; matrix products have w bytes a number (2 in bf16, 4 in
-fp32):
-
-weights     4·parameters/ranks in fp32, sharded by rows. A rollout also holds the whole copy that `unsharded`
-            makes, w·parameters. In an update FSDP holds three things whole: the root (embedding, norm and
-            head, from forward until the end of its backward), the block that computes and, on more than one
-            rank, the next block, which is already being gathered. A single CPU process does not shard:
-            4·parameters, without a copy
-gradients   4·parameters/ranks at every moment of an update, because they exist from its second micro-batch
-            on. In transit: the gradient of the head, 4·V·D while it is summed over chunks of logits, then
-            w·V·D until the root is reduce-scattered at the end of backward; the gradients of one block; the
-            fp32 input of that block's reduce-scatter, which is held until the next block's. A reduce-scatter
-            holds w + 4 bytes a number, then 4 and its output. A single CPU process holds a new gradient and
-            the one that it is added to
-moments     8·parameters/ranks
-reference   as the weights, but w bytes a number on a GPU; nothing there if grpo.reference_on_cpu is set. For
-            its passes, which come before the first backward of a step, every rank holds it whole, so that it
-            is gathered or crosses PCIe once a step: w·parameters. The old log-probs are made between them
-            and leave the policy's root gathered. A block is taken to hold what it would save for a backward
-activations numbers a token. For each block its input, D. Inside each block (with activation_checkpointing:
-            inside one block at a time) these:
-            3·D: the outputs of both norms, and x after attention; on a CPU 5·D, because a norm is two steps
-            4·F: the gate, its silu, up, their product
-            3·H·E: the queries, and the output of attention in two orders, its own and that of the pack
-            2·K·E: keys and values as the queries read them, so those of a prompt once more for each reply.
-            Without FlashAttention (which needs bf16 on a GPU) those of the replies also as they were made,
-            and each reply has a mask of reply·(prompt + reply) numbers, where prompt and reply are their
-            tokens: once for all layers on a CPU, in fp32 and for each layer on a GPU. Replies of one length
-            share theirs, which is not counted
-            The backward of an MLP holds 2·F + D more
-logits      the larger of a chunk of CHUNK_TOKENS rows in w bytes and the bf16 copy of the head's gradient; on
-            a CPU, in fp32, log-probs kept for backward and 2 copies of a chunk. Sampling: one row a reply, in
-            w bytes a number, on a CPU in 20 (logits, log-probs, probabilities, cumulative sums in fp64)
-keys and    pages of PAGE tokens: rollout.kv_memory_gib or, on a GPU without it, all free memory but
-values      MARGIN_GIB; never more than all rows can fill. On a CPU without it each row has room for the
-            longest row, and this room grows by half
-prompts     (part of the activations) one pass of PREFILL_TOKENS is computed and placed in the cache before
-            the next. It holds its keys and values, and also either a stacked copy of them or 3·F + 3·D
-            numbers a token in an MLP
-
-With LoRA `parameters` means those that are trained, except where weights are whole. The frozen ones are
-shards of w bytes a number on a GPU. Nothing is held for the gradient of the head. A rollout is planned with a
-whole copy of the merged weights, on one rank too. The reference is the same shards: it costs a whole copy on
-more than one rank during its passes. Each adapted layer saves the rank·T numbers between its two products.
+The formula of each part is in docs/plan.md, in the letters below. w is the bytes of a number in a matrix
+product: 2 in bf16, 4 in fp32.
 
 What is unknown before the run is planned at its maximum. Every prompt has data.max_prompt_tokens or, if data
 and tokenizer exist, the tokens of the longest prompt. Every sampled reply reaches its limit. Micro-batches

@@ -5,21 +5,7 @@ list of operations; each has FLOPs, bytes and launches, and takes
 
     seconds = max(FLOPs / rate of its kind, bytes / bandwidth, launches · least time of a launch)
 
-products    2·rows·inputs·outputs of every linear layer and of the head; bytes of operands and result.
-            Backward makes two products for each one, or one where the weight is frozen beside adapters
-attention   4·H·E for each pair of a query and a key that it sees. On a CPU a masked reply computes all pairs
-            of its rectangle. Backward has 2.5 times the FLOPs: the scores are computed again
-passes      elementwise operations, by the numbers that they read and write. A token of a layer: 10·D for
-            norms and sums, 8·(H + K)·E for the rotation, 5·F in the MLP. Without a cache also 6·H·E, and 4
-            numbers for each number of the keys, because queries, keys and values are copied. Backward: twice
-            that
-log-probs   of the head, forward: a product of the reply tokens; a GPU reads its logits once more. Backward: 2
-            products, one more where logits are computed again, and 2 readings. The fp32 gradient of the head
-            is read and written once a chunk
-optimizer   ADAMW_BYTES a trained parameter, norm and clipping included
-FSDP        on a GPU FSDP_BYTES a parameter and micro-batch: weights are cast twice, gradients cast and added
-decoding    a step of B rows: the layers, the head, and the drawing of B tokens. A CPU reads a shared prompt
-            once a group (fast/aligned_cache.py)
+The FLOPs and bytes of each operation are in docs/plan.md, in the letters below.
 
 Reply lengths are unknown before a run. `reply` is their mean; the lengths are taken as evenly spread from 0
 to 2·reply, but at most to the limit. While rows wait, all slots are full; then the last B replies end one by

@@ -13,6 +13,7 @@ percentages of held-out queries whose greedy reply earns the binary reward, what
     of two arms    mean d of the differences paired by seed and query, ± √(a² + b²): a is t s / √S over seeds,
                    b is over queries, of which only the F frames (tools/synthetic.py) are independent,
                    b = t √(F / (F - 1) Σ_f (Σ_i (d_i - d))²) / n      d_i: query i of frame f, mean over seeds
+                   Noise of a query in a seed is in a and in b, so the interval covers more than 95 %.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import json
 import math
 import random
 import sys
+from hashlib import sha256
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -35,7 +37,7 @@ from runtime.files import read_json, write_text  # noqa: E402
 from runtime.run_folder import Diverged, Stuck, read_evaluations  # noqa: E402
 from tools import report  # noqa: E402
 from tools.demo import by_frame, interval, minutes, t_95  # noqa: E402
-from tools.jobs import Job, pace_jobs, pace_of, work  # noqa: E402
+from tools.jobs import Job, pace_jobs, pace_of, rows_of, work  # noqa: E402
 from tools.make_base import lazy  # noqa: E402
 from tools.synthetic import HELDOUT, synthetic  # noqa: E402
 
@@ -43,12 +45,22 @@ SPEC, RESULTS, PAGE = map(Path, ("configs/study.yaml", "tools/results/study.json
 PRESETS = {"grpo": "configs/demo.yaml", "sft": "configs/demo_control.yaml"}
 RIGHT, CALLS_RIGHT, WRONG = "2", "1", "0"  # a held-out reply: by the binary reward, by its calls alone, else
 MASKED = 0.67  # share of the examples, as in the paper's code
+WORLD_SEED = 3  # of all examples: on seed 0 the learning rates were chosen, on seed 1 the base was
+
+
+def digest(text):
+    """Of a study.yaml without its prose, which may be changed after the first run."""
+    spec = yaml.safe_load(text) | {"about": None}
+    for table in spec["tables"].values():
+        table["notes"] = None
+    return sha256(json.dumps(spec).encode()).hexdigest()[:12]
 
 
 def read_spec(quick=False):
     """configs/study.yaml, or what --quick takes of it. Adds "runs": {run: (arm, seed)}, seed by seed, and the
     steps of each arm."""
-    spec = yaml.safe_load(SPEC.read_text(encoding="utf-8"))
+    text = SPEC.read_text(encoding="utf-8")
+    spec = yaml.safe_load(text) | {"digest": digest(text)}
     if quick:
         short = spec["quick"]
         spec["tables"] = {name: spec["tables"][name] | {"seeds": short["seeds"]} for name in short["tables"]}
@@ -66,15 +78,15 @@ def write_data(spec, folder):
     """Write a copy of study.yaml and the files that arms name by `data`; heldout.jsonl last."""
     write_text(folder / "study.yaml", SPEC.read_text(encoding="utf-8"))
     n, rng = spec["examples"], random.Random(0)
-    pool = synthetic(4 * n, 0, "train")  # half of it are single calls
+    pool = synthetic(4 * n, WORLD_SEED, "train")  # half of it are single calls
     single = [example for example in pool if example.source.endswith("/single")][:n]
     files = {"right": pool[:n], "calls": [dataclasses.replace(e, reasoning=None) for e in pool[:n]],
              "lazy": [lazy(example, rng) for example in pool[:n]], "single": single,
              "single_none": [e for e in pool if not e.source.endswith("/two_calls")][:n],
-             "single_masked": mask_names(single, MASKED, 0), "masked": mask_names(pool[:n], MASKED, 0)}
+             "single_masked": mask_names(single, MASKED, 0)}
     for name in ("right", "calls"):
         files |= {f"{name}_first": files[name][:n // 2], f"{name}_second": files[name][n // 2:]}
-    for name, examples in (files | {"heldout": synthetic(spec["heldout"], 0, "heldout")}).items():
+    for name, examples in (files | {"heldout": synthetic(spec["heldout"], WORLD_SEED, "heldout")}).items():
         write_jsonl(folder / f"{name}.jsonl", examples)
 
 
@@ -109,11 +121,12 @@ def run_arm(given):
 
 
 def jobs_of(spec, runs, pace):
-    """{name: Job} of all runs. All arms of GRPO have as many replies a step."""
+    """{name: Job} of all runs. A step of GRPO has as many replies in every arm, times draws of a refill."""
     jobs = {}
     for run, (arm, seed) in spec["runs"].items():
         it, given = spec["arms"][arm], words(spec, arm, seed, runs)
-        seconds = it["steps"] * pace[it["stage"]]["time/step_s"] + 2 * pace[it["stage"]]["time/eval_s"]
+        steps = it["steps"] * (1 + it.get("settings", {}).get("rollout.refill", 0))
+        seconds = steps * pace[it["stage"]]["time/step_s"] + 2 * pace[it["stage"]]["time/eval_s"]
         needs = {f"{it['from']}-{seed}"} if "from" in it else set()
         jobs[run] = Job(needs, seconds / 60, lambda given=given: run_arm(given))
     return jobs
@@ -126,32 +139,45 @@ def verdict(line):
 
 
 def collect(spec, runs):
-    """What the page is computed from. Of each run: the verdicts on the held-out queries, a digit each; at the
-    steps that kept them, the percentages of sampled replies in the right format and right; its minutes."""
-    found = {"queries": None, "base": None, "runs": {}}
+    """What the page is computed from. Of each run: the verdicts on the held-out queries, a digit each; the
+    examples drawn, the minutes, the percentage of groups with spread; of the replies sampled at the steps
+    that kept them, the percentages in the right format and right."""
+    found = {"spec": digest((runs / "data/study.yaml").read_text(encoding="utf-8")), "hardware": [],
+             "git_revision": [], "queries": None, "base": None, "runs": {}}
     for name, (arm, _) in spec["runs"].items():
-        run = runs / name
+        run, rows, it = runs / name, rows_of(runs / name), spec["arms"][arm]
         first, *_, last = read_evaluations(run)
         queries = [f"{reply['category']} {reply['id'].rsplit('/', 1)[-1]}" for reply in last["replies"]]
         if found["queries"] not in (None, queries):
             raise ValueError(f"{run}: evaluated on other queries than other runs; choose a new folder")
         found["queries"] = queries
-        if "from" not in spec["arms"][arm]:
+        if "from" not in it:
             found["base"] = "".join(map(verdict, first["replies"]))
-        sampled = [[score(line["reply"], line["answer"]) for line in map(json.loads, file.open())]
-                   for file in sorted(run.glob("rollouts/step_*.jsonl"))]
+        sampled, spread = {}, [row["reward/live"] for row in rows if "reward/live" in row]
+        for file in sorted(run.glob("rollouts/step_*.jsonl")):
+            verdicts = [score(line["reply"], line["answer"]) for line in map(json.loads, file.open())]
+            sampled[file.stem[-6:]] = [round(100 * mean(v.format_ok for v in verdicts), 1),
+                                       round(100 * mean(v.reward == 1 for v in verdicts), 1)]
         found["runs"][name] = {
             "right": "".join(map(verdict, last["replies"])), "steps": last["step"],
+            "examples": round(rows[-1]["epoch"] * spec["examples"] * it["steps"] / spec["steps"]),
             "minutes": round(minutes(run)[1], 2),
-            "sampled_format": [round(100 * mean(v.format_ok for v in step), 1) for step in sampled],
-            "sampled_right": [round(100 * mean(v.reward == 1 for v in step), 1) for step in sampled]}
-    texts = {name: (run / f"{name}.txt").read_text().strip() for name in ("hardware", "git_revision")}
-    return found | texts | {"is_fixed": (runs / "data/study.yaml").read_bytes() == SPEC.read_bytes()}
+            "spread": round(100 * mean(spread), 1) if spread else None, "sampled": sampled}
+        for key in ("hardware", "git_revision"):
+            if (text := (run / f"{key}.txt").read_text().strip()) not in found[key]:
+                found[key].append(text)
+    return found
 
 
-def percent(found, marks, split, least=RIGHT):
+def percent(found, marks, part, least=RIGHT):
+    """Of the queries of a split, of a kind, or of "all"."""
     return 100 * mean(mark >= least for mark, query in zip(marks, found["queries"], strict=True)
-                      if split in ("all", query.split("/")[0]))
+                      if part == "all" or part in query.split()[0].split("/"))
+
+
+def over_seeds(values):
+    """Half of the 95 % interval of the mean over seeds, 0 of one seed."""
+    return t_95(len(values) - 1) * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
 
 
 def difference(found, ours, theirs):
@@ -159,20 +185,27 @@ def difference(found, ours, theirs):
     rows = [[100 * ((a == RIGHT) - (b == RIGHT)) for a, b in zip(*pair, strict=True)]
             for pair in zip(ours, theirs, strict=True)]
     seeds, queries = list(map(mean, rows)), list(map(mean, zip(*rows, strict=True)))
-    d, S = mean(seeds), len(seeds)
-    over_seeds = t_95(S - 1) * stdev(seeds) / math.sqrt(S) if S > 1 else 0.0
-    return d, math.hypot(over_seeds, by_frame([query.split()[-1] for query in found["queries"]], queries))
+    frames = [query.split()[-1] for query in found["queries"]]
+    return mean(seeds), math.hypot(over_seeds(seeds), by_frame(frames, queries))
+
+
+def only_format_rose(sampled):
+    """Whether the format of sampled replies rose from the first to the last step and the share right did not,
+    by intervals over seeds, of which there must be two. sampled: {step: [format, right]} of each run."""
+    rises = [[each[max(each)][i] - each[min(each)][i] for each in sampled] for i in (0, 1)]
+    form, right = (mean(values) - over_seeds(values) > 0 for values in rises)
+    return len(sampled) > 1 and form and not right
 
 
 def table_lines(spec, found, table):
-    """A table, then its findings, the smallest difference that it could show, and what replies were like."""
+    """A table, what its runs were, its findings, the smallest difference that it could show, and replies."""
     says = {arm: spec["arms"][arm]["says"] for arm in spec["arms"]}
     runs = {arm: [found["runs"][f"{arm}-{seed}"] for seed in range(table["seeds"])] for arm in table["arms"]}
     marks = {arm: [run["right"] for run in each] for arm, each in runs.items()}
-    columns = [*((split, RIGHT) for split in (*HELDOUT, "all")), ("all", CALLS_RIGHT)]
-    reference, halves = table["arms"][0], []
-    yield f"| | paper | {' | '.join(HELDOUT)} | all | all, by calls | less {says[reference]} |"
-    yield "|---" * (len(columns) + 3) + "|"
+    parts = [*HELDOUT, *sorted({query.split()[0].split("/")[1] for query in found["queries"]}), "all"]
+    columns, reference = [*((part, RIGHT) for part in parts), ("all", CALLS_RIGHT)], table["arms"][0]
+    yield (f"| | paper | {' | '.join(parts).replace('_', ' ')} | all, by calls | less {says[reference]} |\n"
+           f"{'|---' * (len(columns) + 3)}|")
     for arm, by_seed in {"base": [found["base"]], **marks}.items():
         cells = [interval([percent(found, each, *column) for each in by_seed]) for column in columns]
         cells.append("" if arm in ("base", reference) else
@@ -180,40 +213,53 @@ def table_lines(spec, found, table):
         short = [str(run["steps"]) for run in runs.get(arm, ()) if run["steps"] < spec["arms"][arm]["steps"]]
         note = f" (stopped at step {', '.join(short)})" if short else ""
         yield f"| {says.get(arm, arm)}{note} | {table['paper'].get(arm, '')} | {' | '.join(cells)} |"
+    yield "\n| | all, by seed | examples drawn | groups with spread, % | minutes |\n|---|---|---|---|---|"
+    for arm, each in runs.items():
+        drawn, spent = (mean(run[key] for run in each) for key in ("examples", "minutes"))
+        spread = "" if each[0]["spread"] is None else f"{mean(run['spread'] for run in each):.0f}"
+        seeds = ", ".join(f"{percent(found, run['right'], 'all'):.1f}" for run in each)
+        yield f"| {says[arm]} | {seeds} | {drawn:.0f} | {spread} | {spent:.1f} |"
     yield ""
+    halves = []
     for arm, other, claim in table["findings"]:
         d, half = difference(found, marks[arm], marks[other])
         halves.append(half)
-        seen = "seen here" if d > half else "the opposite is seen here" if d < -half else "not seen here"
-        yield f"- {claim}: **{seen}**, {d:+.1f} ± {half:.1f} points."
+        seen = ("seen here" if d > half else "the opposite is seen here" if d < -half else
+                "no difference seen here")
+        gains = {split: mean(percent(found, a, split) for a in marks[arm])
+                 - mean(percent(found, b, split) for b in marks[other]) for split in HELDOUT}
+        yield (f"- {claim}: **{seen}**, {d:+.1f} ± {half:.1f} points "
+               f"({', '.join(f'{split} {gain:+.1f}' for split, gain in gains.items())}).")
     yield f"\nThe smallest difference that each of these could show: {max(halves):.1f} points."
     if "samples" in table:
         yield f"\n{table['samples']}\n"
     for arm in table["arms"] if "samples" in table else ():
-        form, right = ([round(mean(x)) for x in zip(*(run[key] for run in runs[arm]), strict=True)]
-                       for key in ("sampled_format", "sampled_right"))
-        hacked = "; **only the format rose**" * (form[-1] > form[0] and right[-1] <= right[0])
-        yield f"- {says[arm]}: format {', '.join(map(str, form))}; right {', '.join(map(str, right))}{hacked}"
+        sampled = [{int(step): shares for step, shares in run["sampled"].items()} for run in runs[arm]]
+        form, right = ([f"{mean(each[step][i] for each in sampled if step in each):.0f}"
+                        for step in sorted(set().union(*sampled))] for i in (0, 1))
+        hacked = "; **only the format rose**" * only_format_rose(sampled)
+        yield f"- {says[arm]}: format {', '.join(form)}; right {', '.join(right)}{hacked}"
 
 
 def page(spec, found):
     """docs/study.md as text. found: of `collect`, or {} where nothing has run."""
     lines = ["# The study", "", "<!-- written by tools/study.py, whose head has the formulas -->",
-             "The paper's comparisons (arXiv 2505.00024) in the world of the demo, from `assets/tiny`: `make "
-             "study`.", "`ARGS=--quick` runs less. Arms, steps and seeds: `configs/study.yaml`.", ""]
+             *(f"{paragraph}\n" for paragraph in spec["about"])]
     if found:
         hours = sum(run["minutes"] for run in found["runs"].values()) / 60
-        when = "fixed before the first run" if found["is_fixed"] else "**changed after the first run**"
-        lines.append(f"{len(found['runs'])} runs, {hours:.1f} hours of one thread; {found['hardware']}; code "
-                     f"{found['git_revision'][:12]}. Arms, steps and seeds were {when}.")
+        when = "fixed before" if found["spec"] == spec["digest"] else "**changed after**"
+        machines, code = map(", ".join, (found["hardware"], found["git_revision"]))
+        lines.append(f"{len(found['runs'])} runs, {hours:.1f} hours of one thread; {machines}; code {code}. "
+                     f"Arms, steps and seeds were {when} the first run.")
     else:
         lines.append("**It has not been run yet.** These are the comparisons that it will make.")
     for table in spec["tables"].values():
         seeds = f"{table['seeds']} seed{'s' * (table['seeds'] > 1)}"
         lines += ["", f"## {table['title']}", "", f"{seeds}, {spec['heldout']} held-out "
-                  "queries. Percent right, ± half a 95 % interval over seeds; paper: average on BFCL.", ""]
+                  "queries, percent right; paper: average on BFCL.", ""]
         lines += table_lines(spec, found, table) if found else [
             f"- {claim}" for _, _, claim in table["findings"]]
+        lines += ["", *(f"- {note}" for note in table.get("notes", ()))]
     lines += ["", "## Commands", "", "`tools/study.py` writes RUNS/data before the first run.", "", "```"]
     for arm in dict.fromkeys(arm for arm, _ in spec["runs"].values()):
         lines += [f"# {spec['arms'][arm]['says']}",
@@ -240,10 +286,12 @@ def main(argv=None):
         for name, table in spec["tables"].items():
             folders = [str(runs / f"{arm}-{seed}") for arm in table["arms"] for seed in range(table["seeds"])]
             report.main([*folders, f"--out={runs / name}.html"])
-        text, numbers = page(spec, found), json.dumps(found).replace("}, ", "},\n") + "\n"  # a line a run
-        for results, shown in ((runs / "study.json", runs / "study.md"), (RESULTS, PAGE))[:2 - args.quick]:
-            write_text(results, numbers)
-            write_text(shown, text)
+        numbers = json.dumps(found).replace("}}, ", "}},\n") + "\n"  # a line a run
+        write_text(runs / "study.json", numbers)
+        write_text(runs / "study.md", text := page(spec, found))
+        if not args.quick:
+            write_text(RESULTS, numbers)
+            write_text(PAGE, text)
         print(text.partition("\n## Commands")[0])
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
