@@ -91,7 +91,7 @@ study: $(RUNTIME)
 real: $(REAL)
 	@test -n "$(TRAIN)" || { echo "error: no examples: make real TRAIN=\"a.jsonl b.jsonl\"; docs/real.md says" \
 	    "where such files come from" >&2; exit 2; }
-	test -e $(MODEL)/config.json || $(PY) tools/smollm2.py $(MODEL)
+	test "$(MODEL)" != $(RUNS)/real/model -o -e $(MODEL)/config.json || $(PY) tools/smollm2.py $(MODEL)
 	$(PY) tools/real.py prepare $(RUNS)/real/data --model $(MODEL) $(TRAIN)
 	$(PY) tools/real.py run $(RUNS)/real/runs --model $(MODEL) --data $(RUNS)/real/data \
 	    $(addprefix --bfcl ,$(BFCL)) $(ARGS)

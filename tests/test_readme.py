@@ -13,7 +13,7 @@ from data import Chat, read_jsonl
 from grpo import group_advantages, grpo_loss, pack
 from reward import score
 from tools import demo as demo_tool
-from tools import plot_demo
+from tools import figures
 from tools.ask import read_tools
 from tools.synthetic import synthetic
 
@@ -163,23 +163,38 @@ def test_step_is_as_many_times_as_fast_as_the_readme_says():
     assert times == f"{rows['TRL fp32']['x']:.2f}"
 
 
-def test_committed_figure_is_what_the_script_draws_from_the_committed_numbers(demo, curves):
-    assert text_of(plot_demo.FIGURE) == plot_demo.draw(demo, curves)
+def test_committed_figures_are_what_the_script_draws_from_the_committed_numbers():
+    drawn = {"demo": figures.draw_demo, "real": figures.draw_real}
+    assert {file.stem for file in figures.ASSETS.glob("*.svg")} == {
+        name for name in drawn if (RESULTS / f"{name}.json").exists()}
+    for file in figures.ASSETS.glob("*.svg"):
+        assert text_of(file) == drawn[file.stem](json.loads(text_of(RESULTS / f"{file.stem}.json")))
 
 
 def test_figure_shows_every_seed_the_last_means_and_the_control(demo, curves):
-    figure = plot_demo.draw(demo, curves)
-    assert curves["steps"][0] == 0 and plot_demo.y_of(100) == plot_demo.TOP
-    for split, label in plot_demo.SPLITS.items():
+    figure = figures.draw_demo({"rows": demo, "curves": curves})
+    assert curves["steps"][0] == 0 and figures.y_of(100) == figures.TOP
+    for split, label in figures.SPLITS.items():
         assert len(curves[split]) == len(demo[split]["right"]) == 3
         assert f"{label} {statistics.mean(seed[-1] for seed in curves[split]):.1f}</text>" in figure
         assert f"imitation {statistics.mean(demo[split]['right']):.1f}</text>" in figure
         for seed in curves[split]:
-            assert len(seed) == len(curves["steps"]) and f",{plot_demo.y_of(seed[-1])}\"" in figure
+            assert len(seed) == len(curves["steps"]) and f",{figures.y_of(seed[-1])}\"" in figure
+
+
+def test_the_figure_of_the_real_run_shows_both_seeds_and_the_end_of_the_controls():
+    figure = figures.draw_real({"curves": {
+        "imitation": [[0, 0.0], [4, 0.5]], "control-1": [[0, 0.5], [9, 0.6]],
+        "control-2": [[0, 0.5], [9, 0.7]],
+        "grpo-1": [[0, 0.5], [25, 0.6], [40, 0.8]], "grpo-2": [[0, 0.5], [25, 0.7], [40, 0.9]]}})
+    assert "GRPO 85.0</text>" in figure and "imitation 65.0</text>" in figure
+    x, end = figures.LEFT + (figures.RIGHT - figures.LEFT) * 25 / 40, figures.RIGHT
+    for middle, last in ((60, 80), (70, 90), (65, 85)):
+        assert f" {x},{figures.y_of(middle)} {end}.0,{figures.y_of(last)}\"" in figure
 
 
 def test_labels_of_the_figure_keep_their_distance():
-    placed = sorted(plot_demo.apart({"a": 100.0, "b": 101.0, "c": 90.0, "d": 300.0}).values())
+    placed = sorted(figures.apart({"a": 100.0, "b": 101.0, "c": 90.0, "d": 300.0}).values())
     assert placed == [90.0, 105.0, 120.0, 300.0]
 
 

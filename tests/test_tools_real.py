@@ -15,6 +15,7 @@ import short_run
 
 from benchmarks import bfcl
 from data import Chat, Example, conversations, read_jsonl, write_jsonl
+from reward import format_reply, score
 from runtime.files import read_json
 from tools import jobs as jobs_module
 from tools import real
@@ -162,6 +163,42 @@ def test_an_estimate_weighs_categories_and_not_entries():
     assert half == pytest.approx(196 * 0.5 * (0.75 * 0.25 * 40 / 39 / 40) ** 0.5)
 
 
+@pytest.mark.parametrize(("reply", "answer", "kind"), [
+    ("<think>", [], "the format"),
+    ([("f", {"a": 1})], [], "a call where no tool fits"),
+    ([], [("f", {"a": 1})], "no call"),
+    ([("f", {"a": 1})], [("f", {"a": 1}), ("f", {"a": 2})], "too few calls"),
+    ([("f", {"a": 1}), ("f", {"a": 2})], [("f", {"a": 1})], "too many calls"),
+    ([("g", {"a": 1})], [("f", {"a": 1})], "another tool"),
+    ([("f", {})], [("f", {"a": 1})], "an argument left out"),
+    ([("f", {"a": 1, "b": 2})], [("f", {"a": 1})], "an argument too many"),
+    ([("f", {"b": 1})], [("f", {"a": 1})], "an argument left out"),
+    ([("f", {"a": 2})], [("f", {"a": 1})], "another value"),
+    ('<think></think><tool_call>[{"name": "f"}]</tool_call>', [("f", {})], "the format"),
+])
+def test_a_mistake_is_named_by_format_then_number_of_calls_then_tools_then_arguments(reply, answer, kind):
+    def calls(pairs):
+        return [{"name": name, "arguments": arguments} for name, arguments in pairs]
+
+    text, answer = reply if isinstance(reply, str) else format_reply(calls(reply)), calls(answer)
+    found = score(text, answer)
+    assert found.reward == 0
+    assert real.mistake({"reply": text, "answer": answer, "format_ok": found.format_ok,
+                         "names_ok": found.names_ok}) == kind
+
+
+def test_the_time_of_a_run_that_no_sitting_notes_is_an_error_with_its_name(tmp_path):
+    (tmp_path / "sittings.json").write_text('{"a": {"spent": {"grpo-1": [1, 2]}}}')
+    with pytest.raises(ValueError, match="sittings.json: no time of grpo-2"):
+        real.processor_s(tmp_path, "grpo-2")
+
+
+def test_prepare_refuses_an_option_that_it_does_not_have(files, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        real.main(["prepare", str(tmp_path / "data"), "--model", str(files / "base"), "a.jsonl", "--seed=1"])
+    assert "prepare has no option --seed=1" in capsys.readouterr().err
+
+
 # ---- the runs
 
 
@@ -216,6 +253,11 @@ def test_a_killed_run_stops_its_jobs_and_the_same_command_ends_with_the_table(fi
                                     "grpo-2", "control, mean", "grpo, mean", "grpo, mean, less imitation",
                                     "grpo, mean, less control, mean"}
     assert (runs / "report.html").exists()
+    assert {"simple", "large", "joined"} <= found["scores"]["imitation"].keys()
+    assert found["curves"]["grpo-1"][0] == [0, 0] and found["curves"]["grpo-1"][-1] == [3, 0]
+    assert re.search(r"\nprocessor hours: imitation \d.* grpo-2 \d", said.out)
+    assert "\nmean rewards of the last half of the steps of the trials: 4e-05: 0.00, 8e-05: " in said.out
+    assert "MISSED: GRPO +0.0 ± 0.0 points above imitation on held out, asked for 8" in said.out
     assert found["rate"] in real.TRIALS and said.out.count("MISSED") == 4
     sittings = read_json(runs / "sittings.json").values()
     assert any("grpo-1" in sitting["steps"] for sitting in sittings)

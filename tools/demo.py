@@ -9,13 +9,8 @@ In:  run folders of configs/demo.yaml, made by `make demo`. Out: verdicts, table
 
 An arm has the base, the seed and the queries of RUN; what it is shown is in ARMS. Accuracies are greedy, in
 percent of the held-out queries of a category, which is named split/kind. pass@8 is the percentage of queries
-for which one of 8 replies at temperature 1 is right: what GRPO can amplify. Confidence intervals over seeds
-are mean ± t · s / √n, with Student's t at 95 %. Within a run queries of one frame resemble each other, so F
-frames, not n queries, are independent:
-
-    interval = p ± t √(F / (F - 1) Σ_f (Σ_i (x_i - p))²) / n        x_i: 1 if query i of frame f is right
-
-`table` and `curves` write to tools/results/demo.json.
+for which one of 8 replies at temperature 1 is right: what GRPO can amplify. `table` and `curves` write to
+tools/results/demo.json.
 """
 
 import argparse
@@ -151,16 +146,19 @@ def t_95(degrees):
     return sum(term / degrees ** k for k, term in enumerate(terms))
 
 
+def over_seeds(values):
+    """Half the 95 % interval of the mean over S seeds: t s / √S, 0 of one seed."""
+    return t_95(len(values) - 1) * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+
+
 def interval(values, sign=""):
-    """Mean ± half the 95 % confidence interval over seeds, as text."""
-    if len(values) < 2:
-        return f"{values[0]:{sign}.1f}"
-    half = t_95(len(values) - 1) * stdev(values) / math.sqrt(len(values))
-    return f"{mean(values):{sign}.1f} ± {half:.1f}"
+    """Mean ± half the 95 % interval over seeds, as text."""
+    return f"{mean(values):{sign}.1f}" + (f" ± {over_seeds(values):.1f}" if len(values) > 1 else "")
 
 
 def by_frame(frames, values):
-    """Half the 95 % interval of the mean of values, of which those of one frame resemble each other."""
+    """Half the 95 % interval of the mean p of n values. Those of one frame resemble each other, so that only
+    the F frames are independent: t √(F / (F - 1) Σ_f (Σ_i (x_i - p))²) / n, with the x_i of frame f."""
     p, sums = mean(values), {}
     for frame, value in zip(frames, values, strict=True):
         sums[frame] = sums.get(frame, 0) + value - p

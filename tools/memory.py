@@ -10,13 +10,8 @@ the meta device.
     backward              gradients; all that autograd saved; one block in its backward
     step                  gradients; the reduce-scatter of embedding and head. AdamW works in place
 
-The formula of each part is in docs/plan.md, in the letters below. w is the bytes of a number in a matrix
-product: 2 in bf16, 4 in fp32.
-
-What is unknown before the run is planned at its maximum. Every prompt has data.max_prompt_tokens or, if data
-and tokenizer exist, the tokens of the longest prompt. Every sampled reply reaches its limit. Micro-batches
-are full, of replies whose length costs most. A GPU also needs CONTEXT_GIB for CUDA, NCCL and fragmentation.
-The formulas are those of the kernels that model.kernel=auto chooses.
+docs/plan.md has the formula of each part, in the letters below, and what is assumed of what is unknown. w is
+the bytes of a number in a matrix product: 2 in bf16, 4 in fp32. model.kernel is taken to be auto.
 
 Axes: T packed tokens, L reply tokens, D width, F width inside the MLP, H query heads, K key/value heads,
 E head size, V vocabulary rows.

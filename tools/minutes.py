@@ -5,12 +5,7 @@ list of operations; each has FLOPs, bytes and launches, and takes
 
     seconds = max(FLOPs / rate of its kind, bytes / bandwidth, launches · least time of a launch)
 
-The FLOPs and bytes of each operation are in docs/plan.md, in the letters below.
-
-Reply lengths are unknown before a run. `reply` is their mean; the lengths are taken as evenly spread from 0
-to 2·reply, but at most to the limit. While rows wait, all slots are full; then the last B replies end one by
-one. Left out: communication between ranks, the wait for the slowest of them, the copy of an offloaded
-reference, the products of adapters, rewards, files.
+docs/plan.md has the FLOPs and bytes of each operation, in the letters below, and what is left out.
 
 Axes: T packed tokens, L reply tokens, B rows being decoded, D width, F width inside the MLP, H query heads,
 K key/value heads, E head size, V vocabulary rows.

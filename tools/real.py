@@ -5,17 +5,7 @@ In:  a model folder, files of examples, BFCL's data. Out: a folder of runs, resu
     python tools/real.py prepare OUT --model M FILE[=WEIGHT] ...              (tools/real_data.py)
     python tools/real.py run RUNS --model M --data OUT [--bfcl DIR] [--train.key=value ...]
 
-run prints how long its jobs (tools/jobs.py) will take, then does them:
-
-    imitation       configs/real_sft.yaml on imitation.jsonl
-    trial-RATE      a few steps of GRPO from its weights
-    grpo-SEED       configs/real_grpo.yaml on further.jsonl from the weights of imitation, at the best rate
-    control-SEED    imitation from the same weights on the same file, for the processor time of grpo-SEED
-    eval-NAME       held-out examples, samples and BFCL; of the base also with an example in its prompt
-
-Differences are paired: the mean d over entries of the difference of right (0 or 1, a mean over seeds), ± 1.96
-s / √n, stratified where a score is a mean of categories. The variance between seeds is not in it, but each
-seed has its own row.
+run prints how long its jobs (tools/jobs.py) will take, then does them: docs/real.md.
 """
 
 import argparse
@@ -25,13 +15,14 @@ import sys
 from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import mean, variance
+from statistics import mean, median, variance
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import eval as evaluation  # noqa: E402
 import train  # noqa: E402
 from benchmarks import bfcl, tables  # noqa: E402
+from reward import parse_reply  # noqa: E402
 from runtime.files import read_json, write_json, write_text  # noqa: E402
 from runtime.run_folder import Diverged, Stuck  # noqa: E402
 from tools import report  # noqa: E402
@@ -67,7 +58,7 @@ def plan_steps(plan, hours):
     pace = plan["pace"]
     plan["every"] = {stage: max(1, round(60 * CHECKPOINT_MINUTES / pace[stage])) for stage in ("sft", "grpo")}
     imitation = max(1, round(60 * IMITATION_MINUTES / pace["sft"]))
-    replies = SIZES["heldout"] + 9 * SIZES["sampled"] + 700  # BFCL's 354 are longer
+    replies = SIZES["heldout"] + 9 * SIZES["sampled"] + 700  # BFCL's 348 are longer
     for steps in range(GRPO_STEPS[1], GRPO_STEPS[0] - 1, -1):
         plan["steps"] = {"imitation": imitation, "trial": TRIAL_STEPS, "grpo": steps}
         seconds = {"imitation": imitation * pace["sft"], "eval": replies * pace["reply"],
@@ -115,23 +106,31 @@ def processor_s(runs, name):
     """Processor seconds of the steps of a run: their time by the clock, times the share of it in which its
     processes had a core."""
     sittings = [sitting["spent"] for sitting in read_json(runs / "sittings.json").values()]
-    cpu, clock = map(sum, zip(*(spent[name] for spent in sittings if name in spent), strict=True))
+    if not (spent := [sitting[name] for sitting in sittings if name in sitting]):
+        raise ValueError(f"{runs / 'sittings.json'}: no time of {name}; restore the file")
+    cpu, clock = map(sum, zip(*spent, strict=True))
     return cpu / clock * sum(row["time/step_s"] for row in rows_of(runs / name))
 
 
+def earned(runs, lr):
+    """The mean rewards of the last half of a trial's steps; a collapsed one lacks steps."""
+    return [row["reward/mean"] for row in rows_of(runs / f"trial-{lr:g}")[TRIAL_STEPS // 2:]]
+
+
 def best_rate(runs):
-    """The rate of TRIALS whose trial earned most over its last half, of which a collapsed one lacks steps."""
-    return max(TRIALS, key=lambda lr: sum(
-        row["reward/mean"] for row in rows_of(runs / f"trial-{lr:g}")[TRIAL_STEPS // 2:]))
+    """The rate of TRIALS whose trial earned most over its last half."""
+    return max(TRIALS, key=lambda lr: sum(earned(runs, lr)))
 
 
 def train_job(plan, name):
-    """A run of train.py. The steps of a control follow from the processor time of its GRPO."""
+    """A run of train.py. The steps of a control follow from the processor time of its GRPO and the median
+    step of imitation: other programs slow some steps."""
     runs, (kind, _, which), steps = Path(plan["runs"]), name.partition("-"), plan["steps"]
     stage = "grpo" if kind in ("trial", "grpo") else "sft"
     if kind == "control":
-        share = processor_s(runs, f"grpo-{which}") / processor_s(runs, "imitation")
-        steps = {kind: max(1, round(steps["imitation"] * share))}
+        times = [row["time/step_s"] for row in rows_of(runs / "imitation")]
+        step_s = processor_s(runs, "imitation") / sum(times) * median(times)
+        steps = {kind: max(1, round(processor_s(runs, f"grpo-{which}") / step_s))}
     more = {"imitation": lambda: [f"--data.train={Path(plan['data']) / 'imitation.jsonl'}"],
             "trial": lambda: [f"--train.lr={which}", "--eval.ends=false", "--eval.every=null"],
             "grpo": lambda: [f"--train.lr={best_rate(runs)}", f"--seed={which}"],
@@ -170,14 +169,12 @@ def eval_job(plan, name):
 
 
 # ---- results
-KINDS = (("is absent, expected", "an argument left out"), ("expected absent", "an argument too many"),
-         ("the reply calls", "other tools"), (", expected ", "another value"))
 BARS = (("imitation", "held out", 8), ("imitation", "BFCL AST", 5), ("control, mean", "held out", 0),
         ("control, mean", "BFCL AST", 0))  # by how many points GRPO must be above it
-# What is scored: the evaluation, the weights of its categories (None: all entries), the value of a reply.
-SCORES = {"held out": ("heldout", {None: 1}, lambda reply: reply["right"]),
-          "mean of 8": ("sampled", {None: 1}, lambda reply: reply["samples_right"] / 8),
-          "pass@8": ("sampled", {None: 1}, lambda reply: reply["samples_right"] > 0),
+# What is scored: the evaluation, the weights of its categories ("" is all of them), the value of a reply.
+SCORES = {"held out": ("heldout", {"": 1}, lambda reply: reply["right"]),
+          "mean of 8": ("sampled", {"": 1}, lambda reply: reply["samples_right"] / 8),
+          "pass@8": ("sampled", {"": 1}, lambda reply: reply["samples_right"] > 0),
           "BFCL AST": ("bfcl", NONLIVE_AST, lambda reply: reply["right"]),
           "irrelevance": ("bfcl", {"irrelevance": 1}, lambda reply: reply["right"])}
 
@@ -188,43 +185,74 @@ def estimate(strata):
     return 100 * sum(w * mean(values) for w, values in strata), 196 * math.sqrt(spread)
 
 
+def part_of(reply):
+    """The category of BFCL, the source of a held-out example: joined and irrelevance are one each."""
+    return reply["category"].split("/")[0]
+
+
+def mistake(reply):
+    """The kind of a wrong reply: its format, the number of its calls, their tools, their arguments."""
+    if not reply["format_ok"]:
+        return "the format"
+    calls, answer = parse_reply(reply["reply"])[0], reply["answer"]
+    if len(calls) != len(answer):
+        return ("a call where no tool fits" if not answer else "no call" if not calls else
+                "too few calls" if len(calls) < len(answer) else "too many calls")
+    left, more = ([a["arguments"].keys() - b["arguments"].keys() for a, b in zip(*each, strict=True)]
+                  for each in ((answer, calls), (calls, answer)))
+    return ("another tool" if not reply["names_ok"] else "an argument left out" if any(left) else
+            "an argument too many" if any(more) else "another value")
+
+
+def table(scores, labels):
+    """Markdown: a row for each of scores, a column for each of labels."""
+    return [f"| percent ± half a 95 % interval | {' | '.join(labels)} |", "|---" * (len(labels) + 1) + "|",
+            *(f"| {row} | {' | '.join('{:.1f} ± {:.1f}'.format(*cells[label]) for label in labels)} |"
+              for row, cells in scores.items()), ""]
+
+
 def results(plan):
-    """Write results.json and results.md from the evaluations. Returns the text of the table."""
+    """Write results.json and results.md from the evaluations. Returns the text of the tables."""
     runs = Path(plan["runs"])
     found = {folder.name: {part.name: read_json(part / "scores.json")["replies"] for part in folder.iterdir()}
              for folder in sorted((runs / "eval").iterdir())}
+    parts = {category: ("bfcl", {category: 1}, SCORES["BFCL AST"][2]) for category in NONLIVE_AST}
+    parts |= {source: ("heldout", {source: 1}, SCORES["held out"][2])
+              for source in sorted(set(map(part_of, found["imitation"]["heldout"])))}
 
     def score(label, names, others=()):
         """The mean over `names`, less that over `others`, paired by entry."""
-        (part, weights, value), each = SCORES[label], (*names, *others)
+        (part, weights, value), each = (SCORES | parts)[label], (*names, *others)
         shares = [1 / len(names) for _ in names] + [-1 / len(others) for _ in others]
         columns = list(zip(*(found[name][part] for name in each), strict=True))
         assert all(len({reply["id"] for reply in column}) == 1 for column in columns), "not the same entries"
         return estimate([(weight, [sum(map(lambda s, reply: s * value(reply), shares, column))
-                                   for column in columns if category in (None, column[0]["category"])])
+                                   for column in columns if category in ("", part_of(column[0]))])
                          for category, weight in weights.items()])
 
     seeds = {kind: [f"{kind}-{seed}" for seed in SEEDS] for kind in ("control", "grpo")}
     rows = {name: [[name]] for name in ("base", "base_example", "imitation", *sum(seeds.values(), []))}
     rows |= {f"{kind}, mean": [names] for kind, names in seeds.items()}
     rows |= {f"grpo, mean, less {row}": [seeds["grpo"], *rows[row]] for row in ("imitation", "control, mean")}
-    scores = {row: {label: score(label, *names) for label in SCORES} for row, names in rows.items()}
-    text = [f"| percent ± half a 95 % interval | {' | '.join(SCORES)} |", "|---" * (len(SCORES) + 1) + "|",
-            *(f"| {row} | {' | '.join(f'{x:.1f} ± {half:.1f}' for x, half in cells.values())} |"
-              for row, cells in scores.items()), ""]
+    scores = {row: {label: score(label, *names) for label in SCORES | parts} for row, names in rows.items()}
+    text = [*table(scores, SCORES), *table(scores, parts)]
     for row, label, bar in BARS:
-        gain = scores[f"grpo, mean, less {row}"][label][0]
-        text.append(f"{'reached' if gain > 0 and gain >= bar else 'MISSED'}: GRPO {gain:+.1f} points above "
-                    f"{row} on {label}, asked for {bar or 'more than 0'}")
-    mistakes = {name: Counter(next((kind for mark, kind in KINDS if mark in reply["error"]), "the format")
-                              for reply in parts["heldout"] if not reply["right"])
-                for name, parts in found.items()}
-    names = [name for name in jobs_of(plan) if rows_of(runs / name)]
-    report.main([*(str(runs / name) for name in names), f"--out={runs / 'report.html'}"])
+        gain, half = scores[f"grpo, mean, less {row}"][label]
+        text.append(f"{'reached' if gain > 0 and gain >= bar else 'MISSED'}: GRPO {gain:+.1f} ± {half:.1f} "
+                    f"points above {row} on {label}, asked for {bar or 'more than 0'}")
+    hours = {name: processor_s(runs, name) / 3600 for name in jobs_of(plan) if rows_of(runs / name)}
+    trials = {f"{lr:g}": earned(runs, lr) for lr in TRIALS}
+    text += ["processor hours: " + ", ".join(f"{name} {spent:.2f}" for name, spent in hours.items()),
+             "mean rewards of the last half of the steps of the trials: " + ", ".join(
+                 f"{lr}: {' '.join(f'{x:.2f}' for x in rewards)}" for lr, rewards in trials.items())]
+    report.main([*(str(runs / name) for name in hours), f"--out={runs / 'report.html'}"])
     both = zip(found["imitation"]["heldout"], found[seeds["grpo"][0]]["heldout"], strict=True)
     write_json(runs / "results.json", {
-        "scores": scores, "mistakes": mistakes, "rate": best_rate(runs), "plan": plan,
-        "processor_hours": {name: processor_s(runs, name) / 3600 for name in names},
+        "scores": scores, "rate": best_rate(runs), "trials": trials, "plan": plan, "processor_hours": hours,
+        "mistakes": {name: Counter(mistake(reply) for reply in evaluated["heldout"] if not reply["right"])
+                     for name, evaluated in found.items()},
+        "curves": {name: [[row["step"], row["eval/all"]] for row in rows_of(runs / name, "eval/all")]
+                   for name in hours},
         "changed": [{"query": x["query"], "answer": x["answer"], "imitation": x["reply"], "grpo": y["reply"],
                      "right": [x["right"], y["right"]]} for x, y in both if x["right"] != y["right"]]})
     write_text(runs / "results.md", "\n".join([*text, ""]))
@@ -272,6 +300,8 @@ def main(argv=None):
     try:
         if args.command == "run":
             sys.exit(run(args, extra))
+        if extra:
+            raise ValueError(f"prepare has no option {' '.join(extra)}")
         prepare(args.out, args.model, args.files)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -9,11 +9,7 @@ In:  run folders (runtime/run_folder.py), finished, stopped or at work; docs/met
 
 Curves are SVG, drawn here; the script only adds the values under the pointer. Runs whose configs differ in
 the seed alone are drawn as their mean, with a band from their least to their greatest value.
-
-Replies are kept as gzipped JSON, one part for each file of the run folder, and the script unpacks a part when
-it is looked at. Where a run kept more than fits in a page, evenly spaced files are shown, and the page says
-so. All that a model or a data file wrote reaches the page as the text of an element, never as HTML; and a
-Content-Security-Policy with the script's SHA-256 lets no other script run and nothing be loaded.
+docs/report.md says how replies are packed, and why nothing that a model wrote can be run.
 """
 
 import argparse

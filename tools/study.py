@@ -10,10 +10,9 @@ Runs are jobs of tools/jobs.py: given again, the command resumes between and ins
 percentages of held-out queries whose greedy reply earns the binary reward, whatever the reward of an arm.
 
     of an arm      mean ± t s / √S over its S seeds, with Student's t at 95 %
-    of two arms    mean d of the differences paired by seed and query, ± √(a² + b²): a is t s / √S over seeds,
-                   b is over queries, of which only the F frames (tools/synthetic.py) are independent,
-                   b = t √(F / (F - 1) Σ_f (Σ_i (d_i - d))²) / n      d_i: query i of frame f, mean over seeds
-                   Noise of a query in a seed is in a and in b, so the interval covers more than 95 %.
+    of two arms    mean of the differences paired by seed and query, ± √(a² + b²): a over seeds, b over
+                   queries, by frame (tools/demo.py). Noise of a query in a seed is in a and in b, so the
+                   interval covers more than 95 %.
 """
 
 import argparse
@@ -24,7 +23,7 @@ import random
 import sys
 from hashlib import sha256
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 import yaml
 
@@ -36,7 +35,7 @@ from reward import score  # noqa: E402
 from runtime.files import read_json, write_text  # noqa: E402
 from runtime.run_folder import Diverged, Stuck, read_evaluations  # noqa: E402
 from tools import report  # noqa: E402
-from tools.demo import by_frame, interval, minutes, t_95  # noqa: E402
+from tools.demo import by_frame, interval, minutes, over_seeds  # noqa: E402
 from tools.jobs import Job, pace_jobs, pace_of, rows_of, work  # noqa: E402
 from tools.make_base import lazy  # noqa: E402
 from tools.synthetic import HELDOUT, synthetic  # noqa: E402
@@ -175,11 +174,6 @@ def percent(found, marks, part, least=RIGHT):
                       if part == "all" or part in query.split()[0].split("/"))
 
 
-def over_seeds(values):
-    """Half of the 95 % interval of the mean over seeds, 0 of one seed."""
-    return t_95(len(values) - 1) * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-
-
 def difference(found, ours, theirs):
     """(mean, half of the 95 % interval) in points of two arms, whose verdicts are given by seed."""
     rows = [[100 * ((a == RIGHT) - (b == RIGHT)) for a, b in zip(*pair, strict=True)]
@@ -190,8 +184,8 @@ def difference(found, ours, theirs):
 
 
 def only_format_rose(sampled):
-    """Whether the format of sampled replies rose from the first to the last step and the share right did not,
-    by intervals over seeds, of which there must be two. sampled: {step: [format, right]} of each run."""
+    """Whether the format of sampled replies rose over the steps and the share right did not, by intervals
+    over seeds, of which there must be two. sampled: {step: [format, right]} of each run."""
     rises = [[each[max(each)][i] - each[min(each)][i] for each in sampled] for i in (0, 1)]
     form, right = (mean(values) - over_seeds(values) > 0 for values in rises)
     return len(sampled) > 1 and form and not right
@@ -286,12 +280,10 @@ def main(argv=None):
         for name, table in spec["tables"].items():
             folders = [str(runs / f"{arm}-{seed}") for arm in table["arms"] for seed in range(table["seeds"])]
             report.main([*folders, f"--out={runs / name}.html"])
-        numbers = json.dumps(found).replace("}}, ", "}},\n") + "\n"  # a line a run
-        write_text(runs / "study.json", numbers)
-        write_text(runs / "study.md", text := page(spec, found))
-        if not args.quick:
-            write_text(RESULTS, numbers)
-            write_text(PAGE, text)
+        text, numbers = page(spec, found), json.dumps(found).replace("}}, ", "}},\n") + "\n"  # a line a run
+        for results, shown in ((runs / "study.json", runs / "study.md"), (RESULTS, PAGE))[:2 - args.quick]:
+            write_text(results, numbers)
+            write_text(shown, text)
         print(text.partition("\n## Commands")[0])
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
