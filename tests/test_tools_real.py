@@ -193,6 +193,14 @@ def test_the_time_of_a_run_that_no_sitting_notes_is_an_error_with_its_name(tmp_p
         real.processor_s(tmp_path, "grpo-2")
 
 
+def test_prepare_says_when_too_few_examples_are_left(files, tmp_path, small, capsys):
+    of_one_tool = [replace(e, tools=e.tools[:1], answer=[]) for e in synthetic(4, 0, "train")]
+    write_jsonl(tmp_path / "one.jsonl", of_one_tool)
+    with pytest.raises(SystemExit):
+        real.main(["prepare", str(tmp_path / "data"), "--model", str(files / "base"), f"{tmp_path}/one.jsonl"])
+    assert "none is left for imitation; give more files" in capsys.readouterr().err
+
+
 def test_prepare_refuses_an_option_that_it_does_not_have(files, tmp_path, capsys):
     with pytest.raises(SystemExit):
         real.main(["prepare", str(tmp_path / "data"), "--model", str(files / "base"), "a.jsonl", "--seed=1"])

@@ -153,8 +153,7 @@ def prepare(out, model, given, seed=0):
     for i, example in enumerate(made):
         dialogue = DIALOGUE.match(example.id)
         groups.setdefault(dialogue[0] if dialogue else texts[i], []).append(i)
-    groups = list(groups.values())
-    rng.shuffle(groups)
+    rng.shuffle(groups := list(groups.values()))
     for group in groups:
         name = next(name for name in parts if name == "imitation"
                     or len(parts[name]) < SIZES[name] * len(made) / wanted)
@@ -172,7 +171,8 @@ def prepare(out, model, given, seed=0):
                         "tools": Counter(len(e.tools) for e in examples),
                         "sources": Counter(e.source for e in examples)}
         print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in counts[name].items()), flush=True)
-    example = next(e for e in files["imitation"] if len(e.answer) == 1)
+    if not (example := next((e for e in files["imitation"] if len(e.answer) == 1), None)):
+        raise ValueError(f"of {len(made)} examples none is left for imitation; give more files")
     shot = (f"Example: tools {', '.join(tool['name'] for tool in example.tools)}; request "
             f"{example.messages[-1]['content']!r}; reply {format_reply(example.answer, example.reasoning)}")
     write_text(out / "prompt_with_example.txt", f"{prompt.rstrip()}\n{shot.replace('{tools}', '')}\n")
