@@ -196,8 +196,9 @@ def test_the_time_of_a_run_that_no_sitting_notes_is_an_error_with_its_name(tmp_p
 def test_prepare_says_when_too_few_examples_are_left(files, tmp_path, small, capsys):
     of_one_tool = [replace(e, tools=e.tools[:1], answer=[]) for e in synthetic(4, 0, "train")]
     write_jsonl(tmp_path / "one.jsonl", of_one_tool)
+    words = ["prepare", str(tmp_path / "data"), "--model", str(files / "base"), str(tmp_path / "one.jsonl")]
     with pytest.raises(SystemExit):
-        real.main(["prepare", str(tmp_path / "data"), "--model", str(files / "base"), f"{tmp_path}/one.jsonl"])
+        real.main(words)
     assert "none is left for imitation; give more files" in capsys.readouterr().err
 
 
