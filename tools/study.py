@@ -207,7 +207,7 @@ def table_lines(spec, found, table):
         short = [str(run["steps"]) for run in runs.get(arm, ()) if run["steps"] < spec["arms"][arm]["steps"]]
         note = f" (stopped at step {', '.join(short)})" if short else ""
         yield f"| {says.get(arm, arm)}{note} | {table['paper'].get(arm, '')} | {' | '.join(cells)} |"
-    yield "\n| | all, by seed | examples drawn | groups with spread, % | minutes |\n|---|---|---|---|---|"
+    yield "\n| | all, by seed | drawn, last stage | groups with spread, % | minutes |\n|---|---|---|---|---|"
     for arm, each in runs.items():
         drawn, spent = (mean(run[key] for run in each) for key in ("examples", "minutes"))
         spread = "" if each[0]["spread"] is None else f"{mean(run['spread'] for run in each):.0f}"
@@ -227,7 +227,7 @@ def table_lines(spec, found, table):
     yield f"\nThe smallest difference that each of these could show: {max(halves):.1f} points."
     if "samples" in table:
         yield f"\n{table['samples']}\n"
-    for arm in table["arms"] if "samples" in table else ():
+    for arm in [arm for arm in runs if "samples" in table and runs[arm][0]["sampled"]]:
         sampled = [{int(step): shares for step, shares in run["sampled"].items()} for run in runs[arm]]
         form, right = ([f"{mean(each[step][i] for each in sampled if step in each):.0f}"
                         for step in sorted(set().union(*sampled))] for i in (0, 1))
