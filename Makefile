@@ -11,7 +11,7 @@
 #                one spills registers or does not fit
 # make study     the paper's comparisons in the world of the demo, hours of two cores; it resumes when given again
 #                (ARGS=--quick: two tables, one seed, minutes)
-# make real      a pretrained model learns real tool calling, up to nine hours of two cores; it resumes when given
+# make real      a pretrained model learns real tool calling, about ten hours of two cores; it resumes when given
 #                again (TRAIN="a.jsonl b.jsonl": files of examples; docs/real.md)
 # make bench     speed side by side with peers, in one table (ARGS="decode step --rounds=9" goes to bench.py)
 #

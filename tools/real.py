@@ -293,7 +293,7 @@ def main(argv=None):
     running.add_argument("runs", type=Path)
     running.add_argument("--data", type=Path, required=True, help="the folder that prepare made")
     running.add_argument("--bfcl", help="folder of BFCL's data (default: that of the package bfcl-eval)")
-    running.add_argument("--hours", type=float, default=9.0, help="of two cores, at most (default: 9)")
+    running.add_argument("--hours", type=float, default=10.0, help="of two cores, at most (default: 10)")
     for command in (making, running):
         command.add_argument("--model", required=True, help="a folder, as tools/smollm2.py makes one")
     args, extra = parser.parse_known_args(argv)

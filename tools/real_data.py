@@ -54,8 +54,8 @@ def words(tools):
 
 def shown(example, strangers, is_irrelevant, chat, rng):
     """The example with two to four tools, a reasoning, and a short prompt and reply; None if that cannot be.
-    Tools of the record itself come first, then those of `strangers`, tools of other files, that share no word
-    with the right ones: they may not answer the request too."""
+    Beside the right tools are others of the record and `strangers`, tools of other files, that share no word
+    with those of the record: they may not answer the request too."""
     names = [call["name"] for call in example.answer]
     tools = [tool for tool in example.tools if tool["name"] in names]
     others = [tool for tool in example.tools if tool["name"] not in names]
