@@ -5,6 +5,7 @@ import os
 import random
 import re
 import signal
+import statistics
 import time
 from dataclasses import replace
 from importlib.util import find_spec
@@ -174,6 +175,7 @@ def test_an_estimate_weighs_categories_and_not_entries():
     ([("f", {"a": 1, "b": 2})], [("f", {"a": 1})], "an argument too many"),
     ([("f", {"b": 1})], [("f", {"a": 1})], "an argument left out"),
     ([("f", {"a": 2})], [("f", {"a": 1})], "another value"),
+    ([("g", {"b": 1}), ("f", {"a": 2})], [("f", {"a": 1}), ("g", {"b": 1})], "another value"),
     ('<think></think><tool_call>[{"name": "f"}]</tool_call>', [("f", {})], "the format"),
 ])
 def test_a_mistake_is_named_by_format_then_number_of_calls_then_tools_then_arguments(reply, answer, kind):
@@ -191,6 +193,17 @@ def test_the_time_of_a_run_that_no_sitting_notes_is_an_error_with_its_name(tmp_p
     (tmp_path / "sittings.json").write_text('{"a": {"spent": {"grpo-1": [1, 2]}}}')
     with pytest.raises(ValueError, match="sittings.json: no time of grpo-2"):
         real.processor_s(tmp_path, "grpo-2")
+
+
+def test_processor_time_is_the_share_of_the_clock_and_a_control_counts_with_the_median_step(tmp_path):
+    """Two sittings with a core for 1 of 2 and for 3 of 6 seconds; one step was slowed by other programs."""
+    sittings = {name: {"spent": {"grpo-1": spent}} for name, spent in (("a", [1, 2]), ("b", [3, 6]))}
+    (tmp_path / "sittings.json").write_text(json.dumps(sittings))
+    (tmp_path / "grpo-1").mkdir()
+    (tmp_path / "grpo-1/metrics.jsonl").write_text("".join(
+        json.dumps({"time/step_s": seconds}) + "\n" for seconds in (2, 40, 4)))
+    assert real.processor_s(tmp_path, "grpo-1") == 23
+    assert real.processor_s(tmp_path, "grpo-1", statistics.median) == 2
 
 
 def test_prepare_says_when_too_few_examples_are_left(files, tmp_path, small, capsys):

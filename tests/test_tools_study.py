@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from runtime.ranks import RankError
 from runtime.run_folder import RunFolder, Stuck
 from tools import jobs, study
 from tools.study import collect, difference, page, read_spec, words
+from tools.synthetic import synthetic_reasoning
 
 SPEC = read_spec()
 TOY = {"about": ["Text."], "steps": 4, "examples": 16, "heldout": 6,
@@ -188,7 +190,8 @@ def test_every_arm_is_a_command_of_train_py(arm):
 def test_no_example_is_dropped_and_no_right_reply_is_cut(arm, tmp_path):
     study.write_data(SPEC, tmp_path)
     c, chat = train.load_config(words(SPEC, arm, 0, "runs")), Chat("assets/tiny", "configs/demo_prompt.txt")
-    examples = read_jsonl(tmp_path / f"{SPEC['arms'][arm]['data']}.jsonl")
+    examples = [replace(e, reasoning=synthetic_reasoning(e.answer))  # masked ones have none
+                for e in read_jsonl(tmp_path / f"{SPEC['arms'][arm]['data']}.jsonl")]
     assert max(len(chat.encode_prompt(e)) for e in examples) <= c.data.max_prompt_tokens
     assert max(len(chat.encode_reply(e)) for e in examples) <= c.rollout.max_new_tokens
 
@@ -290,6 +293,8 @@ def test_the_page_says_when_arms_but_not_when_notes_were_changed_after_the_first
         study.main([])
         assert (fixed in study.PAGE.read_text()) is still
         assert ("seeds were **changed after** the first run" in study.PAGE.read_text()) is not still
+    study.main([str(toy / "runs")])  # collected again: the runs began with the earlier file
+    assert "seeds were **changed after** the first run" in study.PAGE.read_text()
 
 
 def test_the_page_is_computed_from_the_results():

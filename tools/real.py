@@ -102,14 +102,14 @@ def config_of(plan, preset, name, model, *settings):
         f"--data.system_prompt={plan['prompt']}", *settings, *plan["extra"]])
 
 
-def processor_s(runs, name):
-    """Processor seconds of the steps of a run: their time by the clock, times the share of it in which its
-    processes had a core."""
+def processor_s(runs, name, of=sum):
+    """Processor seconds of the steps of a run, or of the median step: the clock's seconds, times the share of
+    them in which its processes had a core."""
     sittings = [sitting["spent"] for sitting in read_json(runs / "sittings.json").values()]
     if not (spent := [sitting[name] for sitting in sittings if name in sitting]):
         raise ValueError(f"{runs / 'sittings.json'}: no time of {name}; restore the file")
     cpu, clock = map(sum, zip(*spent, strict=True))
-    return cpu / clock * sum(row["time/step_s"] for row in rows_of(runs / name))
+    return cpu / clock * of(row["time/step_s"] for row in rows_of(runs / name))
 
 
 def earned(runs, lr):
@@ -128,9 +128,8 @@ def train_job(plan, name):
     runs, (kind, _, which), steps = Path(plan["runs"]), name.partition("-"), plan["steps"]
     stage = "grpo" if kind in ("trial", "grpo") else "sft"
     if kind == "control":
-        times = [row["time/step_s"] for row in rows_of(runs / "imitation")]
-        step_s = processor_s(runs, "imitation") / sum(times) * median(times)
-        steps = {kind: max(1, round(processor_s(runs, f"grpo-{which}") / step_s))}
+        steps = {kind: max(1, round(processor_s(runs, f"grpo-{which}")
+                                    / processor_s(runs, "imitation", median)))}
     more = {"imitation": lambda: [f"--data.train={Path(plan['data']) / 'imitation.jsonl'}"],
             "trial": lambda: [f"--train.lr={which}", "--eval.ends=false", "--eval.every=null"],
             "grpo": lambda: [f"--train.lr={best_rate(runs)}", f"--seed={which}"],
@@ -194,7 +193,8 @@ def mistake(reply):
     """The kind of a wrong reply: its format, the number of its calls, their tools, their arguments."""
     if not reply["format_ok"]:
         return "the format"
-    calls, answer = parse_reply(reply["reply"])[0], reply["answer"]
+    calls, answer = (sorted(each, key=lambda call: call["name"])  # their order does not matter
+                     for each in (parse_reply(reply["reply"])[0], reply["answer"]))
     if len(calls) != len(answer):
         return ("a call where no tool fits" if not answer else "no call" if not calls else
                 "too few calls" if len(calls) < len(answer) else "too many calls")

@@ -242,7 +242,7 @@ def page(spec, found):
     if found:
         hours = sum(run["minutes"] for run in found["runs"].values()) / 60
         when = "fixed before" if found["spec"] == spec["digest"] else "**changed after**"
-        machines, code = map(", ".join, (found["hardware"], found["git_revision"]))
+        machines, code = map(", ".join, (found["hardware"], [each[:12] for each in found["git_revision"]]))
         lines.append(f"{len(found['runs'])} runs, {hours:.1f} hours of one thread; {machines}; code {code}. "
                      f"Arms, steps and seeds were {when} the first run.")
     else:
