@@ -275,7 +275,11 @@ def test_a_killed_run_stops_its_jobs_and_the_same_command_ends_with_the_table(fi
                                     "grpo-2", "control, mean", "grpo, mean", "grpo, mean, less imitation",
                                     "grpo, mean, less control, mean"}
     assert (runs / "report.html").exists()
-    assert {"simple", "large", "joined"} <= found["scores"]["imitation"].keys()
+    assert {"simple", "large", "joined", "irrelevance"} <= found["scores"]["imitation"].keys()
+    for label, part in (("BFCL irrelevance", "bfcl"), ("irrelevance", "heldout")):
+        replies = read_json(runs / f"eval/imitation/{part}/scores.json")["replies"]
+        right = [reply["right"] for reply in replies if reply["category"].startswith("irrelevance")]
+        assert found["scores"]["imitation"][label][0] == pytest.approx(100 * sum(right) / len(right))
     assert found["curves"]["grpo-1"][0] == [0, 0] and found["curves"]["grpo-1"][-1] == [3, 0]
     assert re.search(r"\nprocessor hours: imitation \d.* grpo-2 \d", said.out)
     assert "\nmean rewards of the last half of the steps of the trials: 4e-05: 0.00, 8e-05: " in said.out

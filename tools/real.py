@@ -175,7 +175,7 @@ SCORES = {"held out": ("heldout", {"": 1}, lambda reply: reply["right"]),
           "mean of 8": ("sampled", {"": 1}, lambda reply: reply["samples_right"] / 8),
           "pass@8": ("sampled", {"": 1}, lambda reply: reply["samples_right"] > 0),
           "BFCL AST": ("bfcl", NONLIVE_AST, lambda reply: reply["right"]),
-          "irrelevance": ("bfcl", {"irrelevance": 1}, lambda reply: reply["right"])}
+          "BFCL irrelevance": ("bfcl", {"irrelevance": 1}, lambda reply: reply["right"])}
 
 
 def estimate(strata):
@@ -216,26 +216,27 @@ def results(plan):
     runs = Path(plan["runs"])
     found = {folder.name: {part.name: read_json(part / "scores.json")["replies"] for part in folder.iterdir()}
              for folder in sorted((runs / "eval").iterdir())}
-    parts = {category: ("bfcl", {category: 1}, SCORES["BFCL AST"][2]) for category in NONLIVE_AST}
-    parts |= {source: ("heldout", {source: 1}, SCORES["held out"][2])
-              for source in sorted(set(map(part_of, found["imitation"]["heldout"])))}
+    categories = {category: ("bfcl", {category: 1}, SCORES["BFCL AST"][2]) for category in NONLIVE_AST}
+    n = Counter(sorted(map(part_of, found["imitation"]["heldout"])))  # a source below 5 % has no column
+    sources = {each: ("heldout", {each: 1}, SCORES["held out"][2]) for each in n if 20 * n[each] >= n.total()}
+    columns = SCORES | categories | sources
 
     def score(label, names, others=()):
         """The mean over `names`, less that over `others`, paired by entry."""
-        (part, weights, value), each = (SCORES | parts)[label], (*names, *others)
+        (part, weights, value), each = columns[label], (*names, *others)
         shares = [1 / len(names) for _ in names] + [-1 / len(others) for _ in others]
-        columns = list(zip(*(found[name][part] for name in each), strict=True))
-        assert all(len({reply["id"] for reply in column}) == 1 for column in columns), "not the same entries"
-        return estimate([(weight, [sum(map(lambda s, reply: s * value(reply), shares, column))
-                                   for column in columns if category in ("", part_of(column[0]))])
+        entries = list(zip(*(found[name][part] for name in each), strict=True))
+        assert all(len({reply["id"] for reply in entry}) == 1 for entry in entries), "not the same entries"
+        return estimate([(weight, [sum(map(lambda s, reply: s * value(reply), shares, entry))
+                                   for entry in entries if category in ("", part_of(entry[0]))])
                          for category, weight in weights.items()])
 
     seeds = {kind: [f"{kind}-{seed}" for seed in SEEDS] for kind in ("control", "grpo")}
     rows = {name: [[name]] for name in ("base", "base_example", "imitation", *sum(seeds.values(), []))}
     rows |= {f"{kind}, mean": [names] for kind, names in seeds.items()}
     rows |= {f"grpo, mean, less {row}": [seeds["grpo"], *rows[row]] for row in ("imitation", "control, mean")}
-    scores = {row: {label: score(label, *names) for label in SCORES | parts} for row, names in rows.items()}
-    text = [*table(scores, SCORES), *table(scores, parts)]
+    scores = {row: {label: score(label, *names) for label in columns} for row, names in rows.items()}
+    text = [*table(scores, SCORES), *table(scores, categories), *table(scores, sources)]
     for row, label, bar in BARS:
         gain, half = scores[f"grpo, mean, less {row}"][label]
         text.append(f"{'reached' if gain > 0 and gain >= bar else 'MISSED'}: GRPO {gain:+.1f} ± {half:.1f} "
@@ -253,8 +254,7 @@ def results(plan):
                      for name, evaluated in found.items()},
         "curves": {name: [[row["step"], row["eval/all"]] for row in rows_of(runs / name, "eval/all")]
                    for name in hours},
-        "changed": [{"query": x["query"], "answer": x["answer"], "imitation": x["reply"], "grpo": y["reply"],
-                     "right": [x["right"], y["right"]]} for x, y in both if x["right"] != y["right"]]})
+        "changed": [x | {"grpo": y["reply"]} for x, y in both if x["right"] != y["right"]]})
     write_text(runs / "results.md", "\n".join([*text, ""]))
     return "\n".join(text)
 
