@@ -32,7 +32,7 @@ from tools.real_data import SIZES, prepare  # noqa: E402
 
 # ---- the plan
 SEEDS, TRIALS, TRIAL_STEPS, CONTROL_LR = (1, 2), (4e-5, 8e-5, 1.6e-4), 12, 2e-4
-IMITATION_MINUTES, CHECKPOINT_MINUTES = 60, 10
+IMITATION_MINUTES, CHECKPOINT_MINUTES = 45, 10
 GRPO_STEPS = (100, 200)  # as many as the hours allow, within these bounds
 DRAWN = 2.8  # batches of prompts that a step draws, where 42 % of the groups have spread and refill is 2
 BFCL_EVERY, BFCL_TOKENS = 4, 256
