@@ -93,7 +93,7 @@ def find_model(args):
 
 def load_model(folder):
     set_threads()
-    device, bf16 = choose_device()  # weights stay fp32 on a CPU, so that figures do not depend on AMX
+    device, bf16 = choose_device()  # weights stay fp32 on a CPU, so that every CPU gives the same figures
     return load_hf(folder, device, torch.bfloat16 if bf16 and device == "cuda" else torch.float32)
 
 

@@ -17,18 +17,18 @@ from runtime.ranks import rank_variable
 
 def choose_device(precision="auto"):
     """(device, whether matrix products are in bf16) of this machine. precision: "bf16", "fp32", or "auto",
-    which is bf16 on a GPU that has it and on a CPU with AMX, else fp32."""
+    which is bf16 on a GPU or a CPU that has instructions for it, else fp32."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    has_bf16 = torch.cuda.is_bf16_supported() if device == "cuda" else cpu_has_amx()
+    has_bf16 = torch.cuda.is_bf16_supported() if device == "cuda" else cpu_has_bf16()
     return device, precision == "bf16" or (precision == "auto" and has_bf16)
 
 
-def cpu_has_amx():
-    """Whether torch finds AMX's matrix products in bf16 in this CPU. On CPUs without them, those with bf16 in
-    AVX-512 included, bf16 took three to four times as long as fp32."""
+def cpu_has_bf16():
+    """Whether torch finds instructions for bf16 in this CPU, AMX or AVX-512. With either a step in bf16 took
+    about half as long as one in fp32 (NOTES.md), and without both three to four times as long."""
     if hasattr(torch.cpu, "get_capabilities"):
-        return bool(torch.cpu.get_capabilities().get("amx_bf16"))
-    return torch.cpu._is_amx_tile_supported()  # torch 2.11
+        return any(map(torch.cpu.get_capabilities().get, ("amx_bf16", "avx512_bf16")))
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()  # torch 2.11
 
 
 def usable_cores(cgroup="/sys/fs/cgroup"):

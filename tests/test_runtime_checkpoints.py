@@ -274,16 +274,17 @@ def test_nodes_that_have_different_weights_under_the_same_name_are_refused(files
 
 
 def test_auto_precision_of_a_resumed_run_is_the_one_that_it_began_with(files, tmp_path, monkeypatch, capsys):
-    def on_machine(has_amx, *more):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": has_amx}, raising=False)
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx, raising=False)
+    def on_machine(has_bf16, *more):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": has_bf16}, raising=False)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_bf16, raising=False)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False, raising=False)
         words = arguments(files, tmp_path / f"{began}", "--checkpoint.every=1", "--eval.every=null",
                           "--train.schedule=constant", *more)
         return words if "--model.precision=bf16" in more else train.main(words)
 
     for began, name in ((False, "fp32"), (True, "bf16")):
-        for has_amx, steps in ((began, 1), (not began, 2)):
-            on_machine(has_amx, "--model.precision=auto", f"--train.steps={steps}")
+        for has_bf16, steps in ((began, 1), (not began, 2)):
+            on_machine(has_bf16, "--model.precision=auto", f"--train.steps={steps}")
             printed = capsys.readouterr().out
             assert f"on cpu in {name}," in printed and f"step {steps}/{steps}" in printed
         config = dict(train.read_yaml(tmp_path / f"{began}/config.yaml"))

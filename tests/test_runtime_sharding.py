@@ -283,17 +283,17 @@ def test_a_whole_reference_gives_the_log_probs_of_a_sharded_one(ranks, tmp_path)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU does")
-@pytest.mark.parametrize("has_amx", [True, False])
-def test_a_cpu_computes_in_bf16_where_torch_finds_amx_or_bf16_is_asked_for(monkeypatch, has_amx):
-    others = {"avx512_bf16": True, "amx_tile": True, "amx_int8": True}
-    for name, value in (("get_capabilities", {**others, "amx_bf16": has_amx}),
-                        ("_is_amx_tile_supported", has_amx)):
+@pytest.mark.parametrize("has_amx, has_avx", [(True, False), (False, True), (False, False)])
+def test_a_cpu_computes_in_bf16_where_it_has_instructions_or_bf16_is_asked_for(monkeypatch, has_amx, has_avx):
+    others, has_bf16 = {"avx512_f": True, "avx512_vnni": True, "amx_int8": True}, has_amx or has_avx
+    for name, value in (("get_capabilities", {**others, "amx_bf16": has_amx, "avx512_bf16": has_avx}),
+                        ("_is_amx_tile_supported", has_amx), ("_is_avx512_bf16_supported", has_avx)):
         monkeypatch.setattr(torch.cpu, name, lambda value=value: value, raising=False)
-    assert sharding.choose_device() == sharding.choose_device("auto") == ("cpu", has_amx)
+    assert sharding.choose_device() == sharding.choose_device("auto") == ("cpu", has_bf16)
     assert sharding.choose_device("bf16") == ("cpu", True)
     assert sharding.choose_device("fp32") == ("cpu", False)
     monkeypatch.delattr(torch.cpu, "get_capabilities")  # an earlier torch
-    assert sharding.choose_device() == ("cpu", has_amx)
+    assert sharding.choose_device() == ("cpu", has_bf16)
 
 
 @pytest.mark.parametrize("files, cores", [

@@ -275,7 +275,7 @@ def test_a_killed_run_stops_its_jobs_and_the_same_command_ends_with_the_table(fi
                                     "grpo-2", "control, mean", "grpo, mean", "grpo, mean, less imitation",
                                     "grpo, mean, less control, mean"}
     assert (runs / "report.html").exists()
-    assert {"simple", "large", "joined", "irrelevance"} <= found["scores"]["imitation"].keys()
+    assert {"BFCL simple", "large", "joined", "irrelevance"} <= found["scores"]["imitation"].keys()
     for label, part in (("BFCL irrelevance", "bfcl"), ("irrelevance", "heldout")):
         replies = read_json(runs / f"eval/imitation/{part}/scores.json")["replies"]
         right = [reply["right"] for reply in replies if reply["category"].startswith("irrelevance")]

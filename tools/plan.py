@@ -19,7 +19,7 @@ import torch
 from configs.schema import check_fits, load_config, number_of_steps
 from data import Chat, read_jsonl, split_examples
 from model import ModelConfig
-from runtime.sharding import cpu_has_amx, set_threads
+from runtime.sharding import cpu_has_bf16, set_threads
 from runtime.tensors import resolve
 from tools import minutes
 from tools.memory import GIB, KV, PARTS, Setup, memory, peak, sizes, total
@@ -98,7 +98,7 @@ def plan(c, gpus, gib):
                          "the CPU, and a number of GiB above 0")
     check_fits(c, ranks=gpus)
     device = "cuda" if gpus else "cpu"
-    bf16 = c.model.precision == "bf16" or c.model.precision == "auto" and (gpus > 0 or cpu_has_amx())
+    bf16 = c.model.precision == "bf16" or c.model.precision == "auto" and (gpus > 0 or cpu_has_bf16())
     if bf16 and device == "cpu":
         raise ValueError("--gpus 0: a run on the CPU is planned in fp32 only; set model.precision=fp32")
     folder = resolve(c.model.path, WITHOUT_WEIGHTS)

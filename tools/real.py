@@ -42,8 +42,8 @@ NONLIVE_AST = {"simple": 1 / 12, "java": 1 / 12, "javascript": 1 / 12, "multiple
 
 def measure(plan, i):
     """Seconds here of a step of imitation ("sft"), of one of GRPO and of a greedy reply, from short runs. The
-    base does not end its replies, so they are cut: at 96 tokens 64 of them take as long as those of 65 tokens
-    on average, of which the longest has 130. They earn nothing, so a KL penalty makes an update of them."""
+    base does not end its replies, so they are cut at 96 tokens: 64 of these take as long as 64 of 65 tokens
+    on average, the longest 130. They earn nothing, so a KL penalty makes an update of them."""
     short = ["--train.steps=2", "--rollout.refill=0", "--grpo.kl_coef=1e-3", "--eval.examples=16",
              "--rollout.max_new_tokens=96", "--eval.max_new_tokens=64"]
     sft, grpo = (pace_of(config_of(plan, f"real_{stage}", f"pace-{i}-{stage}", plan["model"], *short))
@@ -216,7 +216,7 @@ def results(plan):
     runs = Path(plan["runs"])
     found = {folder.name: {part.name: read_json(part / "scores.json")["replies"] for part in folder.iterdir()}
              for folder in sorted((runs / "eval").iterdir())}
-    categories = {category: ("bfcl", {category: 1}, SCORES["BFCL AST"][2]) for category in NONLIVE_AST}
+    categories = {f"BFCL {each}": ("bfcl", {each: 1}, SCORES["BFCL AST"][2]) for each in NONLIVE_AST}
     n = Counter(sorted(map(part_of, found["imitation"]["heldout"])))  # a source below 5 % has no column
     sources = {each: ("heldout", {each: 1}, SCORES["held out"][2]) for each in n if 20 * n[each] >= n.total()}
     columns = SCORES | categories | sources
@@ -249,12 +249,13 @@ def results(plan):
     report.main([*(str(runs / name) for name in hours), f"--out={runs / 'report.html'}"])
     both = zip(found["imitation"]["heldout"], found[seeds["grpo"][0]]["heldout"], strict=True)
     write_json(runs / "results.json", {
-        "scores": scores, "rate": best_rate(runs), "trials": trials, "plan": plan, "processor_hours": hours,
+        "scores": scores, "rate": best_rate(runs), "trials": trials, "processor_hours": hours,
         "mistakes": {name: Counter(mistake(reply) for reply in evaluated["heldout"] if not reply["right"])
                      for name, evaluated in found.items()},
         "curves": {name: [[row["step"], row["eval/all"]] for row in rows_of(runs / name, "eval/all")]
-                   for name in hours},
-        "changed": [x | {"grpo": y["reply"]} for x, y in both if x["right"] != y["right"]]})
+                   for name in hours}})
+    changed = {"replies": [x | {"grpo": y["reply"]} for x, y in both if x["right"] != y["right"]]}
+    write_json(runs / "changed.json", changed)  # the records too, which results.json has not
     write_text(runs / "results.md", "\n".join([*text, ""]))
     return "\n".join(text)
 

@@ -135,8 +135,7 @@ def prepare(out, model, given, seed=0):
     order = sorted(given, key=lambda file: len(sources[file]) / given[file])  # scarce ones first
     for place, file in enumerate(order):
         quota = round((total - len(made)) * given[file] / sum(given[other] for other in order[place:]))
-        others = [example for other in given if other != file for example in sources[other][:500]]
-        strangers = [tool for example in others for tool in example.tools]
+        strangers = [tool for name in given if name != file for e in sources[name][:500] for tool in e.tools]
         rng.shuffle(sources[file])
         full, kept, empty = len(made) + quota, 0, 0
         for copy in range(1, COPIES + 1):
