@@ -23,7 +23,7 @@ from tools import real
 from tools import real_data as mixing  # real_data is a fixture
 from tools.synthetic import synthetic
 
-PACE = {"sft": 900.0, "grpo": 204.0, "reply": 1.0}  # four steps in an hour
+PACE = {"sft": 675.0, "grpo": 204.0, "reply": 1.0}  # four steps in 45 minutes
 MEASURE = real.measure  # the fixture `small` replaces it
 TOY = ["--data.max_prompt_tokens=900", "--rollout.max_new_tokens=6", "--eval.max_new_tokens=6",
        "--eval.examples=4", "--train.prompts_per_step=2", "--rollout.n=2", "--rollout.refill=0"]
