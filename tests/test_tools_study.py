@@ -153,7 +153,7 @@ def test_a_quick_study_leaves_the_results_of_the_whole_one(toy, capsys):
     assert not (toy / "results.json").exists() and not (toy / "page.md").exists()
     found = read_json(toy / "runs/quick/study.json")
     assert set(found["runs"]) == {"rl-0", "right-0", "then-0"} and len(found["queries"]) == 3
-    assert "RL is above SFT: **no difference seen here**" in capsys.readouterr().out
+    assert "RL is above SFT: **no difference seen**" in capsys.readouterr().out
 
 
 # ---- the arms
@@ -242,7 +242,7 @@ def made_up(ours, theirs):
     queries = [f"{split}/{'no_tool' if frame == 'h' else 'single'} {frame}" for split in study.HELDOUT
                for frame in "abcdefgh"]
     run = {"minutes": 30.0, "steps": 4, "examples": 16, "spread": 50.5,
-           "sampled": {"000001": [50, 40.0], "000004": [90.0, 40.0]}}
+           "sampled": {"000001": [50, 40.0, 45], "000004": [90.0, 40.0, 60.0]}}
     return {"queries": queries, "base": "0" * 24, "spec": read_spec()["digest"], "hardware": ["a machine"],
             "git_revision": ["12345", "67890"],
             "runs": {f"{arm}-{seed}": run | {"right": marks} for seed in range(2)
@@ -250,10 +250,11 @@ def made_up(ours, theirs):
 
 
 @pytest.mark.parametrize(("ours", "theirs", "said"), [
-    ("2" * 24, "0" * 24, "**seen here**, +100.0 ± 0.0 points (values +100.0, paraphrases +100.0, "),
-    ("0" * 24, "1" * 23 + "2", "**no difference seen here**, -4.2 ± "),
-    ("0" * 24, "2" * 24, "**the opposite is seen here**, -100.0 ± 0.0 points"),
-    ("2" * 8 + "0" * 16, "0" * 24, " points (values +100.0, paraphrases +0.0, tools +0.0)."),
+    ("2" * 24, "0" * 24, "**seen**, +100.0 ± 0.0 points (values +100.0, paraphrases +100.0, "),
+    ("0" * 24, "1" * 23 + "2", "**no difference seen**, -4.2 ± "),
+    ("0" * 24, "2" * 24, "**the opposite is seen**, -100.0 ± 0.0 points"),
+    ("2" * 8 + "0" * 16, "0" * 24, " points (values +100.0, paraphrases +0.0, tools +0.0); by calls **"),
+    ("1" * 24, "0" * 24, "tools +0.0); by calls **seen**, +100.0 ± 0.0 points."),
 ])
 def test_the_sentence_on_a_finding_follows_from_its_interval(toy, ours, theirs, said):
     sentence, = [line for line in page(read_spec(), made_up(ours, theirs)).split("\n")
@@ -271,14 +272,15 @@ def test_a_page_has_paper_arms_parts_seeds_and_what_only_raised_the_format(toy):
     found["runs"]["rl-1"]["right"] = found["runs"]["rl-0"]["right"]
     assert "| RL | 83.24 | 100.0 ± 0.0 | 0.0 ± 0.0 | 0.0 ± 0.0 | 33.3 ± 0.0 | 33.3 ± 0.0 | 33.3 ± 0.0 | " \
            "66.7 ± 0.0 |  |" in page(read_spec(), found)
-    assert "- RL: format 50, 90; right 40, 40; **only the format rose**" in text
+    assert "- RL: format 50, 90; right calls 45, 60; both 40, 40; **only the format rose**" in text
     assert "\nText.\n" in text and "\n- What was different.\n" in text
     assert "python train.py configs/demo.yaml --out=RUNS/then-SEED --seed=SEED" in text
 
 
 @pytest.mark.parametrize(("ends", "said"), [
     ([(50, 40), (52, 40)], True), ([(50, 40), (21, 41)], False),  # the second: the format's interval has 0
-    ([(50, 60), (52, 62)], False), ([(50, 40)], False)])
+    ([(50, 60), (52, 62)], False), ([(50, 40), (52, 90)], False),  # the third: the interval of right is wide
+    ([(50, 40)], False)])
 def test_the_format_alone_rose_where_intervals_over_seeds_say_so(ends, said):
     assert study.only_format_rose([{1: [20, 40], 36: list(end)} for end in ends]) is said
 

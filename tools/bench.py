@@ -88,8 +88,7 @@ def take_turns(contenders, rounds):
     A function whose first part does not count returns its seconds. A peer that raises a RuntimeError, for
     example when memory is exhausted, is skipped in later rounds. An error of ours is raised.
     """
-    times = {name: Times(outcome=run if isinstance(run, str) else None)
-             for name, run in contenders.items()}
+    times = {name: Times(outcome=run if isinstance(run, str) else None) for name, run in contenders.items()}
     for turn in range(rounds + 1):
         for name in [name for name in contenders if times[name].outcome is None]:
             try:
@@ -353,8 +352,7 @@ def our_step(model, optimizer, prompts, G, reply_tokens, precision, is_shared, n
         metrics = grpo_updates(model, None, optimizer, rollouts, adv_PG, temperature=1.0, vocab_size=None,
                                updates=1, kl_coef=0.0, clip_low=0.2, clip_high=0.2, grad_clip=1.0,
                                micro_batch_tokens=8192, autocast=autocast)
-        notes.update(update_s=CLOCK() - began,
-                     logp_diff_mean=metrics["sampling/logp_diff_mean"],
+        notes.update(update_s=CLOCK() - began, logp_diff_mean=metrics["sampling/logp_diff_mean"],
                      logp_diff_max=metrics["sampling/logp_diff_max"])
         if DEVICE == "cuda":
             body = sum(p.numel() for p in model.layers.parameters()) * metrics["tokens"]

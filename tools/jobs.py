@@ -72,9 +72,9 @@ def progress(folder, name):
 
 
 def start(folder, name, run):
-    """Fork a process that does run() on one thread, and stops as by SIGTERM when its parent has died. Returns
-    its id."""
+    """Fork a process that does run() on one thread and ends, by SIGTERM, with its parent. Returns its id."""
     parent = os.getpid()
+    (folder / f"logs/{name}.txt").touch()  # before `progress` opens it
     sys.stdout.flush()
     if pid := os.fork():
         return pid

@@ -122,12 +122,10 @@ def setup_of(c, config, gpus, bf16, prompt, heldout):
                  ("evaluation", evaluated, 1, c.eval.max_new_tokens)]
     with_reference = is_grpo and c.grpo.kl_coef > 0
     return Setup(
-        model=config, prompt=prompt, reply=c.rollout.max_new_tokens,
-        n=c.rollout.n if is_grpo else 1,
-        samplings=tuple(samplings if is_grpo else samplings[1:]),
-        batch_size=c.rollout.batch_size, kv_gib=c.rollout.kv_memory_gib,
-        updates=c.train.updates_per_step, micro_batch_tokens=c.train.micro_batch_tokens,
-        checkpointed=c.train.activation_checkpointing,
+        model=config, prompt=prompt, reply=c.rollout.max_new_tokens, n=c.rollout.n if is_grpo else 1,
+        samplings=tuple(samplings if is_grpo else samplings[1:]), batch_size=c.rollout.batch_size,
+        kv_gib=c.rollout.kv_memory_gib, updates=c.train.updates_per_step,
+        micro_batch_tokens=c.train.micro_batch_tokens, checkpointed=c.train.activation_checkpointing,
         reference="none" if not with_reference else "cpu" if c.grpo.reference_on_cpu and not c.model.lora_rank
         else "cuda",
         ranks=gpus or 1, sharded=gpus > 0, device="cuda" if gpus else "cpu",

@@ -1,11 +1,10 @@
 """A pretrained model learns real tool calling: data, runs, evaluations and the table of `make real`.
 
-In:  a model folder, files of examples, BFCL's data. Out: a folder of runs, resumed when given again.
+In:  a model folder, files of examples, BFCL's data. Out: a folder of runs (tools/jobs.py), resumed when given
+again. docs/real.md explains the jobs and the table.
 
     python tools/real.py prepare OUT --model M FILE[=WEIGHT] ...              (tools/real_data.py)
     python tools/real.py run RUNS --model M --data OUT [--bfcl DIR] [--train.key=value ...]
-
-run prints how long its jobs (tools/jobs.py) will take, then does them: docs/real.md.
 """
 
 import argparse
@@ -36,6 +35,7 @@ IMITATION_MINUTES, CHECKPOINT_MINUTES = 45, 10
 GRPO_STEPS = (100, 200)  # as many as the hours allow, within these bounds
 DRAWN = 2.8  # batches of prompts that a step draws, where 42 % of the groups have spread and refill is 2
 BFCL_EVERY, BFCL_TOKENS = 4, 256
+PLANNED = ("--out", "--seed", "--model.path", "--data.train", "--data.heldout", "--train.lr", "--train.steps")
 NONLIVE_AST = {"simple": 1 / 12, "java": 1 / 12, "javascript": 1 / 12, "multiple": 1 / 4, "parallel": 1 / 4,
                "parallel_multiple": 1 / 4}  # the weights of the leaderboard's mean
 
@@ -263,6 +263,8 @@ def results(plan):
 # ---- command line
 def run(args, extra):
     """Plan, do the jobs, print the table. Returns the exit status."""
+    if fixed := [word for word in extra if word.startswith(PLANNED)]:
+        raise ValueError(f"{' '.join(fixed)}: the plan sets this itself; remove it")
     package, file = find_spec("bfcl_eval"), args.runs / "plan.json"
     packaged = package and str(Path(package.submodule_search_locations[0]) / "data")
     plan = {"runs": str(args.runs), "model": args.model, "data": str(args.data), "extra": extra,
@@ -273,7 +275,8 @@ def run(args, extra):
     if changed := [key for key in plan if earlier and earlier[key] != plan[key]]:
         raise ValueError(f"{args.runs} was planned with another {', '.join(changed)}; choose another")
     plan |= earlier
-    if not earlier:
+    if "steps" not in plan:
+        write_json(file, plan)
         # In other processes, because their memory ends with them.
         if status := work(args.runs, pace_jobs(args.runs, 5, lambda i: measure(plan, i))):
             return status

@@ -119,7 +119,8 @@ def prepare(out, model, given, seed=0):
     where `out` was made from other files or with other numbers."""
     given = {file: float(weight or WEIGHTS.get(Path(file).stem, 1))
              for file, _, weight in (text.partition("=") for text in given)}
-    asked = {"seed": seed, "sizes": SIZES, "weights": given,
+    asked = {"seed": seed, "model": str(model), "sizes": SIZES, "weights": given,
+             "numbers": [IRRELEVANT, JOINED, MAX_PROMPT, MAX_REPLY, COPIES],
              "files": [sha256(Path(file).read_bytes()).hexdigest() for file in given]}
     if (out / "report.json").exists():
         if read_json(out / "report.json")["asked"] != asked:
@@ -170,9 +171,9 @@ def prepare(out, model, given, seed=0):
                         "tools": Counter(len(e.tools) for e in examples),
                         "sources": Counter(e.source for e in examples)}
         print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in counts[name].items()), flush=True)
-    if not (example := next((e for e in files["imitation"] if len(e.answer) == 1), None)):
+    if not (example := next((e for e in files["imitation"] if len(e.answer) == len(e.messages) == 1), None)):
         raise ValueError(f"of {len(made)} examples none is left for imitation; give more files")
-    shot = (f"Example: tools {', '.join(tool['name'] for tool in example.tools)}; request "
-            f"{example.messages[-1]['content']!r}; reply {format_reply(example.answer, example.reasoning)}")
+    shot = (f"Example: tools {json.dumps(example.tools)}; request {example.messages[0]['content']!r}; reply "
+            f"{format_reply(example.answer, example.reasoning)}")
     write_text(out / "prompt_with_example.txt", f"{prompt.rstrip()}\n{shot.replace('{tools}', '')}\n")
     write_json(out / "report.json", {"asked": asked, "counts": counts})

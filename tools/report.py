@@ -236,12 +236,11 @@ def table(headings, rows, kind):
 
 def summary(runs, meanings):
     names = [run.name for run in runs]
-    facts = (("model", lambda run: show(model_of(run))), ("state", lambda run: show(exit_state(run))),
-             ("held-out accuracy", accuracies), ("duration", lambda run: show(duration(run))),
-             ("hardware", lambda run: show(run.hardware or "not recorded")),
-             ("code", lambda run: show(run.revision or "not recorded")),
-             ("folder", lambda run: show(run.folder)))
-    parts = [table(names, [(title, [of(run) for run in runs]) for title, of in facts], "facts")]
+    facts = {"model": model_of, "state": exit_state, "held-out accuracy": accuracies, "duration": duration,
+             "hardware": lambda run: run.hardware or "not recorded",
+             "code": lambda run: run.revision or "not recorded", "folder": lambda run: run.folder}
+    parts = [table(names, [(title, [of(run) if of is accuracies else show(of(run)) for run in runs])
+                           for title, of in facts.items()], "facts")]
     notes = []
     for run in runs:
         for steps, cause in warnings(run, meanings):
@@ -307,8 +306,7 @@ def ticks(low, high, about=5):
 
 
 def limits_of(values, fixed):
-    """(low, high) of an axis. A few values far above all the others do not set it: they are drawn at its
-    edge."""
+    """(low, high) of an axis. A few values far above all the others do not set it: they are at its edge."""
     ordered = sorted(values)
     low, high = fixed or (ordered[0], ordered[-1])
     usual = ordered[int(0.95 * (len(ordered) - 1))]
@@ -355,8 +353,7 @@ def charts_of(runs):
 
 
 def polylines(points, x_of, y_of, kind):
-    """The SVG of a curve: a polyline for each stretch without a gap; a dot where it is one point, or where
-    there are few."""
+    """The SVG of a curve: polylines without gaps, and dots where a stretch is one point or points are few."""
     stretches, parts = [[]], []
     for step, mean, *_ in points:
         if mean is None:

@@ -140,7 +140,7 @@ def verdict(line):
 def collect(spec, runs):
     """What the page is computed from. Of each run: the verdicts on the held-out queries, a digit each; the
     examples drawn, the minutes, the percentage of groups with spread; of the replies sampled at the steps
-    that kept them, the percentages in the right format and right."""
+    that kept them, the percentages in the right format, right, and with right calls."""
     found = {"spec": digest((runs / "data/study.yaml").read_text(encoding="utf-8")), "hardware": [],
              "git_revision": [], "queries": None, "base": None, "runs": {}}
     for name, (arm, _) in spec["runs"].items():
@@ -154,9 +154,11 @@ def collect(spec, runs):
             found["base"] = "".join(map(verdict, first["replies"]))
         sampled, spread = {}, [row["reward/live"] for row in rows if "reward/live" in row]
         for file in sorted(run.glob("rollouts/step_*.jsonl")):
-            verdicts = [score(line["reply"], line["answer"]) for line in map(json.loads, file.open())]
-            sampled[file.stem[-6:]] = [round(100 * mean(v.format_ok for v in verdicts), 1),
-                                       round(100 * mean(v.reward == 1 for v in verdicts), 1)]
+            verdicts = [score(line["reply"], line["answer"])  # there is no reply in those of a skipped update
+                        for line in map(json.loads, file.open()) if "reply" in line]
+            if verdicts:
+                sampled[file.stem[-6:]] = [round(100 * mean(getattr(v, key) == 1 for v in verdicts), 1)
+                                           for key in ("format_ok", "reward", "calls_ok")]
         found["runs"][name] = {
             "right": "".join(map(verdict, last["replies"])), "steps": last["step"],
             "examples": round(rows[-1]["epoch"] * spec["examples"] * it["steps"] / spec["steps"]),
@@ -174,9 +176,9 @@ def percent(found, marks, part, least=RIGHT):
                       if part == "all" or part in query.split()[0].split("/"))
 
 
-def difference(found, ours, theirs):
+def difference(found, ours, theirs, least=RIGHT):
     """(mean, half of the 95 % interval) in points of two arms, whose verdicts are given by seed."""
-    rows = [[100 * ((a == RIGHT) - (b == RIGHT)) for a, b in zip(*pair, strict=True)]
+    rows = [[100 * ((a >= least) - (b >= least)) for a, b in zip(*pair, strict=True)]
             for pair in zip(ours, theirs, strict=True)]
     seeds, queries = list(map(mean, rows)), list(map(mean, zip(*rows, strict=True)))
     frames = [query.split()[-1] for query in found["queries"]]
@@ -184,11 +186,10 @@ def difference(found, ours, theirs):
 
 
 def only_format_rose(sampled):
-    """Whether the format of sampled replies rose over the steps and the share right did not, by intervals
-    over seeds, of which there must be two. sampled: {step: [format, right]} of each run."""
-    rises = [[each[max(each)][i] - each[min(each)][i] for each in sampled] for i in (0, 1)]
-    form, right = (mean(values) - over_seeds(values) > 0 for values in rises)
-    return len(sampled) > 1 and form and not right
+    """Whether the format of sampled replies rose over the steps and the share right by less than 5 points, by
+    intervals over seeds, of which there must be two. sampled: {step: [format, right…]} of each run."""
+    form, right = ([each[max(each)][i] - each[min(each)][i] for each in sampled] for i in (0, 1))
+    return len(sampled) > 1 and mean(form) > over_seeds(form) and mean(right) + over_seeds(right) < 5
 
 
 def table_lines(spec, found, table):
@@ -207,7 +208,7 @@ def table_lines(spec, found, table):
         short = [str(run["steps"]) for run in runs.get(arm, ()) if run["steps"] < spec["arms"][arm]["steps"]]
         note = f" (stopped at step {', '.join(short)})" if short else ""
         yield f"| {says.get(arm, arm)}{note} | {table['paper'].get(arm, '')} | {' | '.join(cells)} |"
-    yield "\n| | all, by seed | drawn, last stage | groups with spread, % | minutes |\n|---|---|---|---|---|"
+    yield "\n| last stage | all, by seed | drawn | groups with spread, % | minutes |\n|---|---|---|---|---|"
     for arm, each in runs.items():
         drawn, spent = (mean(run[key] for run in each) for key in ("examples", "minutes"))
         spread = "" if each[0]["spread"] is None else f"{mean(run['spread'] for run in each):.0f}"
@@ -216,23 +217,25 @@ def table_lines(spec, found, table):
     yield ""
     halves = []
     for arm, other, claim in table["findings"]:
-        d, half = difference(found, marks[arm], marks[other])
-        halves.append(half)
-        seen = ("seen here" if d > half else "the opposite is seen here" if d < -half else
-                "no difference seen here")
+        both = [difference(found, marks[arm], marks[other], least) for least in (RIGHT, CALLS_RIGHT)]
+        halves += [half for _, half in both]
+        seen, by_calls = ("**{}**, {:+.1f} ± {:.1f} points".format(
+            "seen" if d > half else "the opposite is seen" if d < -half else "no difference seen", d, half)
+            for d, half in both)
         gains = {split: mean(percent(found, a, split) for a in marks[arm])
                  - mean(percent(found, b, split) for b in marks[other]) for split in HELDOUT}
-        yield (f"- {claim}: **{seen}**, {d:+.1f} ± {half:.1f} points "
-               f"({', '.join(f'{split} {gain:+.1f}' for split, gain in gains.items())}).")
-    yield f"\nThe smallest difference that each of these could show: {max(halves):.1f} points."
+        yield (f"- {claim}: {seen} ({', '.join(f'{split} {gain:+.1f}' for split, gain in gains.items())}); "
+               f"by calls {by_calls}.")
+    yield f"\nEach of these could show an observed difference of {max(halves):.1f} points or more."
     if "samples" in table:
         yield f"\n{table['samples']}\n"
     for arm in [arm for arm in runs if "samples" in table and runs[arm][0]["sampled"]]:
         sampled = [{int(step): shares for step, shares in run["sampled"].items()} for run in runs[arm]]
-        form, right = ([f"{mean(each[step][i] for each in sampled if step in each):.0f}"
-                        for step in sorted(set().union(*sampled))] for i in (0, 1))
+        form, right, calls = (", ".join(
+            f"{mean(each[step][i] for each in sampled if step in each):.0f}"
+            for step in sorted(set().union(*sampled))) for i in range(3))
         hacked = "; **only the format rose**" * only_format_rose(sampled)
-        yield f"- {says[arm]}: format {', '.join(form)}; right {', '.join(right)}{hacked}"
+        yield f"- {says[arm]}: format {form}; right calls {calls}; both {right}{hacked}"
 
 
 def page(spec, found):
@@ -242,7 +245,7 @@ def page(spec, found):
     if found:
         hours = sum(run["minutes"] for run in found["runs"].values()) / 60
         when = "fixed before" if found["spec"] == spec["digest"] else "**changed after**"
-        machines, code = map(", ".join, (found["hardware"], [each[:12] for each in found["git_revision"]]))
+        machines, code = map(", ".join, (found["hardware"], found["git_revision"]))
         lines.append(f"{len(found['runs'])} runs, {hours:.1f} hours of one thread; {machines}; code {code}. "
                      f"Arms, steps and seeds were {when} the first run.")
     else:
@@ -277,13 +280,13 @@ def main(argv=None):
                 work(runs, jobs_of(spec, runs, read_json(runs / "pace-0.json")))):
             sys.exit(status)
         found = collect(spec, runs)
-        for name, table in spec["tables"].items():
-            folders = [str(runs / f"{arm}-{seed}") for arm in table["arms"] for seed in range(table["seeds"])]
-            report.main([*folders, f"--out={runs / name}.html"])
         text, numbers = page(spec, found), json.dumps(found).replace("}}, ", "}},\n") + "\n"  # a line a run
         for results, shown in ((runs / "study.json", runs / "study.md"), (RESULTS, PAGE))[:2 - args.quick]:
             write_text(results, numbers)
             write_text(shown, text)
+        for name, table in spec["tables"].items():
+            folders = [str(runs / f"{arm}-{seed}") for arm in table["arms"] for seed in range(table["seeds"])]
+            report.main([*folders, f"--out={runs / name}.html"])
         print(text.partition("\n## Commands")[0])
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
