@@ -26,7 +26,7 @@ from reward import CHAT_FORMATS, SCHEMES
 class ModelSettings:
     path: str = ""  # Hugging Face folder or hub name: the policy at step 0 and the KL reference
     init: str = "trained"  # weights: trained | random, of the shape in config.json: to measure speed
-    precision: str = "auto"  # of products: bf16 (autocast) | fp32 | auto: bf16 where GPU or CPU have it
+    precision: str = "auto"  # of matrix products: bf16 (autocast) | fp32 | auto: bf16 if the device has it
     lora_rank: int | None = None  # LoRA: only adapters of this rank beside all linear layers are trained
     lora_alpha: float = 16.0  # the adapters' product counts alpha / rank (LLaMA-Factory: twice the rank)
     kernel: str = "auto"  # reference: plain PyTorch | fast: the twins in fast/ | auto: fast where it can run

@@ -306,9 +306,10 @@ def test_a_signal_stops_the_jobs_and_another_plan_is_refused(files, tmp_path, sm
     with pytest.raises(SystemExit) as stopped:
         real.main([*words, "--rollout.n=3"])
     assert stopped.value.code == 2 and "was planned with another extra" in capsys.readouterr().err
-    with pytest.raises(SystemExit) as stopped:
-        real.main([*words, "--train.lr=1"])
-    assert stopped.value.code == 2 and "--train.lr=1: the plan sets this itself" in capsys.readouterr().err
+    for word in ("--train.lr=1", "--data.system_prompt=mine.txt"):
+        with pytest.raises(SystemExit) as stopped:
+            real.main([*words, word])
+        assert stopped.value.code == 2 and f"{word}: the plan sets this itself" in capsys.readouterr().err
     monkeypatch.setattr(real, "find_spec", lambda package: None)
     with pytest.raises(SystemExit) as stopped:
         real.main([word for word in words if word not in ("--bfcl", str(tmp_path / "bfcl"))])

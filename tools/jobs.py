@@ -89,7 +89,7 @@ def start(folder, name, run):
         os.setsid()  # so that Ctrl-C reaches the parent alone, which passes it on
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
-        log = os.open(folder / f"logs/{name}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        log = os.open(folder / f"logs/{name}.txt", os.O_WRONLY | os.O_APPEND)
         for stream in (1, 2):
             os.dup2(log, stream)
         sys.stdout, sys.stderr = (open(stream, "w", buffering=1, closefd=False) for stream in (1, 2))

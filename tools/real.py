@@ -1,7 +1,6 @@
 """A pretrained model learns real tool calling: data, runs, evaluations and the table of `make real`.
 
-In:  a model folder, files of examples, BFCL's data. Out: a folder of runs (tools/jobs.py), resumed when given
-again. docs/real.md explains the jobs and the table.
+In:  a model folder, examples, BFCL's data. Out: a folder of runs, resumed when given again (docs/real.md).
 
     python tools/real.py prepare OUT --model M FILE[=WEIGHT] ...              (tools/real_data.py)
     python tools/real.py run RUNS --model M --data OUT [--bfcl DIR] [--train.key=value ...]
@@ -35,7 +34,8 @@ IMITATION_MINUTES, CHECKPOINT_MINUTES = 45, 10
 GRPO_STEPS = (100, 200)  # as many as the hours allow, within these bounds
 DRAWN = 2.8  # batches of prompts that a step draws, where 42 % of the groups have spread and refill is 2
 BFCL_EVERY, BFCL_TOKENS = 4, 256
-PLANNED = ("--out", "--seed", "--model.path", "--data.train", "--data.heldout", "--train.lr", "--train.steps")
+PLANNED = ("--out", "--seed", "--model.path", "--data.train", "--data.heldout", "--data.system_prompt",
+           "--train.lr", "--train.steps", "--checkpoint.every")
 NONLIVE_AST = {"simple": 1 / 12, "java": 1 / 12, "javascript": 1 / 12, "multiple": 1 / 4, "parallel": 1 / 4,
                "parallel_multiple": 1 / 4}  # the weights of the leaderboard's mean
 
