@@ -77,7 +77,7 @@ def write_bfcl(folder):
 
 
 def test_prepared_files_hold_out_whole_conversations_and_show_two_to_four_tools(
-        files, tmp_path, small, capsys):
+        files, tmp_path, small, capsys, monkeypatch):
     words = ["prepare", str(tmp_path / "data"), "--model", str(files / "base"),
              str(files / "large.jsonl"), f"{files / 'small.jsonl'}=2"]
     real.main(words)
@@ -103,6 +103,23 @@ def test_prepared_files_hold_out_whole_conversations_and_show_two_to_four_tools(
     with pytest.raises(SystemExit):
         real.main(words[:-1])
     assert "was made from other files" in capsys.readouterr().err
+    monkeypatch.setattr(mixing, "JOINED", 0.3)
+    with pytest.raises(SystemExit):
+        real.main(words)
+    assert "with another model or other numbers" in capsys.readouterr().err
+
+
+def test_the_worked_example_is_a_whole_request_and_shows_the_schemas(files, tmp_path, small):
+    greeting = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Hello."}]
+    long = [replace(e, messages=[*greeting, *e.messages]) for e in synthetic(50, 1, "train")]
+    write_jsonl(tmp_path / "large.jsonl", [*long, *synthetic(20, 3, "train")])
+    mixing.prepare(tmp_path / "data", files / "base", [str(f / "large.jsonl") for f in (tmp_path, files)])
+    imitation = read_jsonl(tmp_path / "data/imitation.jsonl")
+    assert len(next(e for e in imitation if len(e.answer) == 1).messages) == 3, "not the first one"
+    text = (tmp_path / "data/prompt_with_example.txt").read_text()
+    tools, asked = re.search(r"\nExample: tools (\[.*\]); request '(.*)'; reply <think>", text).groups()
+    assert any(e.messages == [{"role": "user", "content": asked}] and e.tools == json.loads(tools)
+               for e in imitation)
 
 
 def test_a_tool_of_another_file_is_shown_only_where_it_shares_no_word_with_the_right_one(files, small):
