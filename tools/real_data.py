@@ -124,7 +124,7 @@ def prepare(out, model, given, seed=0):
              "files": [sha256(Path(file).read_bytes()).hexdigest() for file in given]}
     if (out / "report.json").exists():
         if read_json(out / "report.json")["asked"] != asked:
-            raise ValueError(f"{out} was made from other files, with another model or other numbers: remove it")
+            raise ValueError(f"{out} was made from other files, another model or numbers; use another folder")
         return print(f"{out} is there")
     out.mkdir(parents=True, exist_ok=True)
     prompt = PROMPT.read_text(encoding="utf-8")
