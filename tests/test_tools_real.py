@@ -193,6 +193,8 @@ def test_an_estimate_weighs_categories_and_not_entries():
     ([("f", {"b": 1})], [("f", {"a": 1})], "an argument left out"),
     ([("f", {"a": 2})], [("f", {"a": 1})], "another value"),
     ([("g", {"b": 1}), ("f", {"a": 2})], [("f", {"a": 1}), ("g", {"b": 1})], "another value"),
+    ([("f", {"a": 2, "b": 3}), ("f", {"a": 9})], [("f", {"a": 1}), ("f", {"a": 2, "b": 3})], "another value"),
+    ([("f", {"a": 1}), ("f", {"a": 1})], [("f", {"a": 1}), ("f", {"a": 1, "b": 3})], "an argument left out"),
     ('<think></think><tool_call>[{"name": "f"}]</tool_call>', [("f", {})], "the format"),
 ])
 def test_a_mistake_is_named_by_format_then_number_of_calls_then_tools_then_arguments(reply, answer, kind):

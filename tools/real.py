@@ -8,6 +8,7 @@ In:  a model folder, examples, BFCL's data. Out: a folder of runs, resumed when 
 
 import argparse
 import itertools
+import json
 import math
 import sys
 from collections import Counter
@@ -42,8 +43,8 @@ NONLIVE_AST = {"simple": 1 / 12, "java": 1 / 12, "javascript": 1 / 12, "multiple
 
 def measure(plan, i):
     """Seconds here of a step of imitation ("sft"), of one of GRPO and of a greedy reply, from short runs. The
-    base does not end its replies, so they are cut at 96 tokens: 64 of these take as long as 64 of 65 tokens
-    on average, the longest 130. They earn nothing, so a KL penalty makes an update of them."""
+    base does not end its replies, so they are cut at 96 tokens, which takes as long as replies of GRPO, of 65
+    tokens on average and at most 130. They earn nothing, so a KL penalty makes an update of them."""
     short = ["--train.steps=2", "--rollout.refill=0", "--grpo.kl_coef=1e-3", "--eval.examples=16",
              "--rollout.max_new_tokens=96", "--eval.max_new_tokens=64"]
     sft, grpo = (pace_of(config_of(plan, f"real_{stage}", f"pace-{i}-{stage}", plan["model"], *short))
@@ -53,8 +54,7 @@ def measure(plan, i):
 
 
 def plan_steps(plan, hours):
-    """Add steps and minutes of the jobs to a plan with "pace", and print them. ValueError if the least number
-    of steps takes more than `hours` of two cores."""
+    """Add steps and minutes of the jobs to a plan with "pace". ValueError if the least take over `hours`."""
     pace = plan["pace"]
     plan["every"] = {stage: max(1, round(60 * CHECKPOINT_MINUTES / pace[stage])) for stage in ("sft", "grpo")}
     imitation = max(1, round(60 * IMITATION_MINUTES / pace["sft"]))
@@ -103,8 +103,7 @@ def config_of(plan, preset, name, model, *settings):
 
 
 def processor_s(runs, name, of=sum):
-    """Processor seconds of the steps of a run, or of the median step: the clock's seconds, times the share of
-    them in which its processes had a core."""
+    """Processor seconds of the steps, or of the median step: clock seconds, times the share with a core."""
     sittings = [sitting["spent"] for sitting in read_json(runs / "sittings.json").values()]
     if not (spent := [sitting[name] for sitting in sittings if name in sitting]):
         raise ValueError(f"{runs / 'sittings.json'}: no time of {name}; restore the file")
@@ -123,8 +122,7 @@ def best_rate(runs):
 
 
 def train_job(plan, name):
-    """A run of train.py. The steps of a control follow from the processor time of its GRPO and the median
-    step of imitation: other programs slow some steps."""
+    """A run of train.py. A control gets the processor time of its GRPO, at imitation's median step."""
     runs, (kind, _, which), steps = Path(plan["runs"]), name.partition("-"), plan["steps"]
     stage = "grpo" if kind in ("trial", "grpo") else "sft"
     if kind == "control":
@@ -193,15 +191,17 @@ def mistake(reply):
     """The kind of a wrong reply: its format, the number of its calls, their tools, their arguments."""
     if not reply["format_ok"]:
         return "the format"
-    calls, answer = (sorted(each, key=lambda call: call["name"])  # their order does not matter
+    calls, answer = ([json.dumps([call["name"], call["arguments"]], sort_keys=True) for call in each]
                      for each in (parse_reply(reply["reply"])[0], reply["answer"]))
     if len(calls) != len(answer):
         return ("a call where no tool fits" if not answer else "no call" if not calls else
                 "too few calls" if len(calls) < len(answer) else "too many calls")
-    left, more = ([a["arguments"].keys() - b["arguments"].keys() for a, b in zip(*each, strict=True)]
-                  for each in ((answer, calls), (calls, answer)))
-    return ("another tool" if not reply["names_ok"] else "an argument left out" if any(left) else
-            "an argument too many" if any(more) else "another value")
+    rest = (map(json.loads, sorted((Counter(a) - Counter(b)).elements()))  # less the equal calls, by tool
+            for a, b in ((calls, answer), (answer, calls)))
+    pairs = [(set(given), set(asked)) for (_, given), (_, asked) in zip(*rest, strict=True)]
+    return ("another tool" if not reply["names_ok"] else
+            "an argument left out" if any(asked - given for given, asked in pairs) else
+            "an argument too many" if any(given - asked for given, asked in pairs) else "another value")
 
 
 def table(scores, labels):
