@@ -58,16 +58,15 @@ def has_spread(rewards_PG):
     return (rewards_PG != rewards_PG[:, :1]).any(1) & rewards_PG.isfinite().all(1)
 
 
-def choose_groups(rewards_PG, wanted, is_last):
+def choose_groups(rewards_PG, wanted, may_draw):
     """Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): the groups that a step trains on, as ascending
     indices into the P >= wanted groups drawn for it so far; None if further ones must be drawn first.
 
-    They are the first `wanted` groups with spread. is_last: no more may be drawn; the first groups without
-    spread then take the places left, so that every step has as many groups. Equal rewards give equal groups.
-    """
+    They are the first `wanted` groups with spread. If these are too few and no more may be drawn, the first
+    groups without spread take the places left. Equal rewards give equal groups."""
     spread_P = has_spread(rewards_PG).tolist()
     assert len(spread_P) >= wanted, "fewer groups than a step has"
-    if sum(spread_P) < wanted and not is_last:
+    if sum(spread_P) < wanted and may_draw:
         return None
     # The sort is stable: groups with spread come first, both kinds in the order in which they were drawn.
     return sorted(sorted(range(len(spread_P)), key=lambda p: not spread_P[p])[:wanted])
@@ -175,16 +174,16 @@ class MicroBatch:
         return cls(pack([], []).to(device), none_L, none_L, rollout_L=torch.zeros(0, dtype=torch.int64))
 
 
-def make_micro_batches(rollouts_N, adv_PG, live_P, micro_batch_tokens, device, average="token"):
-    """The micro-batches of the groups `live_P` (indices into P), in order, on `device`.
+def make_micro_batches(rollouts_N, adv_PG, trained_P, micro_batch_tokens, device, average="token"):
+    """The micro-batches of the groups `trained_P` (indices into P), in order, on `device`.
     rollouts_N: prompt-major, each with prompt_ids, ids and logp (of the sampler); micro_batch_tokens: the
     most tokens of a pack; average: as in `token_weights`. ValueError as in `pack_micro_batches`."""
     P, G = adv_PG.shape
-    groups_P = [rollouts_N[p * G:(p + 1) * G] for p in live_P]
+    groups_P = [rollouts_N[p * G:(p + 1) * G] for p in trained_P]
     packs = pack_micro_batches([group[0].prompt_ids for group in groups_P],
                                [[rollout.ids for rollout in group] for group in groups_P], micro_batch_tokens)
-    adv_N = adv_PG[live_P].flatten()
-    index_N = torch.arange(P * G).view(P, G)[live_P].flatten()
+    adv_N = adv_PG[trained_P].flatten()
+    index_N = torch.arange(P * G).view(P, G)[trained_P].flatten()
     sampled = [logp for group in groups_P for rollout in group for logp in rollout.logp]
     weight_L, _ = token_weights([rollout.ids for group in groups_P for rollout in group], average)
     sizes = [len(part.targets_L) for part in packs]
@@ -290,7 +289,7 @@ def grpo_loss(logp_L, old_logp_L, ref_logp_L, adv_L, *, clip_low, clip_high, kl_
     kl_L = torch.zeros_like(logp_L)
     if ref_logp_L is not None:
         d_L = (ref_logp_L.detach() - logp_L).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-        # eq. 3: k3; expm1 keeps the digits that exp(d) - 1 loses near zero
+        # eq. 3: k3; a loss of k1, -d, would not pull to the reference. expm1: exact digits near zero
         kl_L = torch.expm1(d_L) - d_L
     if kl_coef:
         loss_L = loss_L + kl_coef * kl_L

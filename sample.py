@@ -32,7 +32,7 @@ from runtime.kernel import choose_kernel
 
 GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit number: 2^64 / golden ratio
 PREFILL_TOKENS = 2**14  # prompt tokens computed at once, which bounds the memory of MLP activations
-REFILL_SHARE = 1 / 8  # of the slots must be free before waiting rows start, so that prompts share a pass
+FREE_SHARE = 1 / 8  # of the slots must be free before waiting rows start, so that prompts share a pass
 STEPS = {"cpu": 1, "cuda": 8}  # steps before the host reads the drawn tokens, for which a GPU has to wait
 MARGIN_GIB = 8  # GPU memory that keys and values leave to prefill, sampling and graphs
 
@@ -296,7 +296,7 @@ def decode_all(decoder, rows, max_new_tokens, stop_ids, bar, on_token, should_st
     cache, steps = decoder.cache, STEPS[decoder.token_B.device.type]
     waiting, running = deque(rows), []  # running: the row in each slot
     while (waiting or running) and not should_stop():
-        if waiting and len(running) <= cache.slots * (1 - REFILL_SHARE):
+        if waiting and len(running) <= cache.slots * (1 - FREE_SHARE):
             start_rows(decoder, waiting, running)
         while row := cache.reserve(running, steps):
             free_slot(cache, running, row)

@@ -4,6 +4,7 @@
         examples_P   the next batch of prompts                                        data.Batches
         rollouts_N   G replies to each, sampled from the policy                       sample.generate
         rewards_PG   1 where format and calls are right, else 0                       reward.judge
+        kept_P       rollout.refill: groups with differing rewards before others      grpo.choose_groups
         adv_PG       (reward - group mean) / group std                   (eq. 4)      grpo.group_advantages
         for every optimizer update, a mini-batch of the prompts:
             logp_L   log-probs of the reply tokens under the policy                   grpo.token_logprobs
@@ -109,8 +110,8 @@ def take_steps(c, run, signals):
         if c.stage == "grpo":
             with run.phase(f"rollout of step {step + 1}"):
                 examples_P, rollouts_N, verdicts_N, metrics = roll_out(
-                    s, functools.partial(prompt_seeds, c.seed, step), c.rollout.refill,
-                    c.train.updates_per_step, c.grpo.reward, signals.poll, sampling)
+                    s, functools.partial(prompt_seeds, c.seed, step), c.rollout.refill, c.grpo.reward,
+                    signals.poll, sampling)
             rewards_PG = torch.tensor([verdict.reward for verdict in verdicts_N]).view(-1, c.rollout.n)
             adv_PG, passes = grpo.group_advantages(rewards_PG, c.grpo.normalize), []
             with run.phase(f"update of step {step + 1}"):
@@ -234,12 +235,12 @@ def evaluate_heldout(s, max_new_tokens, scheme, poll, decoding):
     return gather_in_order(my_share(range(len(s.heldout))), replies)
 
 
-def roll_out(s, seeds_of, refill, updates, scheme, poll, sampling):
+def roll_out(s, seeds_of, refill, scheme, poll, sampling):
     """Draw a batch of prompts, and at most `refill` more until enough groups have spread; sample replies and
     judge them. Returns (examples_P, rollouts_N, verdicts_N) to train on, and metrics of all that were drawn.
-    seeds_of(first, count): seeds of prompts of the step. A rank samples the share that it would train on."""
-    P, n, examples_P, rollouts_N, verdicts_N, kept_P = s.batches.size, sampling["n"], [], [], [], None
-    mine_P = [p for part in mini_batches(P, updates) for p in my_share(part)]
+    seeds_of(first, count): seeds of prompts of the step. A rank samples its share of each batch."""
+    P, n, mine_P = s.batches.size, sampling["n"], [*my_share(range(s.batches.size))]
+    examples_P, rollouts_N, verdicts_N, kept_P = [], [], [], None  # of all batches drawn so far
     with sharding.unsharded(s.policy) as policy, s.autocast:  # once, also for several batches
         while kept_P is None:
             batch_P, seeds_P = next(s.batches), seeds_of(len(examples_P), P)
@@ -253,7 +254,7 @@ def roll_out(s, seeds_of, refill, updates, scheme, poll, sampling):
             rollouts_N += gather_in_order(mine_P, rollouts)
             verdicts_N += gather_in_order(mine_P, verdicts)
             rewards_PG = torch.tensor([verdict.reward for verdict in verdicts_N]).view(-1, n)
-            kept_P = grpo.choose_groups(rewards_PG, P, is_last=len(examples_P) > refill * P)
+            kept_P = grpo.choose_groups(rewards_PG, P, may_draw=len(examples_P) <= refill * P)
     metrics = rollout_metrics(rollouts_N, verdicts_N, rewards_PG)
     kept_N = [p * n + i for p in kept_P for i in range(n)]
     rollouts_N, verdicts_N = [rollouts_N[i] for i in kept_N], [verdicts_N[i] for i in kept_N]
@@ -283,8 +284,8 @@ def grpo_updates(policy, reference, optimizer, rollouts_N, adv_PG, *, temperatur
     (P, G), device = adv_PG.shape, policy.embed_tokens.weight.device
     batches_U, denominator_U = [], []  # the micro-batches of each update, the denominator of its loss
     for prompts in mini_batches(P, updates):
-        live_P = [p for p in my_share(prompts) if kl_coef or adv_PG[p].any()]  # others have no gradient
-        batches_U.append(grpo.make_micro_batches(rollouts_N, adv_PG, live_P, micro_batch_tokens, device,
+        trained_P = [p for p in my_share(prompts) if kl_coef or adv_PG[p].any()]  # others have no gradient
+        batches_U.append(grpo.make_micro_batches(rollouts_N, adv_PG, trained_P, micro_batch_tokens, device,
                                                  average))
         replies = [rollouts_N[i].ids for i in range(prompts.start * G, prompts.stop * G)]
         denominator_U.append(grpo.token_weights(replies, average, limit)[1])

@@ -26,7 +26,7 @@ from reward import CHAT_FORMATS, SCHEMES
 class ModelSettings:
     path: str = ""  # Hugging Face folder or hub name: the policy at step 0 and the KL reference
     init: str = "trained"  # weights: trained | random, of the shape in config.json: to measure speed
-    precision: str = "auto"  # of matrix products: bf16 (autocast) | fp32 | auto: bf16 if the device has it
+    precision: str = "auto"  # of matrix products: bf16 | fp32 | auto: see runtime.sharding.choose_device
     lora_rank: int | None = None  # LoRA: only adapters of this rank beside all linear layers are trained
     lora_alpha: float = 16.0  # the adapters' product counts alpha / rank (LLaMA-Factory: twice the rank)
     kernel: str = "auto"  # reference: plain PyTorch | fast: the twins in fast/ | auto: fast where it can run
@@ -51,7 +51,7 @@ class RolloutSettings:
     max_new_tokens: int = 8192  # tokens a reply, stop token included (paper)
     batch_size: int = 256  # replies decoded at once
     kv_memory_gib: float | None = None  # of the KV cache; null: the free memory of a GPU, no limit on a CPU
-    refill: int = 0  # further batches a step may draw until all its groups have spread (arXiv 2503.14476)
+    refill: int = 0  # further batches that a step may draw to find groups with spread (arXiv 2503.14476)
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ def sharder(device, bf16, trained, on_cpu, adapt=None):
         fully_shard(model, reshard_after_forward=not trained, **options)
         # Not for a single rank: divided by 1.0, each gradient would be copied once more.
         for module in (*model.layers, model) if dist.get_world_size() > 1 else ():
-            # Sums over ranks, not means: a loss is already divided by the tokens of all ranks.
+            # Sums over ranks, not means: a loss is already divided by the denominator of all ranks.
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
 

@@ -255,24 +255,24 @@ def rewards_of(kinds):
                          for kind in kinds])
 
 
-@pytest.mark.parametrize("kinds, wanted, is_last, expected", [
-    ("+++", 3, False, [0, 1, 2]),
-    ("0+1", 3, False, None),
-    ("0+1", 3, True, [0, 1, 2]),             # no further batch: the step is as it was drawn
-    ("0+1" "+0+", 3, False, [1, 3, 5]),
-    ("0+1" "+++", 3, False, [1, 3, 4]),      # the first ones; the last is not needed
-    ("0+1" "10+", 3, False, None),
-    ("0+1" "10+", 3, True, [0, 1, 5]),       # the first group without spread has the place left, in its order
-    ("1?0" "0+1", 3, True, [0, 1, 4]),       # rewards that are not finite are no spread
-    ("???" "000", 3, True, [0, 1, 2]),
+@pytest.mark.parametrize("kinds, wanted, may_draw, expected", [
+    ("+++", 3, True, [0, 1, 2]),
+    ("0+1", 3, True, None),
+    ("0+1", 3, False, [0, 1, 2]),             # no further batch: the step is as it was drawn
+    ("0+1" "+0+", 3, True, [1, 3, 5]),
+    ("0+1" "+++", 3, True, [1, 3, 4]),      # the first ones; the last is not needed
+    ("0+1" "10+", 3, True, None),
+    ("0+1" "10+", 3, False, [0, 1, 5]),       # the first group without spread has the place left, in order
+    ("1?0" "0+1", 3, False, [0, 1, 4]),       # rewards that are not finite are no spread
+    ("???" "000", 3, False, [0, 1, 2]),
 ])
-def test_a_step_takes_the_first_groups_with_spread_in_the_order_of_the_data(kinds, wanted, is_last, expected):
-    assert choose_groups(rewards_of(kinds), wanted, is_last) == expected
+def test_a_step_takes_the_first_groups_with_spread_in_the_order_drawn(kinds, wanted, may_draw, expected):
+    assert choose_groups(rewards_of(kinds), wanted, may_draw) == expected
 
 
 def test_fewer_groups_than_a_step_has_are_refused():
     with pytest.raises(AssertionError, match="fewer groups"):
-        choose_groups(rewards_of("++"), 3, True)
+        choose_groups(rewards_of("++"), 3, False)
 
 
 def refilled_steps(batches, steps, most):
@@ -281,7 +281,7 @@ def refilled_steps(batches, steps, most):
         drawn, kept = [], None
         while kept is None:
             drawn += next(batches)
-            kept = choose_groups(rewards_of(drawn), batches.size, len(drawn) == most * batches.size)
+            kept = choose_groups(rewards_of(drawn), batches.size, len(drawn) < most * batches.size)
         yield [(drawn[p], p) for p in kept], batches.cursor
 
 
@@ -849,8 +849,8 @@ def test_no_loss_depends_on_the_ranks_and_groups_without_spread_count_in_the_den
     results = []
     # One rank with all groups, then two ranks that leave out the group without spread, in small packs.
     for shares, tokens in (([[0, 1, 2, 3]], 1000), ([[0], [2, 3]], 12)):
-        parts = [part for live_P in shares
-                 for part in make_micro_batches(rollouts_N, adv_PG, live_P, tokens, "cpu", average)]
+        parts = [part for trained_P in shares
+                 for part in make_micro_batches(rollouts_N, adv_PG, trained_P, tokens, "cpu", average)]
         losses = [grpo_loss(logprobs_of_pack(model, part.pack), logprobs_of_pack(old, part.pack), None,
                             part.adv_L, **settings, denominator=denominator, reply_L=part.pack.reply_L,
                             weight_L=part.weight_L)[0] for part in parts]
