@@ -241,7 +241,7 @@ def made_up(ours, theirs):
     """Results of the toy study in which rl and right have these verdicts in both seeds."""
     queries = [f"{split}/{'no_tool' if frame == 'h' else 'single'} {frame}" for split in study.HELDOUT
                for frame in "abcdefgh"]
-    run = {"minutes": 30.0, "steps": 4, "examples": 16, "spread": 50.5,
+    run = {"minutes": 30.0, "steps": 4, "examples": 16, "spread": 50.5, "clipped": None,
            "sampled": {"000001": [50, 40.0, 45], "000004": [90.0, 40.0, 60.0]}}
     return {"queries": queries, "base": "0" * 24, "spec": read_spec()["digest"], "hardware": ["a machine"],
             "git_revision": ["12345", "67890"],
@@ -264,11 +264,13 @@ def test_the_sentence_on_a_finding_follows_from_its_interval(toy, ours, theirs, 
 
 def test_a_page_has_paper_arms_parts_seeds_and_what_only_raised_the_format(toy):
     found = made_up("2" * 8 + "1" * 8 + "0" * 8, "0" * 24)
-    found["runs"]["rl-1"] |= {"right": "2" * 24, "spread": 60.5}
+    found["runs"]["rl-0"]["clipped"] = 0.5
+    found["runs"]["rl-1"] |= {"right": "2" * 24, "spread": 60.5, "clipped": 1.0}
     text = page(read_spec(), found)
     assert "| | paper | values | paraphrases | tools | no tool | single | all | all, by calls | less" in text
     assert "6 runs, 3.0 hours of one thread; a machine; code 12345, 67890. " in text
-    assert "| RL | 33.3, 100.0 | 16 | 56 | 30.0 |" in text
+    assert "| RL | 33.3, 100.0 | 16 | 56 | 0.8 | 30.0 |" in text
+    assert "| SFT | 0.0, 0.0 | 16 | 50 |  | 30.0 |" in text
     found["runs"]["rl-1"]["right"] = found["runs"]["rl-0"]["right"]
     assert "| RL | 83.24 | 100.0 ± 0.0 | 0.0 ± 0.0 | 0.0 ± 0.0 | 33.3 ± 0.0 | 33.3 ± 0.0 | 33.3 ± 0.0 | " \
            "66.7 ± 0.0 |  |" in page(read_spec(), found)

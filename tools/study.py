@@ -139,10 +139,10 @@ def verdict(line):
 
 def collect(spec, runs):
     """What the page is computed from. Of each run: the verdicts on the held-out queries, a digit each; the
-    examples drawn, the minutes, the percentage of groups with spread; of the replies sampled at the steps
-    that kept them, the percentages in the right format, right, and with right calls."""
-    found = {"spec": digest((runs / "data/study.yaml").read_text(encoding="utf-8")), "hardware": [],
-             "git_revision": [], "queries": None, "base": None, "runs": {}}
+    examples drawn, the minutes, the percentages of groups with spread and of clipped tokens; of the replies
+    sampled at the steps that kept them, the percentages in the right format, right, and with right calls."""
+    found = {"spec": digest((runs / "data/study.yaml").read_text(encoding="utf-8")), "queries": None,
+             "base": None, "runs": {}}
     for name, (arm, _) in spec["runs"].items():
         run, rows, it = runs / name, rows_of(runs / name), spec["arms"][arm]
         first, *_, last = read_evaluations(run)
@@ -152,7 +152,8 @@ def collect(spec, runs):
         found["queries"] = queries
         if "from" not in it:
             found["base"] = "".join(map(verdict, first["replies"]))
-        sampled, spread = {}, [row["reward/live"] for row in rows if "reward/live" in row]
+        sampled, shares = {}, {"spread": [row["reward/live"] for row in rows if "reward/live" in row]}
+        shares["clipped"] = [r["ratio/clip_low"] + r["ratio/clip_high"] for r in rows if "ratio/mean" in r]
         for file in sorted(run.glob("rollouts/step_*.jsonl")):
             verdicts = [score(line["reply"], line["answer"])  # there is no reply in those of a skipped update
                         for line in map(json.loads, file.open()) if "reply" in line]
@@ -162,11 +163,10 @@ def collect(spec, runs):
         found["runs"][name] = {
             "right": "".join(map(verdict, last["replies"])), "steps": last["step"],
             "examples": round(rows[-1]["epoch"] * spec["examples"] * it["steps"] / spec["steps"]),
-            "minutes": round(minutes(run)[1], 2),
-            "spread": round(100 * mean(spread), 1) if spread else None, "sampled": sampled}
-        for key in ("hardware", "git_revision"):
-            if (text := (run / f"{key}.txt").read_text().strip()) not in found[key]:
-                found[key].append(text)
+            "minutes": round(minutes(run)[1], 2), "sampled": sampled,
+            **{key: round(100 * mean(each), 1) if each else None for key, each in shares.items()}}
+    for key in ("hardware", "git_revision"):
+        found[key] = sorted({(runs / name / f"{key}.txt").read_text().strip() for name in spec["runs"]})
     return found
 
 
@@ -194,7 +194,7 @@ def only_format_rose(sampled):
 
 def table_lines(spec, found, table):
     """A table, what its runs were, its findings, the smallest difference that it could show, and replies."""
-    says = {arm: spec["arms"][arm]["says"] for arm in spec["arms"]}
+    says, halves = {arm: it["says"] for arm, it in spec["arms"].items()}, []
     runs = {arm: [found["runs"][f"{arm}-{seed}"] for seed in range(table["seeds"])] for arm in table["arms"]}
     marks = {arm: [run["right"] for run in each] for arm, each in runs.items()}
     parts = [*HELDOUT, *sorted({query.split()[0].split("/")[1] for query in found["queries"]}), "all"]
@@ -208,14 +208,15 @@ def table_lines(spec, found, table):
         short = [str(run["steps"]) for run in runs.get(arm, ()) if run["steps"] < spec["arms"][arm]["steps"]]
         note = f" (stopped at step {', '.join(short)})" if short else ""
         yield f"| {says.get(arm, arm)}{note} | {table['paper'].get(arm, '')} | {' | '.join(cells)} |"
-    yield "\n| last stage | all, by seed | drawn | groups with spread, % | minutes |\n|---|---|---|---|---|"
+    yield ("\n| last stage | all, by seed | drawn | groups with spread, % | clipped tokens, % | minutes |\n"
+           f"{'|---' * 6}|")
     for arm, each in runs.items():
         drawn, spent = (mean(run[key] for run in each) for key in ("examples", "minutes"))
-        spread = "" if each[0]["spread"] is None else f"{mean(run['spread'] for run in each):.0f}"
+        spread, clipped = ("" if None in (had := [run[key] for run in each]) else f"{mean(had):.{digits}f}"
+                           for key, digits in (("spread", 0), ("clipped", 1)))
         seeds = ", ".join(f"{percent(found, run['right'], 'all'):.1f}" for run in each)
-        yield f"| {says[arm]} | {seeds} | {drawn:.0f} | {spread} | {spent:.1f} |"
+        yield f"| {says[arm]} | {seeds} | {drawn:.0f} | {spread} | {clipped} | {spent:.1f} |"
     yield ""
-    halves = []
     for arm, other, claim in table["findings"]:
         both = [difference(found, marks[arm], marks[other], least) for least in (RIGHT, CALLS_RIGHT)]
         halves += [half for _, half in both]
@@ -251,9 +252,8 @@ def page(spec, found):
     else:
         lines.append("**It has not been run yet.** These are the comparisons that it will make.")
     for table in spec["tables"].values():
-        seeds = f"{table['seeds']} seed{'s' * (table['seeds'] > 1)}"
-        lines += ["", f"## {table['title']}", "", f"{seeds}, {spec['heldout']} held-out "
-                  "queries, percent right; paper: average on BFCL.", ""]
+        lines += ["", f"## {table['title']}", "", f"{table['seeds']} seed{'s' * (table['seeds'] > 1)}, "
+                  f"{spec['heldout']} held-out queries, percent right; paper: average on BFCL.", ""]
         lines += table_lines(spec, found, table) if found else [
             f"- {claim}" for _, _, claim in table["findings"]]
         lines += ["", *(f"- {note}" for note in table.get("notes", ()))]
@@ -273,7 +273,7 @@ def main(argv=None):
     if not args.runs:
         return write_text(PAGE, page(spec, read_json(RESULTS) if RESULTS.exists() else {}))
     try:
-        runs = args.runs / "quick" if args.quick else args.runs
+        runs = (args.runs / "quick" if args.quick else args.runs).resolve()  # train.py refuses another path
         if not (runs / "data/heldout.jsonl").exists():
             write_data(spec, runs / "data")
         if status := work(runs, pace_jobs(runs, 2, lambda i: measure(spec, runs, i))) or (
