@@ -13,7 +13,7 @@ from data import Chat, read_jsonl
 from grpo import group_advantages, grpo_loss, pack
 from reward import score
 from tools import demo as demo_tool
-from tools import figures
+from tools import figures, real
 from tools.ask import read_tools
 from tools.synthetic import synthetic
 
@@ -133,6 +133,38 @@ def test_console_output_of_the_demo_ends_with_the_measured_numbers_of_seed_0(dem
     assert shown == [(name, f"{row['base']:.1f}", f"{row['grpo'][0]:.1f}") for name, row in demo.items()]
     lines = re.search(r"```\n(.*?)```", section_of(README, "make demo"), re.S)[1].splitlines()
     assert set(lines) <= set(output.splitlines())
+
+
+@pytest.fixture(scope="module")
+def real_results():
+    return json.loads(text_of(RESULTS / "real.json"))
+
+
+def test_tables_of_the_real_run_are_those_of_its_results(real_results):
+    scores = real_results["scores"]
+    others = [label for label in scores["imitation"] if label not in real.SCORES]
+    tables = [line for labels in (real.SCORES, [x for x in others if x.startswith("BFCL")],
+                                  [x for x in others if not x.startswith("BFCL")])
+              for line in real.table(scores, labels)[:-1]]
+    wrong, names = real_results["mistakes"], [name for name in real_results["mistakes"] if name[:4] != "base"]
+    kinds = sorted(wrong["imitation"], key=wrong["imitation"].get, reverse=True)
+    kinds += sorted({kind for name in names for kind in wrong[name]} - {*kinds})
+    tables += [f"| kind of mistake | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|",
+               *(f"| {kind} | {' | '.join(str(wrong[name].get(kind, 0)) for name in names)} |" for kind in kinds)]
+    assert table_of(section_of(ROOT / "docs/real.md", "Results")) == tables
+    shown = [row for row in scores if not row.startswith("base") and row[-2:] not in ("-1", "-2")]
+    assert table_of(section_of(README, "make real")) == real.table({row: scores[row] for row in shown},
+                                                                   real.SCORES)[:-1]
+
+
+def test_bars_and_hours_of_the_real_run_are_those_of_its_results(real_results):
+    page = " ".join(section_of(ROOT / "docs/real.md", "Results").split())
+    for row, label, bar in real.BARS:
+        gain, half = real_results["scores"][f"grpo, mean, less {row}"][label]
+        assert (f"{row}, {label}: {gain:+.1f} ± {half:.1f}, asked for {bar or 'more than 0'}, "
+                f"{'reached' if gain > 0 and gain >= bar else 'missed'}") in page
+    for name, hours in real_results["processor_hours"].items():
+        assert f"{name} {hours:.2f}" in page
 
 
 @pytest.mark.parametrize(("benchmark", "peer", "ours"), [
