@@ -93,8 +93,8 @@ def draw(title, control, labels, steps, curves, ends):
     for percent in range(LOWEST, 101, 20):
         y = y_of(percent)
         lines += [line(LEFT, RIGHT, y, "grid"), text(LEFT - 8, y + 4, percent, "end")]
-    every = -(-len(steps) // 7)  # at most seven labels
-    lines += [text(x, BOTTOM + 20, step, "middle") for step, x in [*zip(steps, xs, strict=True)][::every]]
+    ticks = [*zip(steps, xs, strict=True)][::-(-len(steps) // 7)]  # at most seven, the last two not too close
+    lines += [text(x, BOTTOM + 20, step, "middle") for step, x in ticks if not 0 < xs[-1] - x < 2 * LABEL_GAP]
     lines.append(text((LEFT + RIGHT) / 2, BOTTOM + 38, "step", "middle"))
     heights, words = {}, {}
     for name, label in labels.items():
