@@ -150,7 +150,8 @@ def test_tables_of_the_real_run_are_those_of_its_results(real_results):
     kinds = sorted(wrong["imitation"], key=wrong["imitation"].get, reverse=True)
     kinds += sorted({kind for name in names for kind in wrong[name]} - {*kinds})
     tables += [f"| kind of mistake | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|",
-               *(f"| {kind} | {' | '.join(str(wrong[name].get(kind, 0)) for name in names)} |" for kind in kinds)]
+               *(f"| {kind} | {' | '.join(str(wrong[name].get(kind, 0)) for name in names)} |"
+                 for kind in kinds)]
     assert table_of(section_of(ROOT / "docs/real.md", "Results")) == tables
     shown = [row for row in scores if not row.startswith("base") and row[-2:] not in ("-1", "-2")]
     assert table_of(section_of(README, "make real")) == real.table({row: scores[row] for row in shown},
