@@ -228,6 +228,8 @@ def test_the_figure_of_the_real_run_shows_both_seeds_and_the_end_of_the_controls
 
 
 def test_labels_of_the_figure_keep_their_distance():
+    axis = figures.draw("", "", {}, [0, 50, 100, 102], {}, {}).partition('class="middle">')[2]
+    assert [int(step) for step in re.findall(r'"middle">(\d+)<', 'class="middle">' + axis)] == [0, 50, 102]
     placed = sorted(figures.apart({"a": 100.0, "b": 101.0, "c": 90.0, "d": 300.0}).values())
     assert placed == [90.0, 105.0, 120.0, 300.0]
 

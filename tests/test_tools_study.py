@@ -249,6 +249,16 @@ def made_up(ours, theirs):
                      for arm, marks in (("rl", ours), ("right", theirs), ("then", theirs))}}
 
 
+def test_the_folder_of_the_runs_is_absolute_whatever_its_spelling(toy, monkeypatch):
+    used = []
+    monkeypatch.setattr(study, "work", lambda runs, jobs: used.append(runs) or 1)
+    monkeypatch.chdir(toy)
+    for spelling in ("runs", "./sub/../runs", str(toy / "runs")):
+        with pytest.raises(SystemExit):
+            study.main([spelling])
+    assert used == [toy / "runs"] * 3
+
+
 @pytest.mark.parametrize(("ours", "theirs", "said"), [
     ("2" * 24, "0" * 24, "**seen**, +100.0 ± 0.0 points (values +100.0, paraphrases +100.0, "),
     ("0" * 24, "1" * 23 + "2", "**no difference seen**, -4.2 ± "),

@@ -54,7 +54,7 @@ def measure(plan, i):
 
 
 def plan_steps(plan, hours):
-    """Add steps and minutes of the jobs to a plan with "pace". ValueError if the least take over `hours`."""
+    """Add steps and minutes of the jobs to a plan with "pace". ValueError if the fewest exceed `hours`."""
     pace = plan["pace"]
     plan["every"] = {stage: max(1, round(60 * CHECKPOINT_MINUTES / pace[stage])) for stage in ("sft", "grpo")}
     imitation = max(1, round(60 * IMITATION_MINUTES / pace["sft"]))
@@ -103,7 +103,7 @@ def config_of(plan, preset, name, model, *settings):
 
 
 def processor_s(runs, name, of=sum):
-    """Processor seconds of the steps, or of the median step: clock seconds, times the share with a core."""
+    """Processor seconds of a run's steps, or of the median step: clock seconds × processor / clock time."""
     sittings = [sitting["spent"] for sitting in read_json(runs / "sittings.json").values()]
     if not (spent := [sitting[name] for sitting in sittings if name in sitting]):
         raise ValueError(f"{runs / 'sittings.json'}: no time of {name}; restore the file")
@@ -122,7 +122,7 @@ def best_rate(runs):
 
 
 def train_job(plan, name):
-    """A run of train.py. A control gets the processor time of its GRPO, at imitation's median step."""
+    """A run of train.py. Steps of a control: processor time of its GRPO / imitation's median step."""
     runs, (kind, _, which), steps = Path(plan["runs"]), name.partition("-"), plan["steps"]
     stage = "grpo" if kind in ("trial", "grpo") else "sft"
     if kind == "control":
