@@ -689,12 +689,23 @@ def test_a_refilled_run_resumes_where_it_was_in_the_data(files, refilled, tmp_pa
                                    load_hf(refilled / "checkpoints/step_000005"))
 
 
-def test_two_ranks_refill_with_the_same_prompts_as_one(files, refilled, tmp_path):
+def test_two_ranks_refill_with_the_same_prompts_as_one_and_sample_half_of_every_batch(
+        files, refilled, tmp_path):
     def action(rank):
+        generate = train.generate
+
+        def noted(policy, prompts_P, **settings):
+            with open(tmp_path / f"sampled{rank}", "a") as file:
+                print(len(prompts_P), file=file)
+            return generate(policy, prompts_P, **settings)
+
+        train.generate = noted
         train.main(short_run.arguments(files, tmp_path / "run", *REFILL))
 
     statuses, texts = short_run.in_ranks(2, action, tmp_path / "log")
     assert statuses == [0, 0], texts
+    batches = max(cursors(refilled).values()) // 2
+    assert [(tmp_path / f"sampled{rank}").read_text() for rank in (0, 1)] == ["1\n" * batches] * 2
     assert cursors(tmp_path / "run") == cursors(refilled)
     ours, alone = (load_hf(out / "checkpoints/step_000005").state_dict()
                    for out in (tmp_path / "run", refilled))
