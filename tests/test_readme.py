@@ -168,6 +168,20 @@ def test_bars_and_hours_of_the_real_run_are_those_of_its_results(real_results):
         assert f"{name} {hours:.2f}" in page
 
 
+def test_results_of_the_study_in_the_readme_are_those_of_its_page():
+    """The page is computed from tools/results/study.json (tests/test_tools_study.py)."""
+    page, section = text_of(ROOT / "docs/study.md"), section_of(README, "make study")
+    tables = [line.split(" | ") for line in page.split("\n") if line.startswith("| ")]
+    heads = [row for row in tables if "all" in row]
+    shown = [line.strip("| ").split(" | ") for line in table_of(section)[2:]]
+    assert len(shown) >= 4 and len({head.index("all") for head in heads}) == 1
+    for arm, paper, here in shown:
+        row, = [row for row in tables if row[:2] == [f"| {arm}", paper]]
+        assert here == row[heads[0].index("all")], arm
+    gains = re.findall(r"[+-]\d+\.\d ± \d+\.\d", section)
+    assert gains and all(f"**, {gain} points" in page for gain in gains)
+
+
 @pytest.mark.parametrize(("benchmark", "peer", "ours"), [
     ("decode", "transformers", "ours"), ("step", "TRL fp32", "ours"), ("step", "TRL bf16", "ours bf16"),
     ("prefix", "plain packed", "ours"), ("sampling", "multinomial", "ours"), ("sampling", "sort", "ours"),
@@ -294,8 +308,7 @@ def test_example_and_tools_that_the_readme_shows_are_read(tmp_path):
     text = text_of(README)
     (tmp_path / "mine.jsonl").write_text(text.split("```json\n")[1].split("```")[0])
     assert len(read_jsonl(tmp_path / "mine.jsonl")) == 1
-    (tmp_path / "tools.json").write_text(text.split("\necho '")[1].split("' > tools.json")[0])
-    tool, = read_tools(tmp_path / "tools.json")
+    tool, = read_tools(ROOT / re.search(r"--tools (assets/\S+)", text)[1])
     known = {tool["name"]: tool for example in synthetic(2000, 0, "train") for tool in example.tools}
     world = json.loads(text_of(ROOT / "assets" / "synthetic.json"))
     assert tool["description"] == known[tool["name"]]["description"]

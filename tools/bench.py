@@ -10,8 +10,7 @@ Seconds are wall-clock time on a GPU. On a CPU one thread computes, and seconds 
 that is not installed or that fails has a row that says so. The extra `peers` installs the peers of peers.py.
 
 Axes: P prompts, G rollouts a prompt, N = P·G, T packed tokens, L reply tokens, B sequences being decoded,
-D width, F width inside the MLP, H query heads, K key/value heads, E head size, V vocabulary rows,
-C a chunk of L.
+D width, F width of the MLP, H query heads, K key/value heads, E head size, V vocabulary rows, C chunk of L.
 """
 
 import argparse

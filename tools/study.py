@@ -192,9 +192,24 @@ def only_format_rose(sampled):
     return len(sampled) > 1 and mean(form) > over_seeds(form) and mean(right) + over_seeds(right) < 5
 
 
+def findings(found, table):
+    """A sentence on each comparison of a table, and the smallest difference that it could show."""
+    halves = []
+    for arm, other, claim in table["findings"]:
+        ours, theirs = ([found["runs"][f"{each}-{seed}"]["right"] for seed in range(table["seeds"])]
+                        for each in (arm, other))
+        both = [difference(found, ours, theirs, least) for least in (RIGHT, CALLS_RIGHT)]
+        halves += [half for _, half in both]
+        said, by_calls = ("**{}**, {:+.1f} ± {:.1f} points".format(
+            "seen" if d > half else "the opposite is seen" if d < -half else "no difference seen", d, half)
+            for d, half in both)
+        yield f"- {claim}: {said}{f'; by calls {by_calls}' * (by_calls != said)}."
+    yield f"\nThe smallest difference that could be seen is ±: {min(halves):.1f} to {max(halves):.1f} points."
+
+
 def table_lines(spec, found, table):
-    """A table, what its runs were, its findings, the smallest difference that it could show, and replies."""
-    says, halves = {arm: it["says"] for arm, it in spec["arms"].items()}, []
+    """A table, what its runs were, and what was sampled."""
+    says = {arm: it["says"] for arm, it in spec["arms"].items()}
     runs = {arm: [found["runs"][f"{arm}-{seed}"] for seed in range(table["seeds"])] for arm in table["arms"]}
     marks = {arm: [run["right"] for run in each] for arm, each in runs.items()}
     parts = [*HELDOUT, *sorted({query.split()[0].split("/")[1] for query in found["queries"]}), "all"]
@@ -216,18 +231,6 @@ def table_lines(spec, found, table):
                            for key, digits in (("spread", 0), ("clipped", 1)))
         seeds = ", ".join(f"{percent(found, run['right'], 'all'):.1f}" for run in each)
         yield f"| {says[arm]} | {seeds} | {drawn:.0f} | {spread} | {clipped} | {spent:.1f} |"
-    yield ""
-    for arm, other, claim in table["findings"]:
-        both = [difference(found, marks[arm], marks[other], least) for least in (RIGHT, CALLS_RIGHT)]
-        halves += [half for _, half in both]
-        seen, by_calls = ("**{}**, {:+.1f} ± {:.1f} points".format(
-            "seen" if d > half else "the opposite is seen" if d < -half else "no difference seen", d, half)
-            for d, half in both)
-        gains = {split: mean(percent(found, a, split) for a in marks[arm])
-                 - mean(percent(found, b, split) for b in marks[other]) for split in HELDOUT}
-        yield (f"- {claim}: {seen} ({', '.join(f'{split} {gain:+.1f}' for split, gain in gains.items())}); "
-               f"by calls {by_calls}.")
-    yield f"\nEach of these could show an observed difference of {max(halves):.1f} points or more."
     if "samples" in table:
         yield f"\n{table['samples']}\n"
     for arm in [arm for arm in runs if "samples" in table and runs[arm][0]["sampled"]]:
@@ -240,24 +243,22 @@ def table_lines(spec, found, table):
 
 
 def page(spec, found):
-    """docs/study.md as text. found: of `collect`, or {} where nothing has run."""
+    """docs/study.md as text. found: of `collect`."""
     lines = ["# The study", "", "<!-- written by tools/study.py, whose head has the formulas -->",
-             *(f"{paragraph}\n" for paragraph in spec["about"])]
-    if found:
-        hours = sum(run["minutes"] for run in found["runs"].values()) / 60
-        when = "fixed before" if found["spec"] == spec["digest"] else "**changed after**"
-        machines, code = map(", ".join, (found["hardware"], found["git_revision"]))
-        lines.append(f"{len(found['runs'])} runs, {hours:.1f} hours of one thread; {machines}; code {code}. "
-                     f"Arms, steps and seeds were {when} the first run.")
-    else:
-        lines.append("**It has not been run yet.** These are the comparisons that it will make.")
+             *(f"{paragraph}\n" for paragraph in spec["about"][:2])]
+    hours = sum(run["minutes"] for run in found["runs"].values()) / 60
+    when = "fixed before" if found["spec"] == spec["digest"] else "**changed after**"
+    machines, code = map(", ".join, (found["hardware"], found["git_revision"]))
+    lines += [f"{len(found['runs'])} runs, {hours:.1f} hours of one thread; {machines}; code {code}. "
+              f"Arms, steps and seeds were {when} the first run.", "", "## What is seen"]
+    for table in spec["tables"].values():
+        lines += ["", f"**{table['title']}**", "", *findings(found, table)]
     for table in spec["tables"].values():
         lines += ["", f"## {table['title']}", "", f"{table['seeds']} seed{'s' * (table['seeds'] > 1)}, "
-                  f"{spec['heldout']} held-out queries, percent right; paper: average on BFCL.", ""]
-        lines += table_lines(spec, found, table) if found else [
-            f"- {claim}" for _, _, claim in table["findings"]]
-        lines += ["", *(f"- {note}" for note in table.get("notes", ()))]
-    lines += ["", "## Commands", "", "`tools/study.py` writes RUNS/data before the first run.", "", "```"]
+                  f"{spec['heldout']} held-out queries, percent right; paper: average on BFCL.", "",
+                  *table_lines(spec, found, table), "", *(f"- {note}" for note in table.get("notes", ()))]
+    lines += ["", "## How it was made", "", *(f"{paragraph}\n" for paragraph in spec["about"][2:]),
+              "`tools/study.py` writes RUNS/data before the first run. The commands:", "", "```"]
     for arm in dict.fromkeys(arm for arm, _ in spec["runs"].values()):
         lines += [f"# {spec['arms'][arm]['says']}",
                   f"python train.py {' '.join(words(spec, arm, 'SEED', 'RUNS'))}"]
@@ -270,9 +271,9 @@ def main(argv=None):
     parser.add_argument("--quick", action="store_true", help="less, as `quick` in study.yaml says")
     args = parser.parse_args(argv)
     spec = read_spec(args.quick)
-    if not args.runs:
-        return write_text(PAGE, page(spec, read_json(RESULTS) if RESULTS.exists() else {}))
     try:
+        if not args.runs:
+            return write_text(PAGE, page(spec, read_json(RESULTS)))
         runs = (args.runs / "quick" if args.quick else args.runs).resolve()  # train.py refuses another path
         if not (runs / "data/heldout.jsonl").exists():
             write_data(spec, runs / "data")
@@ -287,7 +288,7 @@ def main(argv=None):
         for name, table in spec["tables"].items():
             folders = [str(runs / f"{arm}-{seed}") for arm in table["arms"] for seed in range(table["seeds"])]
             report.main([*folders, f"--out={runs / name}.html"])
-        print(text.partition("\n## Commands")[0])
+        print(text.partition("\n## How")[0])
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
