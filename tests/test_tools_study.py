@@ -8,6 +8,7 @@ import signal
 import time
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 
 import pytest
 import short_run
@@ -24,7 +25,7 @@ from tools.study import collect, difference, page, read_spec, words
 from tools.synthetic import synthetic_reasoning
 
 SPEC = read_spec()
-TOY = {"about": ["Text.", "What ± means.", "The history."], "steps": 4, "examples": 16, "heldout": 6,
+TOY = {"about": ["Text.", "In short.", "What ± means.", "The history."], "steps": 4, "examples": 16, "heldout": 6,
        "settings": {"train.threads": 1, "train.prompts_per_step": 4, "train.lr": 0.01, "rollout.n": 3,
                     "rollout.max_new_tokens": 9, "eval.max_new_tokens": 9, "checkpoint.every": 1,
                     "checkpoint.keep": 1, "log.rollouts_every": 2},
@@ -314,6 +315,25 @@ def test_the_page_says_when_arms_but_not_when_notes_were_changed_after_the_first
 
 def test_the_page_is_computed_from_the_results():
     assert study.PAGE.read_text(encoding="utf-8") == page(SPEC, read_json(study.RESULTS))
+
+
+def test_numbers_in_the_prose_of_the_page_are_those_of_the_results():
+    found, prose = read_json(study.RESULTS), " ".join(study.PAGE.read_text(encoding="utf-8").split())
+    seeds = {arm: [run["right"] for name, run in found["runs"].items() if name.rpartition("-")[0] == arm]
+             for arm in SPEC["arms"]}
+    alike = [arm for arm, it in SPEC["arms"].items() if it["stage"] == "grpo" and arm != "no_reasoning"
+             and not it["data"].startswith("single")]
+    assert len(alike) == 21
+    ends = [study.percent(found, marks, "all") for arm in alike for marks in seeds[arm]]
+    assert f"end at {math.floor(min(ends))} to {math.ceil(max(ends))} % in every seed" in prose
+    for part, said in (("no_tool", "no tool"), ("single", "single calls"), ("two_calls", "two calls")):
+        means = [mean(study.percent(found, marks, part) for marks in seeds[arm]) for arm in alike]
+        assert f"{said} {min(means):.0f} to {max(means):.0f} %" in prose
+    each = (f"{study.percent(found, marks, 'all'):.1f}" for marks in seeds["no_reasoning"])
+    assert f"the seeds part ({', '.join(each)} %)" in prose
+    early = {arm: mean(found["runs"][f"{arm}-{seed}"]["sampled"]["000006"][2] for seed in range(5))
+             for arm in ("format", "format_names", "binary")}
+    assert "(step 6: {:.0f} and {:.0f} %, binary {:.0f} %)".format(*early.values()) in prose
 
 
 def test_runs_on_other_queries_are_not_compared(toy):

@@ -245,7 +245,7 @@ def table_lines(spec, found, table):
 def page(spec, found):
     """docs/study.md as text. found: of `collect`."""
     lines = ["# The study", "", "<!-- written by tools/study.py, whose head has the formulas -->",
-             *(f"{paragraph}\n" for paragraph in spec["about"][:2])]
+             *(f"{paragraph}\n" for paragraph in spec["about"][:3])]
     hours = sum(run["minutes"] for run in found["runs"].values()) / 60
     when = "fixed before" if found["spec"] == spec["digest"] else "**changed after**"
     machines, code = map(", ".join, (found["hardware"], found["git_revision"]))
@@ -257,7 +257,7 @@ def page(spec, found):
         lines += ["", f"## {table['title']}", "", f"{table['seeds']} seed{'s' * (table['seeds'] > 1)}, "
                   f"{spec['heldout']} held-out queries, percent right; paper: average on BFCL.", "",
                   *table_lines(spec, found, table), "", *(f"- {note}" for note in table.get("notes", ()))]
-    lines += ["", "## How it was made", "", *(f"{paragraph}\n" for paragraph in spec["about"][2:]),
+    lines += ["", "## How it was made", "", *(f"{paragraph}\n" for paragraph in spec["about"][3:]),
               "`tools/study.py` writes RUNS/data before the first run. The commands:", "", "```"]
     for arm in dict.fromkeys(arm for arm, _ in spec["runs"].values()):
         lines += [f"# {spec['arms'][arm]['says']}",
