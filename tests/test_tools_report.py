@@ -257,6 +257,17 @@ def test_seeds_of_one_config_are_a_mean_with_a_band_and_another_config_is_a_line
     assert svg.count("class='band") == 1 and points_of(svg) == [STEPS, STEPS]
 
 
+def test_seeds_that_start_from_runs_of_their_seed_are_one_line(run, tmp_path):
+    def start_from(path, seed):
+        settings = {"data.train": "t", "data.heldout": "h", "seed": seed, "model.path": path}
+        return read(make_run(tmp_path / f"{len(list(tmp_path.iterdir()))}", settings=settings.items()))
+
+    path = "runs/{}-{}/checkpoints/step_000018"
+    a0, a12, b0 = (start_from(path.format(*of), of[1]) for of in (("a", 0), ("a", 12), ("b", 0)))
+    other = start_from(path.format("a", 0), 1)
+    assert report.groups_of([a0, b0, a12, other]) == [[a0, a12], [b0], [other]]
+
+
 def test_a_value_that_is_not_finite_is_a_gap(run, tmp_path):
     rows = [row_of(step, grad_norm=math.nan if step == 5 else 1.0) for step in range(1, STEPS + 1)]
     page = report.make_page([make_run(tmp_path / "run", rows=rows)])

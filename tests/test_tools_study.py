@@ -25,7 +25,7 @@ from tools.study import collect, difference, page, read_spec, words
 from tools.synthetic import synthetic_reasoning
 
 SPEC = read_spec()
-TOY = {"about": ["Text.", "In short.", "What ± means.", "The history."], "steps": 4, "examples": 16, "heldout": 6,
+TOY = {"about": ["Text.", "In short.", "What ± means.", "History."], "steps": 4, "examples": 16, "heldout": 6,
        "settings": {"train.threads": 1, "train.prompts_per_step": 4, "train.lr": 0.01, "rollout.n": 3,
                     "rollout.max_new_tokens": 9, "eval.max_new_tokens": 9, "checkpoint.every": 1,
                     "checkpoint.keep": 1, "log.rollouts_every": 2},
@@ -286,7 +286,7 @@ def test_a_page_has_paper_arms_parts_seeds_and_what_only_raised_the_format(toy):
            "66.7 ± 0.0 |  |" in page(read_spec(), found)
     assert "- RL: format 50, 90; right calls 45, 60; both 40, 40; **only the format rose**" in text
     parts = ["\nText.\n", "\n## What is seen\n", "\n- RL is above SFT: ", "\n## Recipes\n", "\n## Sampled\n",
-             "\n- What was different.\n", "\n## How it was made\n\nThe history.\n"]
+             "\n- What was different.\n", "\n## How it was made\n\nHistory.\n"]
     assert sorted(map(text.index, parts)) == list(map(text.index, parts))
     assert "python train.py configs/demo.yaml --out=RUNS/then-SEED --seed=SEED" in text
 

@@ -266,12 +266,12 @@ def summary(runs, meanings):
 
 # ---- curves
 def groups_of(runs):
-    """[[run…]…]: runs whose settings differ at most in UNCOMPARED, together."""
+    """[[run…]…]: runs whose settings differ at most in UNCOMPARED and the seed of first weights, together."""
     groups = {}
     for run in runs:
         settings = {key: setting(run, key) for key in {**DEFAULTS, **run.settings}}
         key = json.dumps(sorted((k, v) for k, v in settings.items() if k not in UNCOMPARED), default=str)
-        groups.setdefault(key, []).append(run)
+        groups.setdefault(key.replace(f"-{setting(run, 'seed')}/checkpoints/", "-/"), []).append(run)
     return list(groups.values())
 
 
