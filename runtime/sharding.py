@@ -32,8 +32,7 @@ def cpu_has_bf16():
 
 
 def usable_cores(cgroup="/sys/fs/cgroup"):
-    """CPU cores of this process's affinity, at most the whole ones in the quota of its container (cgroup
-    version 2 or 1)."""
+    """CPU cores of this process's affinity, at most the whole ones in its container's quota (cgroup 1, 2)."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     for names in ("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"):
         with contextlib.suppress(OSError, ValueError):  # there is no such file, or it says "max"
@@ -45,6 +44,7 @@ def usable_cores(cgroup="/sys/fs/cgroup"):
 def set_threads(threads=None):
     """Set the CPU threads of this process; returns a line that says so. None: OMP_NUM_THREADS, or else the
     usable cores, divided by the ranks of this node, at most what torch had chosen."""
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")  # the heap grows with these
     cores, is_given = usable_cores(), not threads and "OMP_NUM_THREADS" in os.environ
     if not is_given:
         share = max(1, cores // rank_variable("LOCAL_WORLD_SIZE", 1))

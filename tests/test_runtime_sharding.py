@@ -343,6 +343,15 @@ def test_hyperthreads_that_torch_left_out_get_no_thread(monkeypatch):
     assert chosen == [8]
 
 
+@pytest.mark.parametrize(("given", "used"), [(None, "16"), ("64", "64")])
+def test_onednn_keeps_few_primitives_unless_the_environment_says_how_many(given, used, monkeypatch):
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", given or "")
+    if given is None:
+        monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+    sharding.set_threads(torch.get_num_threads())
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == used
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU does")
 def test_without_a_gpu_and_other_ranks_a_model_is_plain():
     assert sharding.sharder("cpu", True, True, False) == ("cpu", torch.float32, None)
