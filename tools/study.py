@@ -204,7 +204,7 @@ def findings(found, table):
             "seen" if d > half else "the opposite is seen" if d < -half else "no difference seen", d, half)
             for d, half in both)
         yield f"- {claim}: {said}{f'; by calls {by_calls}' * (by_calls != said)}."
-    yield f"\nThe smallest difference that could be seen is ±: {min(halves):.1f} to {max(halves):.1f} points."
+    yield f"\nObserved differences above their ± ({min(halves):.1f} to {max(halves):.1f} points) are seen."
 
 
 def table_lines(spec, found, table):
