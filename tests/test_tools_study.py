@@ -330,7 +330,12 @@ def test_numbers_in_the_prose_of_the_page_are_those_of_the_results():
         means = [mean(study.percent(found, marks, part) for marks in seeds[arm]) for arm in alike]
         assert f"{said} {min(means):.0f} to {max(means):.0f} %" in prose
     each = (f"{study.percent(found, marks, 'all'):.1f}" for marks in seeds["no_reasoning"])
-    assert f"the seeds part ({', '.join(each)} %)" in prose
+    by_calls = (f"{study.percent(found, marks, 'all', study.CALLS_RIGHT):.1f}"
+                for marks in seeds["no_reasoning"])
+    assert f"the seeds differ ({', '.join(each)} %; by calls {', '.join(by_calls)} %)" in prose
+    broken = [sum(mark == study.CALLS_RIGHT and "/no_tool" in query for mark, query in zip(
+        seeds["no_reasoning"][seed], found["queries"], strict=True)) for seed in (0, 3, 4)]
+    assert "{}, {} and {} replies of seeds 0, 3 and 4".format(*broken) in prose
     early = {arm: mean(found["runs"][f"{arm}-{seed}"]["sampled"]["000006"][2] for seed in range(5))
              for arm in ("format", "format_names", "binary")}
     assert "(step 6: {:.0f} and {:.0f} %, binary {:.0f} %)".format(*early.values()) in prose
