@@ -43,7 +43,7 @@ def usable_cores(cgroup="/sys/fs/cgroup"):
 
 def set_threads(threads=None):
     """Set the CPU threads of this process; returns a line that says so. None: OMP_NUM_THREADS, or else the
-    usable cores, divided by the ranks of this node, at most what torch had chosen."""
+    usable cores, divided by the ranks of this node, at most what torch had chosen. Limits oneDNN's cache."""
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")  # the heap grows with these
     cores, is_given = usable_cores(), not threads and "OMP_NUM_THREADS" in os.environ
     if not is_given:

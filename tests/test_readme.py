@@ -180,6 +180,9 @@ def test_results_of_the_study_in_the_readme_are_those_of_its_page():
         assert here == row[heads[0].index("all")], arm
     gains = re.findall(r"[+-]\d+\.\d ± \d+\.\d", section)
     assert gains and all(f"**, {gain} points" in page for gain in gains)
+    losses = page.split("\n**Losses")[1].split("\n**")[0]
+    widest = max(re.findall(r"± (\d+\.\d)", losses), key=float)
+    assert f"between losses (up to ± {widest})" in section
 
 
 @pytest.mark.parametrize(("benchmark", "peer", "ours"), [

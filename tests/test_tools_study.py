@@ -262,14 +262,16 @@ def test_the_folder_of_the_runs_is_absolute_whatever_its_spelling(toy, monkeypat
 
 @pytest.mark.parametrize(("ours", "theirs", "said"), [
     ("2" * 24, "0" * 24, "**seen**, +100.0 ± 0.0 points."),
-    ("0" * 24, "1" * 23 + "2", "**no difference seen**, -4.2 ± 9.9 points; by calls **the opp"),
+    ("0" * 24, "1" * 23 + "2",
+     "**no difference seen**, -4.2 ± 9.9 points; by calls **the opposite is seen**, -100.0 ± 0.0 points."),
     ("0" * 24, "2" * 24, "**the opposite is seen**, -100.0 ± 0.0 points."),
-    ("1" * 24, "0" * 24, "**no difference seen**, +0.0 ± 0.0 points; by calls **seen**, +100.0 ± 0.0 p"),
+    ("1" * 24, "0" * 24,
+     "**no difference seen**, +0.0 ± 0.0 points; by calls **seen**, +100.0 ± 0.0 points."),
 ])
 def test_the_sentence_on_a_finding_follows_from_its_interval(toy, ours, theirs, said):
     sentence, = [line for line in page(read_spec(), made_up(ours, theirs)).split("\n")
                  if line.startswith("- RL is above SFT: ")]
-    assert said in sentence and (";" in said) == (";" in sentence), "by calls where that differs"
+    assert sentence == f"- RL is above SFT: {said}", "by calls where that differs"
 
 
 def test_a_page_has_paper_arms_parts_seeds_and_what_only_raised_the_format(toy):
@@ -281,6 +283,9 @@ def test_a_page_has_paper_arms_parts_seeds_and_what_only_raised_the_format(toy):
     assert "6 runs, 3.0 hours of one thread; a machine; code 12345, 67890. " in text
     assert "| RL | 33.3, 100.0 | 16 | 56 | 0.8 | 30.0 |" in text
     assert "| SFT | 0.0, 0.0 | 16 | 50 |  | 30.0 |" in text
+    marks = [[found["runs"][f"{arm}-{seed}"]["right"] for seed in range(2)] for arm in ("rl", "right")]
+    halves = [difference(found, *marks, least)[1] for least in (study.RIGHT, study.CALLS_RIGHT)]
+    assert f" is its ±: {min(halves):.1f} to {max(halves):.1f} points.\n" in text
     found["runs"]["rl-1"]["right"] = found["runs"]["rl-0"]["right"]
     assert "| RL | 83.24 | 100.0 ± 0.0 | 0.0 ± 0.0 | 0.0 ± 0.0 | 33.3 ± 0.0 | 33.3 ± 0.0 | 33.3 ± 0.0 | " \
            "66.7 ± 0.0 |  |" in page(read_spec(), found)
@@ -319,16 +324,26 @@ def test_the_page_is_computed_from_the_results():
 
 def test_numbers_in_the_prose_of_the_page_are_those_of_the_results():
     found, prose = read_json(study.RESULTS), " ".join(study.PAGE.read_text(encoding="utf-8").split())
-    seeds = {arm: [run["right"] for name, run in found["runs"].items() if name.rpartition("-")[0] == arm]
-             for arm in SPEC["arms"]}
-    alike = [arm for arm, it in SPEC["arms"].items() if it["stage"] == "grpo" and arm != "no_reasoning"
-             and not it["data"].startswith("single")]
-    assert len(alike) == 21
-    ends = [study.percent(found, marks, "all") for arm in alike for marks in seeds[arm]]
+    runs = {arm: [run for name, run in found["runs"].items() if name.rpartition("-")[0] == arm]
+            for arm in SPEC["arms"]}
+    seeds = {arm: [run["right"] for run in each] for arm, each in runs.items()}
+
+    def mean_of(arm, part):
+        return mean(study.percent(found, marks, part) for marks in seeds[arm])
+
+    others = [arm for arm, it in SPEC["arms"].items() if it["stage"] == "grpo" and arm != "no_reasoning"
+              and not it["data"].startswith("single")]
+    assert len(others) == 21
+    ends = [study.percent(found, marks, "all") for arm in others for marks in seeds[arm]]
     assert f"end at {math.floor(min(ends))} to {math.ceil(max(ends))} % in every seed" in prose
     for part, said in (("no_tool", "no tool"), ("single", "single calls"), ("two_calls", "two calls")):
-        means = [mean(study.percent(found, marks, part) for marks in seeds[arm]) for arm in alike]
+        means = [mean_of(arm, part) for arm in others]
         assert f"{said} {min(means):.0f} to {max(means):.0f} %" in prose
+    rl_less_sft = "({:+.1f} ± {:.1f} points)".format(*difference(found, seeds["rl"], seeds["right"]))
+    assert f"between RL and SFT on reasoning and right calls {rl_less_sft}" in prose
+    assert f"RL on single calls only at {mean_of('single', 'single'):.0f} % of single calls" in prose
+    demo = read_json("tools/results/demo.json")["rows"]["all"]["grpo"]
+    assert f"the demo's 60 steps end at {mean(demo):.0f} % of similar queries" in prose
     each = (f"{study.percent(found, marks, 'all'):.1f}" for marks in seeds["no_reasoning"])
     by_calls = (f"{study.percent(found, marks, 'all', study.CALLS_RIGHT):.1f}"
                 for marks in seeds["no_reasoning"])
@@ -336,9 +351,10 @@ def test_numbers_in_the_prose_of_the_page_are_those_of_the_results():
     broken = [sum(mark == study.CALLS_RIGHT and "/no_tool" in query for mark, query in zip(
         seeds["no_reasoning"][seed], found["queries"], strict=True)) for seed in (0, 3, 4)]
     assert "{}, {} and {} replies of seeds 0, 3 and 4".format(*broken) in prose
-    early = {arm: mean(found["runs"][f"{arm}-{seed}"]["sampled"]["000006"][2] for seed in range(5))
-             for arm in ("format", "format_names", "binary")}
-    assert "(step 6: {:.0f} and {:.0f} %, binary {:.0f} %)".format(*early.values()) in prose
+    early, late = ([mean(run["sampled"][step][2] for run in runs[arm])
+                    for arm in ("format", "format_names", "binary")] for step in ("000006", "000036"))
+    assert "(step 6: {:.0f} and {:.0f} %, binary {:.0f} %)".format(*early) in prose
+    assert "{:.0f} and {:.0f} % at the end (binary {:.0f} %)".format(*late) in prose
 
 
 def test_runs_on_other_queries_are_not_compared(toy):

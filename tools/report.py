@@ -425,7 +425,7 @@ def curves(runs, meanings):
              [[rough(x) for x in point[2:]] for point in points]
              if any(point[2] != point[3] for point in points) else None] for name, *_, points in series]})
     notes = [f"Not logged: {', '.join(empty)}."] if empty else []
-    notes += [f"{', '.join(run.name for run in group)} differ in the seed only: the line is their mean, the "
+    notes += [f"{', '.join(run.name for run in group)} differ in seeds only: the line is their mean, the "
               "band their range." for group in groups_of(runs) if len(group) > 1]
     html = "".join(f"<p>{show(note)}</p>" for note in notes) + f"<div class='charts'>{''.join(parts)}</div>"
     return html, known, scale

@@ -193,7 +193,7 @@ def only_format_rose(sampled):
 
 
 def findings(found, table):
-    """A sentence on each comparison of a table, and the smallest difference that it could show."""
+    """A sentence on each comparison of a table, and the smallest observed differences that it could show."""
     halves = []
     for arm, other, claim in table["findings"]:
         ours, theirs = ([found["runs"][f"{each}-{seed}"]["right"] for seed in range(table["seeds"])]
@@ -204,7 +204,7 @@ def findings(found, table):
             "seen" if d > half else "the opposite is seen" if d < -half else "no difference seen", d, half)
             for d, half in both)
         yield f"- {claim}: {said}{f'; by calls {by_calls}' * (by_calls != said)}."
-    yield f"\nObserved differences above their ± ({min(halves):.1f} to {max(halves):.1f} points) are seen."
+    yield f"\nThe smallest difference that is seen is its ±: {min(halves):.1f} to {max(halves):.1f} points."
 
 
 def table_lines(spec, found, table):
